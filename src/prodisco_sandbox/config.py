@@ -1,0 +1,285 @@
+"""Settings of the manager, checked when they are made."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    from .client import SandboxClient
+
+Mode = Literal["single", "multi"]
+TransportMode = Literal["insecure", "tls", "mtls"]
+Endpoint = Literal["auto", "pod-ip", "service"] | Callable[[dict[str, Any]], str | None]
+
+TRANSPORT_MODES = ("insecure", "tls", "mtls")
+
+# RFC 1123 label, and a label value as the Kubernetes API documentation defines them.
+_DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsConfig:
+    """TLS of the channel to a sandbox, and the Secret that the sandbox's pod mounts.
+
+    With ``cert`` and ``key`` the client shows a certificate of its own (mTLS). The
+    files are read once, when the first channel is made.
+    """
+
+    ca: str | os.PathLike[str] | None = None
+    """PEM file with the authorities that the server's certificate is checked against;
+    None: the system's."""
+    cert: str | os.PathLike[str] | None = None
+    """PEM file with the client's certificate chain; together with `key`."""
+    key: str | os.PathLike[str] | None = None
+    """PEM file with the client's private key; together with `cert`."""
+    server_name: str | None = None
+    """The name to verify in the server's certificate instead of the target's host."""
+    secret_name: str | None = None
+    """Kubernetes Secret with cert-manager's keys tls.crt, tls.key and ca.crt, mounted
+    into the default pod template so that the sandbox can serve TLS."""
+
+    def __post_init__(self) -> None:
+        for name in ("ca", "cert", "key"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str | os.PathLike) or not str(value)):
+                raise ValueError(f"TlsConfig.{name} is {value!r}: give the path of a PEM file, or None")
+        for name in ("server_name", "secret_name"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"TlsConfig.{name} is {value!r}: give a non-empty string, or None")
+        if (self.cert is None) != (self.key is None):
+            missing = "key" if self.key is None else "cert"
+            raise ValueError(f"TlsConfig.{missing} is None: a client certificate needs both cert and key")
+
+    @property
+    def mode(self) -> TransportMode:
+        """``"mtls"`` with a client certificate, else ``"tls"``."""
+        return "tls" if self.cert is None else "mtls"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self | None:
+        """Reads SANDBOX_TRANSPORT_MODE and the SANDBOX_TLS_* variables of a client.
+
+        SANDBOX_TLS_SECRET_NAME, which only a manager in multi mode reads, names the
+        Secret of the default pod template.
+
+        Returns:
+            None where the mode is ``insecure``, the default.
+
+        Raises:
+            ValueError: An unknown mode (never a downgrade to insecure), or ``mtls``
+                without a certificate and key.
+        """
+        env = os.environ if environ is None else environ
+        mode = env.get("SANDBOX_TRANSPORT_MODE") or "insecure"
+        if mode not in TRANSPORT_MODES:
+            raise ValueError(f"SANDBOX_TRANSPORT_MODE is {mode!r}: use one of {', '.join(TRANSPORT_MODES)}")
+        if mode == "insecure":
+            return None
+        cert = key = None
+        if mode == "mtls":
+            cert = env.get("SANDBOX_TLS_CLIENT_CERT_PATH") or None
+            key = env.get("SANDBOX_TLS_CLIENT_KEY_PATH") or None
+            if cert is None or key is None:
+                name = "SANDBOX_TLS_CLIENT_CERT_PATH" if cert is None else "SANDBOX_TLS_CLIENT_KEY_PATH"
+                raise ValueError(f"{name} is not set: SANDBOX_TRANSPORT_MODE=mtls needs it")
+        return cls(
+            ca=env.get("SANDBOX_TLS_CA_PATH") or None,
+            cert=cert,
+            key=key,
+            server_name=env.get("SANDBOX_TLS_SERVER_NAME") or None,
+            secret_name=env.get("SANDBOX_TLS_SECRET_NAME") or None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxManagerConfig:
+    """Settings of a `SandboxManager`. Every duration is in seconds.
+
+    Raises:
+        ValueError: A value is out of range; the message names the field, the value and
+            what would be right.
+    """
+
+    mode: Mode
+    """"single": all sessions share `single_client`; "multi": a Sandbox per session."""
+    single_client: SandboxClient | None = None
+    """The shared client in single mode. The manager leaves it open at shutdown."""
+    namespace: str = "prodisco"
+    """Where Sandboxes are created."""
+    sandbox_port: int = 50051
+    """gRPC port of a sandbox pod."""
+    sandbox_image: str = "prodisco/sandbox-server:latest"
+    """Image of the default pod template."""
+    pod_template_spec: dict[str, Any] | None = None
+    """Replaces the default ``spec.podTemplate`` (a dict with ``spec`` and, if need be,
+    ``metadata``) whole; the pod labels are added to a copy."""
+    ready_timeout: float = 120.0
+    """One deadline for creation, readiness and health together."""
+    ready_poll_interval: float = 1.0
+    """How often a Sandbox is read while no watch is available."""
+    session_idle_timeout: float = 600.0
+    """A session that nobody has used for this long is closed."""
+    idle_check_interval: float = 60.0
+    """How often the reaper looks."""
+    max_sessions: int = 10
+    """Cap on sessions that are being created, ready or being closed."""
+    capacity_timeout: float = 0.0
+    """How long a new session may queue for a slot, first come first served; 0 refuses
+    at once."""
+    api_version: Literal["auto", "v1alpha1", "v1beta1"] = "auto"
+    """Version of agents.x-k8s.io; "auto" takes the newest that the API server serves."""
+    endpoint: Endpoint = "auto"
+    """Where a sandbox is reached. "auto": the pod IP where status has one and no TLS
+    name is at stake, else status.serviceFQDN; "pod-ip"; "service"; or a callable that
+    maps a Sandbox (a dict) to a gRPC target, None for "not known yet"."""
+    tls: TlsConfig | None = None
+    """TLS of the channels and of the default pod template; None: plaintext."""
+    instance_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Who owns a Sandbox among several managers of one namespace: random per process
+    unless set. A value that is set promises that one live manager uses it. What is no
+    valid label value is hashed."""
+    lease_duration: float | None = 1800.0
+    """A Sandbox outlives its dead manager by at most this; None turns leases off."""
+    shutdown_timeout: float = 30.0
+    """Bound on `SandboxManager.shutdown`."""
+    owns_single_client: bool = field(default=False, repr=False)
+    """Whether shutdown closes `single_client`; `from_env` sets it for the one it makes."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("single", "multi"):
+            raise _wrong("mode", self.mode, '"single" or "multi"')
+        _check_text("namespace", self.namespace, _DNS_LABEL, "an RFC 1123 label such as 'prodisco'")
+        if not _is_int(self.sandbox_port) or not 1 <= self.sandbox_port <= 65535:
+            raise _wrong("sandbox_port", self.sandbox_port, "an integer from 1 to 65535")
+        if not isinstance(self.sandbox_image, str) or not self.sandbox_image or self.sandbox_image.split() != [
+            self.sandbox_image
+        ]:
+            raise _wrong("sandbox_image", self.sandbox_image, "an image reference without white space")
+        _check_pod_template(self.pod_template_spec)
+        for name in (
+            "ready_timeout",
+            "ready_poll_interval",
+            "session_idle_timeout",
+            "idle_check_interval",
+            "shutdown_timeout",
+        ):
+            _check_seconds(name, getattr(self, name))
+        _check_seconds("capacity_timeout", self.capacity_timeout, zero=True)
+        if self.lease_duration is not None:
+            _check_seconds("lease_duration", self.lease_duration)
+        if not _is_int(self.max_sessions) or self.max_sessions < 1:
+            raise _wrong("max_sessions", self.max_sessions, "an integer of at least 1")
+        if self.api_version not in ("auto", "v1alpha1", "v1beta1"):
+            raise _wrong("api_version", self.api_version, '"auto", "v1alpha1" or "v1beta1"')
+        if self.endpoint not in ("auto", "pod-ip", "service") and not callable(self.endpoint):
+            raise _wrong("endpoint", self.endpoint, '"auto", "pod-ip", "service" or a callable')
+        if self.tls is not None and not isinstance(self.tls, TlsConfig):
+            raise _wrong("tls", self.tls, "a TlsConfig or None")
+        if self.mode == "multi" and self.tls and not self.tls.secret_name and self.pod_template_spec is None:
+            # The sandbox would have no certificate to serve, and every session would
+            # time out with a pod that refuses to start.
+            raise ValueError(
+                "tls.secret_name is None: the default pod template mounts the server's certificate"
+                " from a Secret; name it, or give a pod_template_spec that brings one"
+            )
+        if not isinstance(self.instance_id, str) or not self.instance_id:
+            raise _wrong("instance_id", self.instance_id, "a non-empty string")
+
+    @property
+    def instance_label(self) -> str:
+        """`instance_id` as a label value: itself where it is a valid one, else hashed."""
+        if _LABEL_VALUE.fullmatch(self.instance_id):
+            return self.instance_id
+        return hashlib.sha256(self.instance_id.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Reads the environment; an explicit keyword beats it.
+
+        Variables: SANDBOX_MODE (default ``single``), SANDBOX_NAMESPACE, SANDBOX_IMAGE,
+        SANDBOX_MAX_SESSIONS, SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, and the TLS
+        variables of `TlsConfig.from_env`. In single mode without a ``single_client``
+        the client is `SandboxClient.from_env()`, which shutdown then closes.
+
+        Raises:
+            ValueError: A variable has a value out of range; the message names it.
+        """
+        env = os.environ if environ is None else environ
+        values: dict[str, Any] = {"mode": env.get("SANDBOX_MODE") or "single"}
+        if values["mode"] not in ("single", "multi") and "mode" not in overrides:
+            raise ValueError(f'SANDBOX_MODE is {values["mode"]!r}: use "single" or "multi"')
+        for variable, name in (
+            ("SANDBOX_NAMESPACE", "namespace"),
+            ("SANDBOX_IMAGE", "sandbox_image"),
+            ("SANDBOX_INSTANCE_ID", "instance_id"),
+        ):
+            if env.get(variable):
+                values[name] = env[variable]
+        for variable, name in (("SANDBOX_MAX_SESSIONS", "max_sessions"), ("SANDBOX_TCP_PORT", "sandbox_port")):
+            if env.get(variable) and name not in overrides:
+                values[name] = env_int(env, variable)
+        if "tls" not in overrides:
+            values["tls"] = TlsConfig.from_env(env)
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(overrides) - known):
+            raise ValueError(f"unknown setting {unknown[0]!r}: the settings are {', '.join(sorted(known))}")
+        values.update(overrides)
+        if values["mode"] == "single" and values.get("single_client") is None:
+            from .client import SandboxClient
+
+            values["single_client"] = SandboxClient.from_env(env)
+            values["owns_single_client"] = True
+        return cls(**values)
+
+
+def env_int(environ: Mapping[str, str], variable: str) -> int:
+    """Reads a variable that must hold an integer.
+
+    Raises:
+        ValueError: It holds something else; the message names the variable.
+    """
+    text = environ[variable]
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{variable} is {text!r}: it must be an integer") from None
+
+
+def _wrong(name: str, value: object, right: str) -> ValueError:
+    return ValueError(f"{name} is {value!r}: it must be {right}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_text(name: str, value: object, pattern: re.Pattern[str], right: str) -> None:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise _wrong(name, value, right)
+
+
+def _check_seconds(name: str, value: object, *, zero: bool = False) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[arg-type, operator]
+        raise _wrong(name, value, f"a finite number of seconds {'of at least' if zero else 'above'} 0")
+
+
+def _check_pod_template(value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, dict) or not isinstance(value.get("spec"), dict):
+        raise _wrong("pod_template_spec", value, 'a pod template: a dict with a "spec" dict')
+    if unknown := sorted(set(value) - {"spec", "metadata"}, key=str):
+        raise ValueError(f"pod_template_spec has the key {unknown[0]!r}: a pod template has metadata and spec")
+    metadata = value.get("metadata") or {}
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("labels") or {}, dict):
+        raise _wrong("pod_template_spec.metadata", metadata, "a dict whose labels are a dict")

@@ -1,0 +1,75 @@
+"""The errors that this library raises."""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+
+class SandboxError(Exception):
+    """Base of all errors of this library.
+
+    ::
+
+        SandboxError
+        ├── SandboxManagerClosedError   the manager has been shut down
+        ├── SandboxCapacityError        no slot: max_sessions, a quota, a full server
+        ├── SandboxTimeoutError         not ready, or no answer, in time
+        ├── SandboxFailedError          will never be ready: a terminal reason
+        ├── SandboxConflictError        the name is taken by somebody else's Sandbox
+        ├── SandboxUnavailableError     cluster or sandbox cannot be reached
+        └── SandboxPermissionError      401 or 403: the credentials do not suffice
+
+    Where an error has a cause (an answer of the API server, a gRPC status, a broken
+    connection), the cause is chained as ``__cause__``.
+
+    Attributes:
+        status: What the other side said: an HTTP status code of the Kubernetes API
+            (``409``) or the name of a gRPC status (``"NOT_FOUND"``); None where
+            nothing was said.
+    """
+
+    def __init__(self, message: str, *, status: int | str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def twin(self) -> Self:
+        """Returns a copy with the same cause, for one more waiter to raise.
+
+        An exception object that several tasks raise grows a traceback out of all of
+        them, so each waiter gets one of its own.
+        """
+        twin = copy.copy(self)
+        twin.__cause__ = self.__cause__
+        return twin
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (str(self),), {**self.__dict__})
+
+
+class SandboxManagerClosedError(SandboxError):
+    """The manager has been shut down; it never opens again."""
+
+
+class SandboxCapacityError(SandboxError):
+    """There is no room: the message names the cap and the setting that raises it."""
+
+
+class SandboxTimeoutError(SandboxError):
+    """Something did not happen in time; the message holds the last state seen."""
+
+
+class SandboxFailedError(SandboxError):
+    """The sandbox will never be ready; the message holds the terminal reason."""
+
+
+class SandboxConflictError(SandboxError):
+    """The name is taken by a Sandbox that is not this session's."""
+
+
+class SandboxUnavailableError(SandboxError):
+    """The cluster or the sandbox cannot be reached at present."""
+
+
+class SandboxPermissionError(SandboxError):
+    """The credentials do not suffice; the message names the verb and the resource."""

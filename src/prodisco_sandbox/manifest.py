@@ -1,0 +1,268 @@
+"""What a Sandbox looks like: names, labels, the body, and how its status is read.
+
+Pure functions over plain dicts; everything that differs between the API versions of
+``agents.x-k8s.io`` is here. The API: kubernetes-sigs/agent-sandbox.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime as dt
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .config import SandboxManagerConfig, TlsConfig
+
+GROUP = "agents.x-k8s.io"
+PLURAL = "sandboxes"
+KIND = "Sandbox"
+API_VERSIONS = ("v1beta1", "v1alpha1")
+"""Newest first."""
+
+LABEL_APP = "app"
+LABEL_MANAGED_BY = "prodisco.dev/managed-by"
+LABEL_INSTANCE = "prodisco.dev/instance"
+LABEL_SESSION = "prodisco.dev/session"
+LABEL_SANDBOX = "prodisco.dev/sandbox"
+APP = "sandbox-server"
+MANAGED_BY = "mcp-server"
+
+CACHE_DIR = "/tmp/prodisco-scripts"
+TLS_DIR = "/etc/prodisco/tls"
+
+_TERMINAL_REASONS = frozenset({"PodFailed", "PodSucceeded", "SandboxExpired", "InvalidConfiguration"})
+
+Object = dict[str, Any]
+"""A Sandbox as the API server returns it."""
+
+
+def session_hash(session_id: str) -> str:
+    """The session's label value: 40 hex digits of the SHA-256 of its id.
+
+    A label value holds 63 characters. The id itself never leaves the process: MCP
+    session ids are as good as credentials.
+    """
+    return _digest(session_id).hex()[:40]
+
+
+def sandbox_name(session_id: str, incarnation: int = 0) -> str:
+    """The Sandbox's name: always a valid DNS label, different for different ids."""
+    digest = hashlib.sha256(_digest(session_id) + incarnation.to_bytes(8, "big"))
+    return f"sandbox-{digest.hexdigest()[:32]}"
+
+
+def _digest(session_id: str) -> bytes:
+    # Text from elsewhere may hold lone surrogates, which plain UTF-8 refuses.
+    return hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).digest()
+
+
+def managed_selector(instance: str | None = None, session: str | None = None) -> str:
+    """Label selector of the managed Sandboxes, of one instance or session if given."""
+    parts = [f"{LABEL_MANAGED_BY}={MANAGED_BY}"]
+    if instance is not None:
+        parts.append(f"{LABEL_INSTANCE}={instance}")
+    if session is not None:
+        parts.append(f"{LABEL_SESSION}={session}")
+    return ",".join(parts)
+
+
+def sandbox_body(
+    config: SandboxManagerConfig, api_version: str, name: str, session: str, lease: str | None = None
+) -> Object:
+    """The Sandbox to create.
+
+    Args:
+        config: Namespace, image, port, TLS and the optional pod template.
+        api_version: ``v1alpha1`` or ``v1beta1``.
+        name: From `sandbox_name`.
+        session: From `session_hash`.
+        lease: From `lease_time`: when the cluster removes it by itself.
+    """
+    labels = {
+        LABEL_APP: APP,
+        LABEL_MANAGED_BY: MANAGED_BY,
+        LABEL_INSTANCE: config.instance_label,
+        LABEL_SESSION: session,
+    }
+    template = _default_pod_template(config)
+    if config.pod_template_spec is not None:
+        template = copy.deepcopy(config.pod_template_spec)
+    metadata = template["metadata"] = dict(template.get("metadata") or {})
+    metadata["labels"] = {**(metadata.get("labels") or {}), **labels, LABEL_SANDBOX: name}
+    spec: Object = {
+        "podTemplate": template,
+        # Since agent-sandbox 0.4.6 there is no Service, hence no serviceFQDN, without it.
+        "service": True,
+        **({"replicas": 1} if api_version == "v1alpha1" else {"operatingMode": "Running"}),
+    }
+    if lease is not None:
+        spec |= lease_spec(lease)
+    return {
+        "apiVersion": f"{GROUP}/{api_version}",
+        "kind": KIND,
+        "metadata": {"name": name, "namespace": config.namespace, "labels": labels},
+        "spec": spec,
+    }
+
+
+def _default_pod_template(config: SandboxManagerConfig) -> Object:
+    container: Object = {
+        "name": "sandbox",
+        "image": config.sandbox_image,
+        "imagePullPolicy": "IfNotPresent",
+        "ports": [{"name": "grpc", "containerPort": config.sandbox_port, "protocol": "TCP"}],
+        "env": [
+            {"name": "SANDBOX_USE_TCP", "value": "true"},
+            {"name": "SANDBOX_TCP_HOST", "value": "0.0.0.0"},
+            {"name": "SANDBOX_TCP_PORT", "value": str(config.sandbox_port)},
+            {"name": "SCRIPTS_CACHE_DIR", "value": CACHE_DIR},
+            *_tls_env(config.tls),
+        ],
+        "resources": {
+            "requests": {"memory": "128Mi", "cpu": "100m"},
+            "limits": {"memory": "512Mi", "cpu": "500m", "ephemeral-storage": "1Gi"},
+        },
+        "volumeMounts": [{"name": "scripts-cache", "mountPath": CACHE_DIR}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }
+    volumes: list[Object] = [{"name": "scripts-cache", "emptyDir": {"sizeLimit": "256Mi"}}]
+    if config.tls is not None:
+        container["volumeMounts"].append({"name": "tls", "mountPath": TLS_DIR, "readOnly": True})
+        volumes.append({"name": "tls", "secret": {"secretName": config.tls.secret_name}})
+    spec = {"serviceAccountName": "sandbox-server", "containers": [container], "volumes": volumes}
+    return {"spec": spec}
+
+
+def _tls_env(tls: TlsConfig | None) -> list[Object]:
+    if tls is None:
+        return [{"name": "SANDBOX_TRANSPORT_MODE", "value": "insecure"}]
+    env = [
+        {"name": "SANDBOX_TRANSPORT_MODE", "value": tls.mode},
+        {"name": "SANDBOX_TLS_CERT_PATH", "value": f"{TLS_DIR}/tls.crt"},
+        {"name": "SANDBOX_TLS_KEY_PATH", "value": f"{TLS_DIR}/tls.key"},
+    ]
+    if tls.mode == "mtls":
+        env.append({"name": "SANDBOX_TLS_CA_PATH", "value": f"{TLS_DIR}/ca.crt"})
+    return env
+
+
+def lease_time(now: float, duration: float) -> str:
+    """RFC 3339 time `duration` seconds after the Unix time `now`, in whole seconds."""
+    end = dt.datetime.fromtimestamp(now + duration, dt.UTC)
+    return end.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def lease_spec(lease: str) -> Object:
+    """The spec fields of a lease. The default shutdownPolicy, Retain, would keep it."""
+    return {"shutdownTime": lease, "shutdownPolicy": "Delete"}
+
+
+def lease_lapsed(sandbox: Object, now: float) -> bool:
+    """Whether the Sandbox has a shutdownTime that lies before the Unix time `now`."""
+    text = (sandbox.get("spec") or {}).get("shutdownTime")
+    if not isinstance(text, str):
+        return False
+    try:
+        # Offset-less times are no RFC 3339; UTC is what the API server would write.
+        time = dt.datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return (time if time.tzinfo else time.replace(tzinfo=dt.UTC)).timestamp() < now
+
+
+def labels(sandbox: Object) -> dict[str, str]:
+    return (sandbox.get("metadata") or {}).get("labels") or {}
+
+
+def uid(sandbox: Object) -> str | None:
+    value = (sandbox.get("metadata") or {}).get("uid")
+    return value if isinstance(value, str) else None
+
+
+def name(sandbox: Object) -> str:
+    return str((sandbox.get("metadata") or {}).get("name"))
+
+
+def is_deleting(sandbox: Object) -> bool:
+    return bool((sandbox.get("metadata") or {}).get("deletionTimestamp"))
+
+
+def pod_ips(sandbox: Object) -> tuple[str, ...]:
+    return tuple((sandbox.get("status") or {}).get("podIPs") or ())
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What a Sandbox's status says.
+
+    Attributes:
+        state: ``"ready"``, ``"waiting"`` or ``"terminal"`` (will never be ready).
+        target: gRPC target where it is ready.
+        text: The state in words, with condition reason and message, for errors.
+    """
+
+    state: Literal["ready", "waiting", "terminal"]
+    target: str | None
+    text: str
+
+
+def readiness(sandbox: Object, config: SandboxManagerConfig) -> Readiness:
+    """Reads a Sandbox's status.
+
+    Ready means that the endpoint is known and that the Ready condition is True, or
+    that the controller reports no Ready condition at all. A Service alone is not
+    enough: it exists before its pod is ready.
+    """
+    if is_deleting(sandbox):
+        return Readiness("terminal", None, "it is being deleted")
+    status = sandbox.get("status") or {}
+    conditions = {c.get("type"): c for c in status.get("conditions") or () if isinstance(c, dict)}
+    finished, ready = conditions.get("Finished"), conditions.get("Ready")
+    if finished is not None and finished.get("status") == "True":
+        return Readiness("terminal", None, _condition_text(finished))
+    if ready is not None and ready.get("status") != "True":
+        if ready.get("status") == "False" and ready.get("reason") in _TERMINAL_REASONS:
+            return Readiness("terminal", None, _condition_text(ready))
+        return Readiness("waiting", None, _condition_text(ready))
+    target = endpoint(sandbox, config)
+    if target is None:
+        known = "no status yet" if not status else "no address in its status yet"
+        return Readiness("waiting", None, known)
+    return Readiness("ready", target, "ready" if ready is None else _condition_text(ready))
+
+
+def _condition_text(condition: Object) -> str:
+    text = f"{condition.get('type')}={condition.get('status')}"
+    if condition.get("reason"):
+        text += f", reason {condition['reason']}"
+    if condition.get("message"):
+        text += f": {condition['message']}"
+    return text
+
+
+def endpoint(sandbox: Object, config: SandboxManagerConfig) -> str | None:
+    """The gRPC target of a Sandbox as `config.endpoint` wants it; None if not known yet.
+
+    "auto" prefers the pod IP: a headless Service is selected by a 32-bit hash of the
+    name, so that two Sandboxes can share one, and its DNS lags. Where TLS verifies the
+    host, only the Service has a name that a certificate can carry.
+    """
+    if callable(config.endpoint):
+        return config.endpoint(sandbox)
+    status = sandbox.get("status") or {}
+    ips, fqdn = pod_ips(sandbox), status.get("serviceFQDN")
+    named = config.tls is not None and config.tls.server_name is None
+    if config.endpoint == "pod-ip" or (config.endpoint == "auto" and ips and not named):
+        if not ips:
+            return None
+        host = f"[{ips[0]}]" if ":" in ips[0] else ips[0]
+    elif fqdn:
+        host = str(fqdn)
+    else:
+        return None
+    return f"{host}:{config.sandbox_port}"
