@@ -160,9 +160,11 @@ class SandboxManagerConfig:
         _check_text("namespace", self.namespace, _DNS_LABEL, "an RFC 1123 label such as 'prodisco'")
         if not _is_int(self.sandbox_port) or not 1 <= self.sandbox_port <= 65535:
             raise _wrong("sandbox_port", self.sandbox_port, "an integer from 1 to 65535")
-        if not isinstance(self.sandbox_image, str) or not self.sandbox_image or self.sandbox_image.split() != [
-            self.sandbox_image
-        ]:
+        if (
+            not isinstance(self.sandbox_image, str)
+            or not self.sandbox_image
+            or self.sandbox_image.split() != [self.sandbox_image]
+        ):
             raise _wrong("sandbox_image", self.sandbox_image, "an image reference without white space")
         _check_pod_template(self.pod_template_spec)
         for name in (
@@ -224,7 +226,10 @@ class SandboxManagerConfig:
         ):
             if env.get(variable):
                 values[name] = env[variable]
-        for variable, name in (("SANDBOX_MAX_SESSIONS", "max_sessions"), ("SANDBOX_TCP_PORT", "sandbox_port")):
+        for variable, name in (
+            ("SANDBOX_MAX_SESSIONS", "max_sessions"),
+            ("SANDBOX_TCP_PORT", "sandbox_port"),
+        ):
             if env.get(variable) and name not in overrides:
                 values[name] = env_int(env, variable)
         if "tls" not in overrides:
@@ -279,7 +284,9 @@ def _check_pod_template(value: object) -> None:
     if not isinstance(value, dict) or not isinstance(value.get("spec"), dict):
         raise _wrong("pod_template_spec", value, 'a pod template: a dict with a "spec" dict')
     if unknown := sorted(set(value) - {"spec", "metadata"}, key=str):
-        raise ValueError(f"pod_template_spec has the key {unknown[0]!r}: a pod template has metadata and spec")
+        raise ValueError(
+            f"pod_template_spec has the key {unknown[0]!r}: a pod template has metadata and spec"
+        )
     metadata = value.get("metadata") or {}
     if not isinstance(metadata, dict) or not isinstance(metadata.get("labels") or {}, dict):
         raise _wrong("pod_template_spec.metadata", metadata, "a dict whose labels are a dict")
