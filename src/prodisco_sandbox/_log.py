@@ -16,7 +16,7 @@ def get_logger(area: str) -> structlog.stdlib.BoundLogger:
     that no structlog configuration is needed. The pairs are also on the log record's
     ``sandbox`` attribute, for handlers that write JSON.
     """
-    return structlog.wrap_logger(
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         logging.getLogger(f"prodisco_sandbox.{area}"),
         wrapper_class=structlog.stdlib.BoundLogger,
         processors=[
@@ -25,6 +25,7 @@ def get_logger(area: str) -> structlog.stdlib.BoundLogger:
             _render,
         ],
     )
+    return logger
 
 
 def _render(

@@ -160,12 +160,9 @@ class SandboxManagerConfig:
         _check_text("namespace", self.namespace, _DNS_LABEL, "an RFC 1123 label such as 'prodisco'")
         if not _is_int(self.sandbox_port) or not 1 <= self.sandbox_port <= 65535:
             raise _wrong("sandbox_port", self.sandbox_port, "an integer from 1 to 65535")
-        if (
-            not isinstance(self.sandbox_image, str)
-            or not self.sandbox_image
-            or self.sandbox_image.split() != [self.sandbox_image]
-        ):
-            raise _wrong("sandbox_image", self.sandbox_image, "an image reference without white space")
+        image: object = self.sandbox_image
+        if not isinstance(image, str) or image.split() != [image]:
+            raise _wrong("sandbox_image", image, "an image reference without white space")
         _check_pod_template(self.pod_template_spec)
         for name in (
             "ready_timeout",
@@ -193,8 +190,9 @@ class SandboxManagerConfig:
                 "tls.secret_name is None: the default pod template mounts the server's certificate"
                 " from a Secret; name it, or give a pod_template_spec that brings one"
             )
-        if not isinstance(self.instance_id, str) or not self.instance_id:
-            raise _wrong("instance_id", self.instance_id, "a non-empty string")
+        instance: object = self.instance_id
+        if not isinstance(instance, str) or not instance:
+            raise _wrong("instance_id", instance, "a non-empty string")
 
     @property
     def instance_label(self) -> str:

@@ -114,7 +114,7 @@ def _default_pod_template(config: SandboxManagerConfig) -> Object:
         "ports": [{"name": "grpc", "containerPort": config.sandbox_port, "protocol": "TCP"}],
         "env": [
             {"name": "SANDBOX_USE_TCP", "value": "true"},
-            {"name": "SANDBOX_TCP_HOST", "value": "0.0.0.0"},
+            {"name": "SANDBOX_TCP_HOST", "value": "0.0.0.0"},  # noqa: S104 - inside its pod
             {"name": "SANDBOX_TCP_PORT", "value": str(config.sandbox_port)},
             {"name": "SCRIPTS_CACHE_DIR", "value": CACHE_DIR},
             *_tls_env(config.tls),
@@ -177,6 +177,11 @@ def lease_lapsed(sandbox: Object, now: float) -> bool:
 
 def labels(sandbox: Object) -> dict[str, str]:
     return (sandbox.get("metadata") or {}).get("labels") or {}
+
+
+def instance(sandbox: Object) -> str | None:
+    """The manager that owns it."""
+    return labels(sandbox).get(LABEL_INSTANCE)
 
 
 def uid(sandbox: Object) -> str | None:

@@ -1,0 +1,96 @@
+# Python 3.11 or newer, git and make are all that is needed: every target makes the virtual
+# environment that it runs in. PYTHON=python3.12 picks the interpreter (else the newest on
+# PATH), VENV=.venv-3.12 another environment.
+
+VENV ?= .venv
+EXTRAS ?= dev server
+PY := $(VENV)/bin/python
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PROTO_PY := .venv-proto/bin/python
+PROTO := src/prodisco_sandbox/proto/sandbox.proto
+# Directories too: they change when a file goes.
+SOURCES := $(shell find src \( -name __pycache__ -o -name .mypy_cache \) -prune -o -print)
+# The test that compares the stubs skips where no Python is old enough to generate them.
+PROTO_VENV := $(if $(or $(wildcard $(PROTO_PY)),$(shell tools/find-python 13 2>/dev/null)),.venv-proto/.tools)
+
+export PYTHON
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test slow unit lowest coverage check format proto clean FORCE
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+venv: $(VENV)/.installed ## set up .venv: the tools, and the package as a built wheel
+
+demo: $(VENV)/.installed ## two sessions, each in a sandbox of its own, on this machine
+	@$(PY) examples/demo.py
+
+test: $(VENV)/.installed $(PROTO_VENV) ## the unit tests, with branch coverage
+	@$(PY) -m coverage erase
+	@$(PY) -m coverage run -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(PY) -m coverage combine --quiet
+	@$(PY) -m coverage report
+
+slow: $(VENV)/.installed $(PROTO_VENV) ## the tests that take long
+	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+unit: $(VENV)/.installed $(PROTO_VENV)
+	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lowest: ## the unit tests with the lowest versions that pyproject.toml allows
+	@$(MAKE) --no-print-directory unit VENV=.venv-lowest BOUNDS=--lowest
+
+coverage: test ## the unit tests, with a coverage report in htmlcov/
+	@$(PY) -m coverage html --quiet
+
+check: $(VENV)/.installed ## ruff, mypy --strict and the direction of imports
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports --no-logo
+
+format: $(VENV)/.installed ## let ruff format and mend what it can
+	@$(PY) -m ruff format
+	@$(PY) -m ruff check --fix
+
+proto: .venv-proto/.tools ## generate the gRPC stubs anew
+	@PATH="$(CURDIR)/.venv-proto/bin:$$PATH" $(PROTO_PY) -m grpc_tools.protoc -Isrc \
+	    --python_out=src --grpc_python_out=src --mypy_out=quiet:src --mypy_grpc_out=quiet:src $(PROTO)
+
+clean: ## remove all that the targets made
+	@rm -rf .venv .venv-* dist htmlcov .coverage .coverage.* .hypothesis .import_linter_cache
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache
+	@find src tests examples tools -name __pycache__ -prune -exec rm -rf {} +
+
+# Stamps are written last: an interrupted step is done again.
+
+$(VENV)/.installed: $(VENV)/.tools $(VENV)/.wheel
+	@$(PY) $(PIP_INSTALL) --no-deps --force-reinstall $(VENV)/dist/*.whl
+	@touch $@
+
+$(VENV)/.wheel: pyproject.toml README.md LICENSE $(SOURCES) | $(VENV)/.tools
+	@rm -f $(VENV)/dist/*.whl
+	@$(PY) -m pip wheel --quiet --no-deps --no-build-isolation -w $(VENV)/dist .
+	@touch $@
+
+# An environment whose Python is gone, or another than PYTHON asks for, is made anew.
+have := $(shell $(PY) -V 2>/dev/null)
+want := $(if $(PYTHON),$(shell $(PYTHON) -V 2>/dev/null),$(have))
+ifneq ($(have),$(or $(want),any))
+$(VENV)/.tools: FORCE
+endif
+
+$(VENV)/.tools: pyproject.toml tools/find-python tools/requirements.py
+	@python=$$(tools/find-python) && if [ "$$($(PY) -V 2>&1)" != "$$($$python -V 2>&1)" ]; then \
+	    echo "Making $(VENV) with $$($$python -V)"; $$python -m venv --clear $(VENV); fi
+	@$(PY) tools/requirements.py $(BOUNDS) $(EXTRAS) >$(VENV)/requirements.txt
+	@$(PY) $(PIP_INSTALL) -r $(VENV)/requirements.txt
+	@touch $@
+
+.venv-proto/.tools: tools/proto-requirements.txt
+	@python=$$(tools/find-python 13) && echo "Making .venv-proto with $$($$python -V)" && \
+	    $$python -m venv --clear .venv-proto
+	@$(PROTO_PY) $(PIP_INSTALL) -r $<
+	@touch $@
