@@ -1,0 +1,164 @@
+"""The end of a session: close its client, delete its Sandbox, and what was left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from . import manifest
+from ._log import get_logger
+from ._sessions import Session, SessionTable
+from .config import SandboxManagerConfig
+from .errors import SandboxError, SandboxUnavailableError
+from .kubernetes import SandboxResources, backoff
+from .manifest import Object
+
+if TYPE_CHECKING:
+    from .client import SandboxClient
+
+log = get_logger("manager")
+
+QUICK_RETRIES = 5
+"""Deletes that are repeated with backoff before the next try is the reaper's tick."""
+AMBIGUOUS_FOR = 60.0
+"""How long a create whose answer was lost may still land."""
+CLIENT_CLOSE_TIMEOUT = 5.0
+CONCURRENT_DELETES = 20
+
+
+class Closing:
+    """Deletes Sandboxes; a deletion is never forgotten while the manager lives."""
+
+    def __init__(
+        self,
+        config: SandboxManagerConfig,
+        resources: SandboxResources,
+        table: SessionTable,
+        *,
+        watching: Callable[[], bool],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._resources = resources
+        self._table = table
+        self._watching = watching
+        self._wall_clock = wall_clock
+        self._deletes = asyncio.Semaphore(CONCURRENT_DELETES)
+        self._again = asyncio.Event()
+        self._last_chance = False
+        self._ambiguous: dict[str, tuple[str, float]] = {}
+        self.abandoned: list[str] = []
+        """Sandboxes that shutdown had to leave because the API server refuses to delete them."""
+
+    def retry_now(self, *, last_chance: bool = False) -> None:
+        """Repeats the deletes that have failed.
+
+        Args:
+            last_chance: From now on, what the API server refuses for good is abandoned.
+        """
+        self._last_chance = self._last_chance or last_chance
+        self._again.set()
+        self._again = asyncio.Event()
+
+    async def close_client(self, client: SandboxClient) -> None:
+        try:
+            async with asyncio.timeout(CLIENT_CLOSE_TIMEOUT):
+                await client.close()
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is logged
+            # The channel's end is no reason to keep the Sandbox.
+            log.warning("client_close_failed", reason=repr(e))
+
+    async def delete(self, session: Session) -> None:
+        """Deletes the session's Sandbox, however often that takes."""
+        attempt = 0
+        while True:
+            again = self._again
+            try:
+                async with self._deletes:
+                    await self._delete_once(session)
+                return
+            except SandboxError as e:
+                attempt += 1
+                self._table.totals.delete_retries += 1
+                log.warning("sandbox_delete_failed", sandbox=session.name, attempt=attempt, reason=str(e))
+                if self._last_chance and not isinstance(e, SandboxUnavailableError):
+                    self.abandoned.append(session.name)
+                    return
+            session.released.set()
+            quick = self._last_chance or attempt <= QUICK_RETRIES
+            try:
+                async with asyncio.timeout(backoff(attempt) if quick else None):
+                    await again.wait()
+            except TimeoutError:
+                continue
+
+    async def _delete_once(self, session: Session) -> None:
+        uid = session.uid
+        if uid is None or (session.claimed and not self._watching()):
+            # Without a watch nobody has said whether another manager has claimed it.
+            found = await self._resources.get(session.name)
+            if found is None and session.ambiguous:
+                until = asyncio.get_running_loop().time() + AMBIGUOUS_FOR
+                self._ambiguous[session.name] = (session.session_hash, until)
+            if found is None or not self._may_delete(found, session.session_hash):
+                return
+            uid = uid or manifest.uid(found)
+        if uid is not None:
+            await self._resources.delete(session.name, uid)
+            log.info("sandbox_deleted", sandbox=session.name, uid=uid)
+
+    def _may_delete(self, sandbox: Object, session_hash: str) -> bool:
+        labels = manifest.labels(sandbox)
+        return (
+            labels.get(manifest.LABEL_SESSION) == session_hash
+            and labels.get(manifest.LABEL_INSTANCE) == self._config.instance_label
+        )
+
+    async def look_again(self) -> None:
+        """Looks for Sandboxes whose create was given up but may have landed since."""
+        now = asyncio.get_running_loop().time()
+        for name, (session_hash, until) in list(self._ambiguous.items()):
+            if until < now or self._table.named(name) is not None:
+                del self._ambiguous[name]
+                continue
+            found = await self._resources.get(name)
+            uid = manifest.uid(found) if found is not None else None
+            if found is not None and uid is not None and self._may_delete(found, session_hash):
+                if self._table.named(name) is not None:
+                    continue
+                await self._resources.delete(name, uid)
+                log.info("sandbox_deleted", sandbox=name, uid=uid, late=True)
+            if found is not None:
+                self._ambiguous.pop(name, None)
+
+    async def clean_up(self, *, all_instances: bool, deadline: float) -> int:
+        """Deletes what previous incarnations left; see `SandboxManager.cleanup_orphaned_sandboxes`."""
+        found, _ = await self._resources.list(manifest.managed_selector(), deadline)
+        orphans = [sandbox for sandbox in found if self._is_orphan(sandbox, all_instances=all_instances)]
+        results = await asyncio.gather(
+            *(self._delete_orphan(sandbox, deadline) for sandbox in orphans), return_exceptions=True
+        )
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            raise errors[0]
+        return sum(result is True for result in results)
+
+    def _is_orphan(self, sandbox: Object, *, all_instances: bool) -> bool:
+        if manifest.is_deleting(sandbox) or self._table.named(manifest.name(sandbox)) is not None:
+            return False
+        return (
+            all_instances
+            or manifest.instance(sandbox) == self._config.instance_label
+            or manifest.lease_lapsed(sandbox, self._wall_clock())
+        )
+
+    async def _delete_orphan(self, sandbox: Object, deadline: float) -> bool:
+        name, uid = manifest.name(sandbox), manifest.uid(sandbox)
+        async with self._deletes:
+            # A session may have been given this name, or have adopted it, since the list.
+            if uid is None or self._table.named(name) is not None:
+                return False
+            await self._resources.delete(name, uid, deadline)
+        log.info("orphan_deleted", sandbox=name, uid=uid, instance=manifest.instance(sandbox))
+        return True

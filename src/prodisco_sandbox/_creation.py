@@ -1,0 +1,315 @@
+"""From a session to a healthy client: create or adopt the Sandbox, wait, connect."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from . import manifest
+from ._leases import Leases
+from ._log import get_logger
+from ._sessions import Session, SessionState, SessionTable
+from ._tasks import OwnedTasks
+from .config import SandboxManagerConfig
+from .errors import SandboxConflictError, SandboxError, SandboxFailedError, SandboxPermissionError
+from .kubernetes import (
+    AlreadyExistsError,
+    NotFoundError,
+    PreconditionError,
+    RetryableError,
+    SandboxResources,
+    UnexpectedError,
+    UnsupportedError,
+    backoff,
+)
+from .manifest import Object
+
+if TYPE_CHECKING:
+    from .client import SandboxClient
+
+log = get_logger("manager")
+
+WATCHED_INTERVAL = 15.0
+"""A creating session that hears nothing from the watch for this long is read with get."""
+HEALTH_SLICE = 1.0
+"""How long health is waited for before the Sandbox itself is looked at again."""
+HEALTH_PAUSE = 0.1
+INCARNATIONS = 100
+"""How many incarnations of a name are tried, and recognised in a Sandbox that is adopted."""
+
+
+class LostError(SandboxError):
+    """The session's Sandbox is no more, or no longer ours: there is nothing to delete."""
+
+
+class TerminalError(SandboxFailedError):
+    """The Sandbox will never be ready (again)."""
+
+
+class Creation:
+    """Creates, adopts and connects. What it finds out it writes into the session."""
+
+    def __init__(
+        self,
+        config: SandboxManagerConfig,
+        resources: SandboxResources,
+        table: SessionTable,
+        leases: Leases,
+        tasks: OwnedTasks,
+        *,
+        make_client: Callable[[Session, str], SandboxClient],
+        discard: Callable[[SandboxClient], None],
+        watching: Callable[[], bool],
+    ) -> None:
+        self._config = config
+        self._resources = resources
+        self._table = table
+        self._leases = leases
+        self._tasks = tasks
+        self._make_client = make_client
+        self._discard = discard
+        self._watching = watching
+
+    async def obtain(self, session: Session, deadline: float) -> None:
+        """Creates the session's Sandbox, or adopts the one that an earlier process left.
+
+        Raises:
+            SandboxConflictError: The name is taken by somebody else's Sandbox.
+            SandboxError: The API server refused, or could not be reached in time.
+        """
+        for _ in range(INCARNATIONS):
+            # A request that has been sent is never cut off: its answer holds the uid that
+            # the Sandbox is deleted by. Whoever closes the session waits for it.
+            session.request = self._tasks.spawn(self._create(session, deadline), f"create:{session.name}")
+            await asyncio.wait({session.request})
+            try:
+                session.request.result()
+            except AlreadyExistsError as e:
+                if not await self._resolve_conflict(session, e, deadline):
+                    continue
+            return
+        raise SandboxConflictError(f"no free name for the sandbox after {INCARNATIONS} tries: {session.name}")
+
+    async def _create(self, session: Session, deadline: float) -> None:
+        lease = await self._leases.birth(deadline)
+        version = await self._resources.api_version(deadline)
+        body = manifest.sandbox_body(self._config, version, session.name, session.session_hash, lease)
+        created: Object | None = None
+        for attempt in itertools.count():
+            if session.state is not SessionState.CREATING:
+                return
+            session.leftover = True
+            try:
+                created = await self._resources.create(body)
+                break
+            except RetryableError as e:
+                if e.ambiguous:
+                    session.ambiguous = True
+                    created = await self._landed(session, deadline)
+                    if created is not None:
+                        break
+                await self._pause(e, attempt, deadline)
+            except UnexpectedError:
+                session.ambiguous = True
+                raise
+            except SandboxError:
+                # A clear refusal: nothing is there, unless an earlier try was ambiguous.
+                session.leftover = session.ambiguous
+                raise
+        if created is None:  # A plain fake that answers nothing.
+            created = await self._resources.get(session.name, deadline)
+        if created is not None:
+            self._found(session, created)
+        if lease is not None:
+            self._leases.add(session)
+        self._table.totals.created += 1
+        self._table.totals.recreated += session.recreated
+        log.info("sandbox_created", sandbox=session.name, uid=session.uid, incarnation=session.incarnation)
+
+    async def _landed(self, session: Session, deadline: float) -> Object | None:
+        """After a create whose answer was lost: the Sandbox, if it is there and is ours."""
+        found = await self._resources.get(session.name, deadline)
+        if found is None or manifest.is_deleting(found) or not self._is_ours(session, found):
+            return None
+        return found
+
+    def _is_ours(self, session: Session, sandbox: Object) -> bool:
+        labels = manifest.labels(sandbox)
+        return (
+            labels.get(manifest.LABEL_SESSION) == session.session_hash
+            and labels.get(manifest.LABEL_INSTANCE) == self._config.instance_label
+        )
+
+    async def _pause(self, error: RetryableError, attempt: int, deadline: float) -> None:
+        pause = backoff(attempt) if error.retry_after is None else error.retry_after
+        if asyncio.get_running_loop().time() + pause >= deadline:
+            raise error
+        log.info(
+            "request_retried", verb="create", attempt=attempt + 1, pause=round(pause, 3), reason=str(error)
+        )
+        await asyncio.sleep(pause)
+
+    def _found(self, session: Session, sandbox: Object) -> None:
+        """Notes the uid; what the watch said meanwhile of this very object is newer."""
+        session.uid = manifest.uid(sandbox)
+        session.known_at = asyncio.get_running_loop().time()
+        if session.observed is None or manifest.uid(session.observed) != session.uid:
+            session.observed = sandbox
+        # Without a watch nobody else will say when it is ready: read it at once.
+        session.observed_at = session.known_at if self._watching() else -math.inf
+
+    async def _resolve_conflict(self, session: Session, error: AlreadyExistsError, deadline: float) -> bool:
+        """The name is taken: adopts the session's own Sandbox, or moves to another name.
+
+        Returns:
+            Whether a Sandbox was adopted; otherwise create again.
+        """
+        selector = manifest.managed_selector(session=session.session_hash)
+        found, _ = await self._resources.list(selector, deadline)
+        alive = [sandbox for sandbox in found if not manifest.is_deleting(sandbox)]
+        for sandbox in alive:
+            if manifest.readiness(sandbox, self._config).state == "terminal":
+                uid = manifest.uid(sandbox)
+                if uid is not None:
+                    await self._resources.delete(manifest.name(sandbox), uid, deadline)
+                self._next_name(session)
+                return False
+        if alive:
+            newest = max(alive, key=lambda s: str((s.get("metadata") or {}).get("creationTimestamp") or ""))
+            return await self._adopt(session, newest, deadline)
+        taken = await self._resources.get(session.name, deadline)
+        if taken is None:
+            return False
+        if not manifest.is_deleting(taken):
+            raise SandboxConflictError(
+                f"the name {session.name} is taken by a Sandbox that is not this session's:"
+                " delete it, or use another namespace",
+                status=409,
+            ) from error.__cause__
+        self._next_name(session)
+        return False
+
+    def _next_name(self, session: Session) -> None:
+        incarnation = session.incarnation + 1
+        self._table.rename(session, manifest.sandbox_name(session.session_id, incarnation), incarnation)
+
+    async def _adopt(self, session: Session, sandbox: Object, deadline: float) -> bool:
+        """Claims a Sandbox by its instance label, so that our watch sees it.
+
+        The last claimer wins; the loser's watch reports it gone, and it is not deleted.
+        """
+        name, metadata = manifest.name(sandbox), sandbox["metadata"]
+        names = (manifest.sandbox_name(session.session_id, i) for i in range(INCARNATIONS))
+        incarnation = next((i for i, known in enumerate(names) if known == name), session.incarnation)
+        self._table.rename(session, name, incarnation)
+        session.uid, session.leftover = manifest.uid(sandbox), True
+        session.observed = None
+        lease = await self._leases.birth(deadline)
+        patch: Object = {
+            "metadata": {
+                "uid": session.uid,
+                "resourceVersion": metadata.get("resourceVersion"),
+                "labels": {manifest.LABEL_INSTANCE: self._config.instance_label},
+            }
+        }
+        if lease is not None:
+            patch["spec"] = manifest.lease_spec(lease)
+        try:
+            sandbox = await self._resources.patch(name, patch, deadline) or sandbox
+        except (PreconditionError, NotFoundError):
+            session.uid, session.leftover = None, session.ambiguous
+            return False
+        except (SandboxPermissionError, UnsupportedError) as e:
+            log.warning("sandbox_not_claimed", sandbox=name, reason=str(e))
+            lease = None
+            session.claimed = manifest.instance(sandbox) == self._config.instance_label
+        self._found(session, sandbox)
+        if lease is not None:
+            self._leases.add(session)
+        log.info("sandbox_adopted", sandbox=name, uid=session.uid, incarnation=incarnation)
+        return True
+
+    # Its client
+
+    async def connect(self, session: Session, deadline: float) -> None:
+        """Waits until the Sandbox is ready and its server healthy; makes the client.
+
+        A client that the session has is kept as long as it leads to the same pod.
+
+        Raises:
+            SandboxFailedError: A terminal condition, or it is being deleted.
+            LostError: It is gone.
+            SandboxError: The API server could not be reached in time.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            reading = manifest.readiness(session.observed or {}, self._config)
+            if reading.state == "terminal":
+                raise TerminalError(f"sandbox {session.name} will never be ready: {reading.text}")
+            if reading.target is None:
+                await self._hear(session, deadline)
+                continue
+            client = self._client(session, reading.target)
+            if await client.wait_for_healthy(max(0.0, min(HEALTH_SLICE, deadline - loop.time()))):
+                after = manifest.readiness(session.observed or {}, self._config)
+                if after.target is not None and self._client(session, after.target) is client:
+                    return
+                continue
+            await asyncio.sleep(HEALTH_PAUSE)
+            # Why is it not healthy? The Sandbox may say.
+            if loop.time() - session.observed_at >= self._interval():
+                await self.refresh(session, deadline)
+
+    def _client(self, session: Session, target: str) -> SandboxClient:
+        """The session's client for this target; another pod is another machine."""
+        ips = manifest.pod_ips(session.observed or {})
+        moved = bool(ips and session.pod_ips and ips != session.pod_ips)
+        if session.client is not None and (moved or session.target != target):
+            self._discard(session.client)
+            session.client = None
+            if moved:
+                session.incarnation += 1
+                self._table.totals.recreated += 1
+                log.warning("sandbox_pod_replaced", sandbox=session.name, incarnation=session.incarnation)
+        session.pod_ips = ips or session.pod_ips
+        if session.client is None:
+            session.target = target
+            session.client = self._make_client(session, target)
+        return session.client
+
+    def _interval(self) -> float:
+        return WATCHED_INTERVAL if self._watching() else self._config.ready_poll_interval
+
+    async def _hear(self, session: Session, deadline: float) -> None:
+        """Waits until there is news of the Sandbox, or reads it after a while."""
+        session.news.clear()
+        loop = asyncio.get_running_loop()
+        remaining = session.observed_at + self._interval() - loop.time()
+        try:
+            async with asyncio.timeout(max(0.0, remaining)):
+                await session.news.wait()
+        except TimeoutError:
+            await self.refresh(session, deadline)
+
+    async def refresh(self, session: Session, deadline: float) -> None:
+        """Reads the Sandbox.
+
+        Raises:
+            LostError: It is gone, another, being deleted, or claimed by another manager.
+        """
+        found = await self._resources.get(session.name, deadline)
+        if found is None:
+            raise LostError(f"sandbox {session.name} has been deleted")
+        if session.uid is None:
+            session.uid = manifest.uid(found)
+        elif manifest.uid(found) != session.uid:
+            raise LostError(f"sandbox {session.name} has been deleted and made again by somebody else")
+        if manifest.is_deleting(found):
+            raise LostError(f"sandbox {session.name} is being deleted by somebody else")
+        if session.claimed and manifest.instance(found) not in (None, self._config.instance_label):
+            raise LostError(f"sandbox {session.name} has been claimed by another manager")
+        session.observed = found
+        session.observed_at = asyncio.get_running_loop().time()

@@ -1,0 +1,451 @@
+"""Multi mode: owns every task, and carries out what the session table decides."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from . import manifest
+from ._closing import Closing
+from ._creation import Creation, LostError, TerminalError
+from ._leases import Leases
+from ._log import get_logger
+from ._sessions import Session, SessionState, SessionTable
+from ._tasks import OwnedTasks
+from ._watch import SandboxWatch
+from .client import SandboxClient, SandboxRef
+from .config import SandboxManagerConfig
+from .errors import (
+    SandboxError,
+    SandboxFailedError,
+    SandboxManagerClosedError,
+    SandboxTimeoutError,
+)
+from .kubernetes import SandboxResources
+from .manifest import Object
+
+log = get_logger("manager")
+
+ROUNDS = 3
+"""How often a caller asks again when the sandbox dies before it gets the client."""
+CHECK_READ_TIMEOUT = 10.0
+"""How long the API server is asked about a Sandbox whose client failed."""
+REMEMBERED = 1024
+"""How many ended sessions are remembered, to tell a re-creation from a first creation."""
+
+
+class Engine:
+    """Sessions on Sandboxes, for one manager in multi mode.
+
+    The rule of this class: state changes are synchronous calls into the table; all I/O
+    runs in tasks of the engine's, which a caller's cancellation never reaches. Callers
+    only wait for events. Each session has at most one creation, one check and one
+    closer; the closer is the only one to close a client or delete a Sandbox.
+    """
+
+    def __init__(
+        self,
+        config: SandboxManagerConfig,
+        api: Any | None,
+        client_factory: Callable[[str], SandboxClient],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self.table = SessionTable(config.max_sessions)
+        self._config = config
+        self._client_factory = client_factory
+        self._tasks = OwnedTasks()
+        self._resources = SandboxResources(config, api)
+        selector = manifest.managed_selector(instance=config.instance_label)
+        self._watch = SandboxWatch(self._resources, selector, self)
+        self._watch_task: asyncio.Task[None] | None = None
+        self._sweep_task: asyncio.Task[None] | None = None
+        self._leases = Leases(self._resources, config.lease_duration, wall_clock, self._lost_unseen)
+        self._closing = Closing(
+            config, self._resources, self.table, watching=self._watching, wall_clock=wall_clock
+        )
+        self._creation = Creation(
+            config,
+            self._resources,
+            self.table,
+            self._leases,
+            self._tasks,
+            make_client=self._make_client,
+            discard=self._discard,
+            watching=self._watching,
+        )
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._closed = False
+
+    def start(self) -> None:
+        self._now = asyncio.get_running_loop().time
+        self._tasks.supervise(self._reap, "sandbox-reaper")
+        self._tasks.supervise(self._leases.run, "sandbox-leases")
+
+    # What callers wait for
+
+    async def acquire(self, session_id: str, *, hold: bool = False) -> Session:
+        """Waits for the session's sandbox; makes one if there is none.
+
+        Args:
+            session_id: Any non-empty text.
+            hold: Count the session as busy, until the caller takes one from `holds`.
+        """
+        for _ in range(ROUNDS):
+            session = self._wanted(session_id)
+            if not session.usable:
+                await self._wait(session)
+            if session.usable:
+                session.last_used = self._now()
+                session.holds += hold
+                return session
+            if session.error is not None:
+                raise session.error.twin()
+        raise SandboxFailedError(f"the session's sandbox died {ROUNDS} times before it could be used")
+
+    async def close(self, session_id: str) -> None:
+        """Ends a session; returns once it is gone or its deletion is left to the background."""
+        session = self.table.current.get(session_id)
+        if session is not None:
+            self._end(session, "closed", SandboxError("the session was closed while it was waited for"))
+        closing = self.table.closing.get(session_id)
+        if closing is not None:
+            await closing.released.wait()
+
+    async def clean_up(self, *, all_instances: bool) -> int:
+        deadline = self._now() + self._config.ready_timeout
+        run = self._closing.clean_up(all_instances=all_instances, deadline=deadline)
+        task = self._tasks.spawn(run, "sandbox-orphan-cleanup")
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if task.cancelled():
+            raise SandboxManagerClosedError("the manager was shut down during the clean-up")
+        return task.result()
+
+    def _wanted(self, session_id: str) -> Session:
+        if self._closed:
+            raise SandboxManagerClosedError("the manager has been shut down")
+        session = self.table.current.get(session_id)
+        if session is None:
+            return self._admit(session_id)
+        if session.state is SessionState.READY and not session.usable and session.check is None:
+            self._start_check(session)
+        return session
+
+    async def _wait(self, session: Session) -> None:
+        session.waiters += 1
+        try:
+            await session.settled.wait()
+        finally:
+            session.waiters -= 1
+            session.last_used = self._now()
+            if session.state is SessionState.QUEUED and not session.waiters:
+                self._end(session, "withdrawn", None)
+
+    # Creation
+
+    def _admit(self, session_id: str) -> Session:
+        session_hash = manifest.session_hash(session_id)
+        session = Session(
+            session_id=session_id,
+            session_hash=session_hash,
+            name=manifest.sandbox_name(session_id),
+            since=self._now(),
+            recreated=session_hash in self._ended,
+        )
+        if self.table.admit(session, may_queue=self._config.capacity_timeout > 0):
+            self._begin(session)
+        else:
+            patience = self._config.capacity_timeout
+            if session.after is not None:
+                patience = max(patience, self._config.ready_timeout)
+            loop = asyncio.get_running_loop()
+            session.timer = loop.call_later(patience, self._queued_too_long, session)
+        return session
+
+    def _queued_too_long(self, session: Session) -> None:
+        error: SandboxError = self.table.full()
+        if session.after is not None and session.after.state is not SessionState.GONE:
+            error = SandboxTimeoutError(
+                f"the session's previous sandbox {session.after.name} could not be deleted in time"
+            )
+        self._end(session, "queued", error)
+
+    def _begin(self, session: Session) -> None:
+        if session.timer is not None:
+            session.timer.cancel()
+        self._ended.pop(session.session_hash, None)
+        if self._watch_task is None:
+            self._watch_task = self._tasks.supervise(self._watch.run, "sandbox-watch")
+        session.creation = self._tasks.spawn(self._create(session), f"sandbox:{session.name}")
+
+    async def _create(self, session: Session) -> None:
+        session.since = self._now()
+        deadline = session.since + self._config.ready_timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._creation.obtain(session, deadline)
+                await self._creation.connect(session, deadline)
+        except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
+            self._fail(session, self._failure(session, e))
+        else:
+            self._ready(session)
+            took = round(self._now() - session.since, 3)
+            log.info("sandbox_ready", sandbox=session.name, target=session.target, duration=took)
+
+    def _fail(self, session: Session, error: SandboxError) -> None:
+        self.table.totals.failed += 1
+        took = round(self._now() - session.since, 3)
+        log.warning("sandbox_failed", sandbox=session.name, reason=str(error), duration=took)
+        self._end(session, "failed", error)
+
+    def _failure(self, session: Session, e: Exception) -> SandboxError:
+        """What those who wait for the session get to see of a failure."""
+        error: SandboxError
+        if isinstance(e, LostError):
+            session.leftover = False
+            error = SandboxFailedError(str(e))
+        elif isinstance(e, SandboxError):
+            return e
+        elif isinstance(e, TimeoutError):
+            state = "its creation has not been answered"
+            if session.observed is not None:
+                reading = manifest.readiness(session.observed, self._config)
+                state = reading.text if reading.target is None else "ready, but its server is not healthy"
+            limit = self._config.ready_timeout
+            error = SandboxTimeoutError(
+                f"sandbox {session.name} was not ready within ready_timeout ({limit:g} s); last seen: {state}"
+            )
+        else:
+            error = SandboxError(f"sandbox {session.name} failed: {type(e).__name__}: {e}")
+        error.__cause__ = e
+        return error
+
+    def _ready(self, session: Session) -> None:
+        session.check = None
+        session.client.sandbox = SandboxRef(session.name, session.uid or "", session.incarnation)
+        session.last_used = self._now()
+        session.observed = None  # A whole Sandbox, pod template and all, for each session.
+        self.table.ready(session)
+
+    def _make_client(self, session: Session, target: str) -> SandboxClient:
+        client = self._client_factory(target)
+
+        def suspect() -> None:
+            if session.client is client and session.state is SessionState.READY and session.usable:
+                log.info("sandbox_suspect", sandbox=session.name, reason="a call failed")
+                self.table.doubt(session)
+
+        client.on_suspect = suspect
+        return client
+
+    def _discard(self, client: SandboxClient) -> None:
+        self._tasks.spawn(self._closing.close_client(client), "sandbox-client-close")
+
+    # Doubt and death
+
+    def _start_check(self, session: Session) -> None:
+        session.settled = asyncio.Event()
+        session.error = None
+        session.check = self._tasks.spawn(self._check(session), f"sandbox-check:{session.name}")
+
+    async def _check(self, session: Session) -> None:
+        """Finds out whether a doubted sandbox lives: the Sandbox first, then its server's health."""
+        deadline = self._now() + self._config.ready_timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._creation.refresh(session, min(deadline, self._now() + CHECK_READ_TIMEOUT))
+                await self._creation.connect(session, deadline)
+        except (LostError, TerminalError) as e:
+            session.leftover = session.leftover and isinstance(e, TerminalError)
+            self._lose(session, str(e))
+        except TimeoutError as e:
+            self._lose(session, "its server does not answer", self._failure(session, e))
+        except Exception as e:  # noqa: BLE001
+            # The cluster cannot be asked: what it holds may be well, so it is kept.
+            session.error = self._failure(session, e)
+            session.check = None
+            log.warning("sandbox_check_failed", sandbox=session.name, reason=str(session.error))
+            session.settled.set()
+        else:
+            self._ready(session)
+
+    def _lose(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
+        self.table.totals.lost += 1
+        log.warning("sandbox_lost", sandbox=session.name, reason=reason)
+        self._end(session, "lost", error)
+
+    def _lost_unseen(self, session: Session) -> None:
+        """A lease could not be renewed because the Sandbox is gone or not ours."""
+        if session.state is SessionState.READY:
+            self.table.doubt(session)
+            if session.check is None:
+                self._start_check(session)
+
+    # The end
+
+    def _end(self, session: Session, reason: str, error: SandboxError | None) -> None:
+        if session.timer is not None:
+            session.timer.cancel()
+        if not self.table.close(session, error):
+            return
+        if reason in ("lost", "reaped"):
+            self._ended[session.session_hash] = None
+            if len(self._ended) > REMEMBERED:
+                self._ended.popitem(last=False)
+        self._leases.drop(session)
+        for task in (session.creation, session.check):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+        session.closer = self._tasks.spawn(self._close(session, reason), f"sandbox-close:{session.name}")
+        # Not at the end of the closer itself: a task that is cancelled early never runs.
+        session.closer.add_done_callback(lambda _: self._released(session))
+
+    def _released(self, session: Session) -> None:
+        for started in self.table.release(session):
+            self._begin(started)
+
+    async def _close(self, session: Session, reason: str) -> None:
+        begun = self._now()
+        working = (session.creation, session.check, session.request)
+        if pending := {task for task in working if task is not None and not task.done()}:
+            await asyncio.wait(pending)
+        if session.client is not None:
+            await self._closing.close_client(session.client)
+        if session.leftover:
+            await self._closing.delete(session)
+        took = round(self._now() - begun, 3)
+        log.info("sandbox_closed", sandbox=session.name, reason=reason, duration=took)
+
+    # The watch tells
+
+    def _watching(self) -> bool:
+        return self._watch.active
+
+    def synced(self, sandboxes: list[Object], since: float) -> None:
+        listed = set()
+        for sandbox in sandboxes:
+            listed.add(manifest.uid(sandbox))
+            self.changed(sandbox)
+        for session in list(self.table.current.values()):
+            if (
+                session.uid is None
+                or session.uid in listed
+                or not session.claimed
+                or session.known_at >= since
+            ):
+                continue
+            if session.state is SessionState.CREATING:
+                self._read_now(session)
+            else:
+                self._lost_unseen(session)
+
+    def changed(self, sandbox: Object) -> None:
+        session = self._session_of(sandbox)
+        if session is None:
+            return
+        if session.state is SessionState.CREATING or session.check is not None:
+            session.observed = sandbox
+            session.observed_at = self._now()
+            session.news.set()
+            return
+        reading = manifest.readiness(sandbox, self._config)
+        if reading.state == "terminal":
+            session.leftover = session.leftover and not manifest.is_deleting(sandbox)
+            self._lose(session, reading.text)
+        elif session.usable:
+            ips = manifest.pod_ips(sandbox)
+            if reading.state == "waiting" or (ips and session.pod_ips and ips != session.pod_ips):
+                log.info("sandbox_suspect", sandbox=session.name, reason=reading.text)
+                self.table.doubt(session)
+
+    def deleted(self, sandbox: Object) -> None:
+        session = self._session_of(sandbox)
+        if session is None:
+            return
+        if session.uid is None:
+            # Whether this is the object that we are making only the create's answer tells.
+            sandbox["metadata"].setdefault("deletionTimestamp", "unknown")
+            session.observed = sandbox
+            session.news.set()
+            return
+        session.leftover = False
+        text = f"sandbox {session.name} was deleted, or claimed by another manager"
+        if session.state is SessionState.CREATING:
+            self._fail(session, SandboxFailedError(text))
+        else:
+            self._lose(session, text)
+
+    def down(self) -> None:
+        for session in self.table.current.values():
+            if session.state is SessionState.CREATING:
+                self._read_now(session)
+
+    def _read_now(self, session: Session) -> None:
+        session.observed_at = -math.inf
+        session.news.set()
+
+    def _session_of(self, sandbox: Object) -> Session | None:
+        """The current session that a Sandbox belongs to; not one of the same name's past."""
+        session = self.table.named(manifest.name(sandbox))
+        if session is None or session.state not in (SessionState.CREATING, SessionState.READY):
+            return None
+        if session.uid is not None:
+            return session if session.uid == manifest.uid(sandbox) else None
+        ours = manifest.labels(sandbox).get(manifest.LABEL_SESSION) == session.session_hash
+        return session if ours else None
+
+    # The reaper
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.idle_check_interval)
+            self._tick()
+
+    def _tick(self) -> None:
+        now = self._now()
+        for session in self.table.idle(now, self._config.session_idle_timeout):
+            self.table.totals.reaped += 1
+            idle = round(now - (session.idle_since() or now), 3)
+            log.info("sandbox_reaped", sandbox=session.name, idle=idle)
+            self._end(session, "reaped", None)
+        self._closing.retry_now()
+        if self._sweep_task is None or self._sweep_task.done():
+            self._sweep_task = self._tasks.spawn(self._sweep(), "sandbox-sweep")
+        if not self.table and self._watch_task is not None and self._watch.active:
+            self._watch_task.cancel()
+            self._watch_task = None
+
+    async def _sweep(self) -> None:
+        """What needs the API server at each tick, where the watch does not do it."""
+        try:
+            await self._closing.look_again()
+            if self.table.current and not self._watching():
+                since = self._now()
+                selector = manifest.managed_selector(instance=self._config.instance_label)
+                self.synced((await self._resources.list(selector))[0], since)
+        except SandboxError as e:
+            log.info("sandbox_sweep_failed", reason=str(e))
+
+    # Shutdown
+
+    async def shutdown(self) -> None:
+        """Ends everything; bounded by shutdown_timeout."""
+        self._closed = True
+        deadline = self._now() + self._config.shutdown_timeout
+        for session in list(self.table.current.values()):
+            self._end(session, "shutdown", SandboxManagerClosedError("the manager has been shut down"))
+        self._closing.retry_now(last_chance=True)
+        closers = {s.closer for s in self.table.closing.values() if s.closer is not None}
+        if closers:
+            await asyncio.wait(closers, timeout=max(0.0, deadline - self._now()))
+        left = [s.name for s in self.table.closing.values()] + self._closing.abandoned
+        stuck = await self._tasks.end()
+        await self._resources.aclose()
+        if left or stuck:
+            log.error("shutdown_incomplete", sandboxes=sorted(left), tasks=sorted(stuck))

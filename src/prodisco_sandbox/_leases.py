@@ -1,0 +1,133 @@
+"""Leases: the cluster itself removes the Sandboxes of a manager that was killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable
+
+from . import manifest
+from ._log import get_logger
+from ._sessions import Session, SessionState
+from .errors import SandboxError, SandboxPermissionError
+from .kubernetes import NotFoundError, PreconditionError, SandboxResources, SingleFlight, UnsupportedError
+
+log = get_logger("leases")
+
+PROBE = "sandbox-lease-probe"
+"""Name of a Sandbox that does not exist; patching it tells whether one may patch."""
+CONCURRENT_RENEWALS = 10
+RETRY_FIRST, RETRY_MOST = 1.0, 30.0
+REFUSAL_HOLDS = 300.0
+"""How long a refused probe counts; an API server that starts refuses everything."""
+
+
+class Leases:
+    """Keeps ``spec.shutdownTime`` of a manager's Sandboxes ahead, by merge patch.
+
+    Either every Sandbox has its lease from birth or none has: before the first creation
+    a probe asks whether patching is allowed, since a lease that cannot be renewed would
+    end a sandbox in use. Times are the wall clock's, which `wall_clock` tells.
+    """
+
+    def __init__(
+        self,
+        resources: SandboxResources,
+        duration: float | None,
+        wall_clock: Callable[[], float],
+        on_lost: Callable[[Session], None],
+    ) -> None:
+        self._resources = resources
+        self._enabled = duration is not None
+        self._duration = duration or 0.0
+        self._wall_clock = wall_clock
+        self._on_lost = on_lost
+        self._probe = SingleFlight("lease-probe", self._may_patch)
+        self._refused_at: float | None = None
+        self._due: dict[Session, float] = {}
+        self._failures: dict[Session, int] = {}
+        self._added = asyncio.Event()
+        self._wakes_at = 0.0
+
+    def _next(self) -> str:
+        return manifest.lease_time(self._wall_clock(), self._duration)
+
+    async def birth(self, deadline: float) -> str | None:
+        """The shutdownTime of a Sandbox that is about to be made; None: without a lease.
+
+        Raises:
+            SandboxError: The probe got no answer. Nothing was created.
+        """
+        now = asyncio.get_running_loop().time()
+        refused = self._refused_at is not None and now - self._refused_at < REFUSAL_HOLDS
+        if not self._enabled or refused:
+            return None
+        if not await self._resources.retry("patch", self._probe, deadline):
+            self._probe.forget()
+            return None
+        return self._next()
+
+    async def _may_patch(self) -> bool:
+        try:
+            await self._resources.patch(PROBE, {"metadata": {"annotations": None}})
+        except (NotFoundError, PreconditionError):
+            return True
+        except (SandboxPermissionError, UnsupportedError) as e:
+            if self._refused_at is None:
+                log.warning("leases_off", reason=str(e))
+            self._refused_at = asyncio.get_running_loop().time()
+            return False
+        return True
+
+    def add(self, session: Session) -> None:
+        """Renews the session's lease from now on, at half time."""
+        due = self._due[session] = asyncio.get_running_loop().time() + self._duration / 2
+        if due < self._wakes_at:
+            self._added.set()
+
+    def drop(self, session: Session) -> None:
+        self._due.pop(session, None)
+        self._failures.pop(session, None)
+
+    async def run(self) -> None:
+        """Renews what is due, until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._added.clear()
+            now = loop.time()
+            due = [session for session, at in self._due.items() if at <= now]
+            for start in range(0, len(due), CONCURRENT_RENEWALS):
+                batch = due[start : start + CONCURRENT_RENEWALS]
+                await asyncio.gather(*(self._renew(session) for session in batch))
+            if due:
+                continue
+            self._wakes_at = min(self._due.values(), default=math.inf)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._wakes_at if self._due else None):
+                    await self._added.wait()
+
+    async def _renew(self, session: Session) -> None:
+        if session not in self._due:
+            return
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        body = {"metadata": {"uid": session.uid}, "spec": manifest.lease_spec(self._next())}
+        try:
+            await self._resources.patch(session.name, body)
+        except (NotFoundError, PreconditionError):
+            self.drop(session)
+            self._on_lost(session)
+            return
+        except SandboxError as e:
+            attempt = self._failures[session] = self._failures.get(session, 0) + 1
+            pause = min(RETRY_MOST, self._duration / 8, RETRY_FIRST * 2.0 ** min(attempt - 1, 10))
+            log.warning("lease_renewal_failed", sandbox=session.name, attempt=attempt, reason=str(e))
+            due = begun + pause
+        else:
+            self._failures.pop(session, None)
+            due = begun + self._duration / 2
+        if session in self._due and session.state in (SessionState.CREATING, SessionState.READY):
+            self._due[session] = due
+        else:
+            self.drop(session)

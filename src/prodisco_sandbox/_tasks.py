@@ -1,0 +1,64 @@
+"""Tasks with an owner: named, kept, and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from ._log import get_logger
+
+log = get_logger("manager")
+
+RESTART_PAUSE = 1.0
+END_TIMEOUT = 1.0
+
+T = TypeVar("T")
+
+
+class OwnedTasks:
+    """The tasks of one owner.
+
+    The loop itself holds only weak references, so the tasks are kept here until they
+    end. Whoever waits for a task deals with its failure.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("task_ended", task=task.get_name(), reason=repr(error))
+
+    def supervise(self, run: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[None]:
+        """Runs something for ever: a failure is logged, and it is started again."""
+
+        async def forever() -> None:
+            while True:
+                try:
+                    return await run()
+                except Exception:
+                    log.exception("task_failed", task=name)
+                    await asyncio.sleep(RESTART_PAUSE)
+
+        return self.spawn(forever(), name)
+
+    async def end(self) -> list[str]:
+        """Cancels all tasks but the caller's, and waits a moment for their end.
+
+        Returns:
+            The names of tasks that would not end.
+        """
+        pending = self._tasks - {asyncio.current_task()}
+        for task in pending:
+            task.cancel()
+        if pending:
+            _, pending = await asyncio.wait(pending, timeout=END_TIMEOUT)
+        return [task.get_name() for task in pending]

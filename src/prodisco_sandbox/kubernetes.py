@@ -1,0 +1,510 @@
+"""Sandboxes on a Kubernetes API: requests, retries, and what the answers mean.
+
+The one seam to the cluster is a kubernetes_asyncio ``CustomObjectsApi`` (or anything
+with its methods). Only this module knows ``ApiException``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import aiohttp
+from kubernetes_asyncio.client.exceptions import ApiException
+
+from . import manifest
+from ._kube_config import open_custom_objects_api
+from ._log import get_logger
+from .config import SandboxManagerConfig
+from .errors import (
+    SandboxCapacityError,
+    SandboxConflictError,
+    SandboxError,
+    SandboxFailedError,
+    SandboxPermissionError,
+    SandboxUnavailableError,
+)
+from .manifest import GROUP, PLURAL, Object
+
+log = get_logger("kubernetes")
+
+REQUEST_TIMEOUT = 10.0
+"""Bound on one request: kubernetes_asyncio itself has none."""
+WATCH_TIMEOUT = 120
+"""Seconds after which the server ends a watch."""
+WATCH_GRACE = 10.0
+"""A watch that says nothing for this long past its timeout is cut."""
+PAGE = 500
+CONCURRENT_REQUESTS = 50
+"""Half of the client's connection pool, which an open watch shares."""
+STARTING_SERVER = 10.0
+"""An API server that starts answers 403 to everybody for a while."""
+
+MERGE_PATCH = "application/merge-patch+json"
+"""Given a dict, kubernetes_asyncio would send a json-patch, which is a list."""
+
+T = TypeVar("T")
+
+
+class RetryableError(SandboxUnavailableError):
+    """A fault that may pass: 429, 5xx, a broken connection, no answer.
+
+    Attributes:
+        ambiguous: The request may have been carried out all the same.
+        retry_after: The pause that the server asked for, in seconds.
+    """
+
+    ambiguous = True
+    retry_after: float | None = None
+
+
+class NotFoundError(SandboxError):
+    """The object does not exist."""
+
+
+class AlreadyExistsError(SandboxConflictError):
+    """An object of this name exists."""
+
+
+class PreconditionError(SandboxConflictError):
+    """The object is not the one that was meant: another uid or resourceVersion."""
+
+
+class ExpiredError(SandboxUnavailableError):
+    """The resourceVersion or the continue token is too old (410)."""
+
+
+class UnsupportedError(SandboxError):
+    """The API, or the object that stands for it, cannot do this."""
+
+
+class UnexpectedError(SandboxError):
+    """The API object raised what no Kubernetes client raises; the request may have been sent."""
+
+
+class _VersionGoneError(SandboxUnavailableError):
+    """The API server knows no such path: the API version is not served (any more)."""
+
+
+class SingleFlight(Generic[T]):
+    """Shares one run of a coroutine function among all who call at the same time.
+
+    A caller's cancellation does not reach the run. A success is kept, a failure is not.
+    """
+
+    def __init__(self, name: str, run: Callable[[], Awaitable[T]]) -> None:
+        self._name = name
+        self._run = run
+        self._task: asyncio.Task[T] | None = None
+
+    async def __call__(self) -> T:
+        task = self._task
+        if task is None:
+            task = self._task = asyncio.create_task(self._call(), name=self._name)
+        if not task.done():
+            await asyncio.wait({task})
+        if task.cancelled():
+            raise SandboxUnavailableError(f"{self._name} was cut off: the connection was closed")
+        error = task.exception()
+        if error is None:
+            return task.result()
+        if self._task is task:
+            self._task = None
+        raise error.twin() if isinstance(error, SandboxError) else error
+
+    async def _call(self) -> T:
+        return await self._run()
+
+    def forget(self) -> None:
+        """Drops a success, so that the next call runs again."""
+        if self._task is not None and self._task.done():
+            self._task = None
+
+    async def aclose(self) -> T | None:
+        """Ends a run under way.
+
+        Returns:
+            What an earlier run gave.
+        """
+        task, self._task = self._task, None
+        if task is None:
+            return None
+        task.cancel()
+        await asyncio.wait({task})
+        return None if task.cancelled() or task.exception() is not None else task.result()
+
+
+class SandboxResources:
+    """Sandboxes in one namespace.
+
+    Every request is bounded. With a `deadline` (on the loop's clock) a request is
+    retried until then on 429 (honouring Retry-After), 500, 502, 503, 504 and broken
+    connections, with exponential backoff and jitter; without one it is tried once.
+    """
+
+    def __init__(self, config: SandboxManagerConfig, api: Any | None = None) -> None:
+        self._config = config
+        self._given = api
+        self._open = SingleFlight("kubernetes-config", open_custom_objects_api)
+        self._discover = SingleFlight("kubernetes-discovery", self._discover_version)
+        self._version_was_served = False
+        self._refused_since: dict[str, float] = {}
+        self._worked: set[str] = set()
+        self._requests = asyncio.Semaphore(CONCURRENT_REQUESTS)
+        self._accepts: dict[str, frozenset[str] | None] = {}
+
+    async def aclose(self) -> None:
+        """Closes the connection that was opened here; one that was passed in stays open."""
+        await self._discover.aclose()
+        opened = await self._open.aclose()
+        if opened is not None:
+            await opened.api_client.close()
+
+    async def api_version(self, deadline: float | None = None) -> str:
+        """The API version in use: as configured, else the newest that is served.
+
+        Only a positive answer is kept: a server that is starting says 404 to everything.
+
+        Raises:
+            SandboxUnavailableError: The cluster cannot be reached, or serves neither
+                version (the message says what to install).
+        """
+        if self._config.api_version != "auto":
+            return self._config.api_version
+        return await self.retry("discover", self._discover, deadline)
+
+    async def _discover_version(self) -> str:
+        api = await self._api()
+        if not _can_discover(api):
+            return "v1alpha1"
+        for version in manifest.API_VERSIONS:
+            try:
+                served = await self._once("discover", api.get_api_resources, (GROUP, version), {})
+            except (_VersionGoneError, NotFoundError):
+                continue
+            except (SandboxPermissionError, UnsupportedError):
+                return "v1alpha1"
+            resources = getattr(served, "resources", None)
+            if not isinstance(resources, list):  # A plain fake: it cannot say.
+                return "v1alpha1"
+            if any(getattr(resource, "name", None) == PLURAL for resource in resources):
+                self._version_was_served = True
+                return version
+        message = (
+            f"the API server serves no {PLURAL}.{GROUP} in {' or '.join(manifest.API_VERSIONS)}:"
+            " install agent-sandbox (kubernetes-sigs/agent-sandbox) on the cluster"
+        )
+        if self._version_was_served:  # It was there: the server is starting.
+            raise RetryableError(message, status=404)
+        raise SandboxUnavailableError(message, status=404)
+
+    async def create(self, body: Object) -> Object | None:
+        """Creates a Sandbox; one request, never repeated here.
+
+        Returns:
+            The created object, or None where the API object does not return one.
+
+        Raises:
+            AlreadyExistsError: The name is taken.
+            RetryableError: It may have been created (``ambiguous``), or 429.
+            SandboxError: It was refused; nothing was created.
+        """
+        created = await self._call("create", "create_namespaced_custom_object", body)
+        return created if isinstance(created, dict) and manifest.uid(created) else None
+
+    async def get(self, name: str, deadline: float | None = None) -> Object | None:
+        """Reads a Sandbox; None if there is none."""
+        try:
+            found = await self._call("get", "get_namespaced_custom_object", name, deadline=deadline)
+        except NotFoundError:
+            return None
+        if not isinstance(found, dict):
+            raise RetryableError(
+                f"the API server answered a get of Sandbox {name} with {type(found).__name__}"
+            )
+        return found
+
+    async def list(self, selector: str, deadline: float | None = None) -> tuple[list[Object], str]:
+        """All Sandboxes that match, page by page, and the list's resourceVersion."""
+        items: list[Object] = []
+        token: dict[str, str] = {}
+        while True:
+            page = await self._call(
+                "list",
+                "list_namespaced_custom_object",
+                deadline=deadline,
+                label_selector=selector,
+                limit=PAGE,
+                **token,
+            )
+            if not isinstance(page, dict):
+                raise RetryableError(
+                    f"the API server answered a list of Sandboxes with {type(page).__name__}"
+                )
+            items += [item for item in page.get("items") or () if _matches(item, selector)]
+            metadata = page.get("metadata") or {}
+            if not metadata.get("continue"):
+                return items, str(metadata.get("resourceVersion") or "")
+            token = {"_continue": metadata["continue"]}
+
+    async def delete(self, name: str, uid: str, deadline: float | None = None) -> None:
+        """Deletes the Sandbox that has this uid; one that is gone, or another, is fine."""
+        # The camelCase dict is the wire's own form of V1DeleteOptions.
+        body = {"preconditions": {"uid": uid}}
+        with contextlib.suppress(NotFoundError, PreconditionError):
+            await self._call("delete", "delete_namespaced_custom_object", name, deadline=deadline, body=body)
+
+    async def patch(self, name: str, body: Object, deadline: float | None = None) -> Object | None:
+        """Applies a JSON merge patch (RFC 7386); metadata.uid in it is a precondition.
+
+        Raises:
+            NotFoundError, PreconditionError, UnsupportedError: As they say.
+        """
+        patched = await self._call(
+            "patch",
+            "patch_namespaced_custom_object",
+            name,
+            body,
+            deadline=deadline,
+            _content_type=MERGE_PATCH,
+        )
+        return patched if isinstance(patched, dict) else None
+
+    async def watch(self, selector: str, resource_version: str) -> AsyncGenerator[tuple[str, Object], None]:
+        """One watch request: yields (type, object) until the server ends it.
+
+        The first pair is ``("OPEN", {})``: the server has accepted the request.
+
+        Raises:
+            ExpiredError: The resourceVersion is too old: list again.
+            UnsupportedError: The API object cannot stream.
+            SandboxError: As for the other requests.
+        """
+        response = await self._call(
+            "watch",
+            "list_namespaced_custom_object",
+            label_selector=selector,
+            resource_version=resource_version,
+            allow_watch_bookmarks=True,
+            timeout_seconds=WATCH_TIMEOUT,
+            watch=True,
+            _preload_content=False,
+        )
+        readline = getattr(getattr(response, "content", None), "readline", None)
+        if not inspect.iscoroutinefunction(readline):
+            raise UnsupportedError("this CustomObjectsApi does not stream: it cannot watch")
+        try:
+            if getattr(response, "status", 200) != 200:
+                text = (await response.read()).decode("utf-8", "replace")
+                raise self._translate("watch", response.status, text, getattr(response, "headers", None))
+            yield "OPEN", {}
+            while line := await self._read(readline):
+                yield self._event(line)
+        finally:
+            # close() drops the connection; release() would wait for the stream's end.
+            response.close()
+
+    async def _read(self, readline: Callable[[], Awaitable[bytes]]) -> bytes:
+        try:
+            async with asyncio.timeout(WATCH_TIMEOUT + WATCH_GRACE):
+                return await readline()
+        except (aiohttp.ClientError, OSError, ValueError) as e:  # TimeoutError is an OSError
+            raise RetryableError(f"the watch broke: {_described(e)}") from e
+
+    def _event(self, line: bytes) -> tuple[str, Object]:
+        try:
+            event = json.loads(line)
+            kind, found = event["type"], event["object"]
+        except (ValueError, TypeError, KeyError) as e:
+            # A 429 in front of the API server arrives as a line of text, not as an event.
+            raise RetryableError(f"the watch said {line[:200]!r}, which is no event") from e
+        if kind == "ERROR":
+            raise self._translate("watch", int(found.get("code") or 500), json.dumps(found), None)
+        return kind, found
+
+    async def _call(
+        self, verb: str, method: str, *args: object, deadline: float | None = None, **kwargs: object
+    ) -> Any:
+        async def once() -> Any:
+            bound = getattr(await self._api(), method, None)
+            if bound is None:
+                raise UnsupportedError(f"this CustomObjectsApi has no {method}")
+            version = await self.api_version()
+            target = (GROUP, version, self._config.namespace, PLURAL, *args)
+            try:
+                return await self._once(verb, bound, target, kwargs)
+            except _VersionGoneError as e:
+                return await self._once_more(verb, bound, target, kwargs, e)
+
+        return await self.retry(verb, once, deadline)
+
+    async def _once_more(
+        self,
+        verb: str,
+        bound: Any,
+        target: tuple[Any, ...],
+        kwargs: dict[str, object],
+        error: _VersionGoneError,
+    ) -> Any:
+        """After a plain-text 404: asks for the API version again, and repeats the request once."""
+        if not _can_discover(await self._api()):
+            raise NotFoundError(str(error), status=404) from error.__cause__
+        self._discover.forget()
+        version = await self.api_version()
+        if isinstance(target[-1], dict) and "apiVersion" in target[-1]:
+            target = (*target[:-1], {**target[-1], "apiVersion": f"{GROUP}/{version}"})
+        try:
+            return await self._once(verb, bound, (target[0], version, *target[2:]), kwargs)
+        except _VersionGoneError as e:
+            text = f"{e} (does the API server serve {GROUP}/{version}? see api_version)"
+            raise RetryableError(text, status=404) from e.__cause__
+
+    async def retry(self, verb: str, once: Callable[[], Awaitable[T]], deadline: float | None) -> T:
+        """Repeats what fails for a reason that may pass, until the deadline."""
+        loop = asyncio.get_running_loop()
+        attempt = 0
+        while True:
+            try:
+                return await once()
+            except RetryableError as e:
+                pause = backoff(attempt) if e.retry_after is None else e.retry_after
+                attempt += 1
+                if deadline is None or loop.time() + pause >= deadline:
+                    raise
+                log.info("request_retried", verb=verb, attempt=attempt, pause=round(pause, 3), reason=str(e))
+                await asyncio.sleep(pause)
+
+    async def _api(self) -> Any:
+        return self._given if self._given is not None else await self._open()
+
+    async def _once(self, verb: str, bound: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        limit: object = REQUEST_TIMEOUT
+        if verb == "watch":  # connect, then silence
+            limit = (REQUEST_TIMEOUT, WATCH_TIMEOUT + WATCH_GRACE)
+        kwargs = self._accepted(bound, {**kwargs, "_request_timeout": limit})
+        try:
+            # The wait for a turn is no part of the bound: nothing has been sent yet.
+            async with self._requests, asyncio.timeout(REQUEST_TIMEOUT):
+                result = await bound(*args, **kwargs)
+        except ApiException as e:
+            raise self._translate(verb, e.status or 0, e.body, e.headers) from e
+        except TimeoutError as e:
+            raise RetryableError(
+                f"the API server did not answer a {verb} within {REQUEST_TIMEOUT:g} s"
+            ) from e
+        except (aiohttp.ClientError, OSError) as e:
+            raise RetryableError(f"the API server cannot be reached: {_described(e)}") from e
+        except Exception as e:
+            raise UnexpectedError(f"the CustomObjectsApi failed to {verb} a Sandbox: {_described(e)}") from e
+        self._worked.add(verb)
+        self._refused_since.pop(verb, None)
+        return result
+
+    def _accepted(self, bound: Any, kwargs: dict[str, object]) -> dict[str, object]:
+        """Leaves out what the method's signature does not take, for plain fakes."""
+        name = getattr(bound, "__name__", repr(bound))
+        if name not in self._accepts:
+            parameters = inspect.signature(bound).parameters.values()
+            open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            self._accepts[name] = None if open_ended else frozenset(p.name for p in parameters)
+        names = self._accepts[name]
+        if names is None:
+            return kwargs
+        if kwargs.get("watch") and "watch" not in names:
+            raise UnsupportedError("this CustomObjectsApi cannot watch")
+        return {key: value for key, value in kwargs.items() if key in names}
+
+    def _translate(
+        self, verb: str, code: int, body: object, headers: Mapping[str, str] | None
+    ) -> SandboxError:
+        """What an HTTP error means. `body` is a Kubernetes Status in JSON, or any text."""
+        status = _parsed(body)
+        plain = status is None and bool(body)
+        status = status or {}
+        said = str(status.get("message") or (str(body)[:500] if body else f"HTTP {code}"))
+        text = f"the API server refused to {verb} a Sandbox in namespace {self._config.namespace!r}: {said}"
+        match code:
+            case 401:
+                return SandboxPermissionError(text, status=code)
+            case 403 if "exceeded quota" in said:
+                return SandboxCapacityError(text, status=code)
+            case 403 if "being terminated" in said:
+                return SandboxFailedError(text, status=code)
+            case 403:
+                return self._refused(verb, text)
+            case 404 if plain:
+                return _VersionGoneError(text, status=code)
+            case 404 if (status.get("details") or {}).get("kind") == "namespaces":
+                return SandboxFailedError(text, status=code)
+            case 404:
+                return NotFoundError(text, status=code)
+            case 405 | 415:
+                return UnsupportedError(text, status=code)
+            case 409 if verb == "create" and status.get("reason", "AlreadyExists") == "AlreadyExists":
+                return AlreadyExistsError(text, status=code)
+            case 409:
+                return PreconditionError(text, status=code)
+            case 410:
+                return ExpiredError(text, status=code)
+            case 422 if verb == "patch" and "uid" in said:
+                return PreconditionError(text, status=code)
+            case 429 | 500 | 502 | 503 | 504 | 0:
+                return _retryable(code, text, headers)
+        return SandboxFailedError(text, status=code)
+
+    def _refused(self, verb: str, text: str) -> SandboxError:
+        """A 403: final, unless the verb has worked before and the server may be starting."""
+        if verb in self._worked:
+            now = asyncio.get_running_loop().time()
+            if now - self._refused_since.setdefault(verb, now) < STARTING_SERVER:
+                return _retryable(403, text, None, ambiguous=False)
+        rule = f'apiGroups ["{GROUP}"], resources ["{PLURAL}"], verbs ["{verb}"]'
+        return SandboxPermissionError(f"{text} (a Role needs the rule {rule})", status=403)
+
+
+def _can_discover(api: object) -> bool:
+    return callable(getattr(api, "get_api_resources", None))
+
+
+def backoff(attempt: int, *, first: float = 0.1, most: float = 5.0) -> float:
+    """Exponential backoff with jitter: half fixed, half random, so that retries spread out."""
+    pause = min(most, first * 2.0 ** min(attempt, 30))
+    return pause * (0.5 + random.random() / 2)
+
+
+def _retryable(
+    code: int, text: str, headers: Mapping[str, str] | None, *, ambiguous: bool | None = None
+) -> RetryableError:
+    error = RetryableError(text, status=code)
+    error.ambiguous = code != 429 if ambiguous is None else ambiguous
+    if code == 429 and headers is not None:
+        # Header names know no case, and a plain fake's dict does.
+        lower = {str(key).lower(): value for key, value in headers.items()}
+        with contextlib.suppress(KeyError, ValueError):
+            error.retry_after = max(0.0, float(lower["retry-after"]))
+    return error
+
+
+def _parsed(body: object) -> dict[str, Any] | None:
+    if isinstance(body, dict):
+        return body
+    try:
+        parsed = json.loads(body) if isinstance(body, str | bytes) else None
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _matches(sandbox: Object, selector: str) -> bool:
+    """Whether the labels fit an equality selector: a plain fake may not look at it."""
+    found = manifest.labels(sandbox)
+    return all(found.get(key) == value for key, value in (part.split("=", 1) for part in selector.split(",")))
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

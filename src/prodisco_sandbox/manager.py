@@ -1,0 +1,362 @@
+"""The manager: for a session id, a live client of that session's own sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from . import manifest
+from ._log import get_logger
+from ._sessions import Session, SessionState
+from .client import SandboxClient
+from .config import SandboxManagerConfig
+from .errors import SandboxError, SandboxManagerClosedError
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+
+log = get_logger("manager")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxManagerStats:
+    """What a manager has at hand, and what it has done so far.
+
+    Attributes:
+        queued: Sessions that wait for a slot.
+        creating: Sessions whose sandbox is being made.
+        ready: Sessions with a sandbox.
+        closing: Sessions whose Sandbox is not deleted yet; creating, ready and closing
+            sessions are those that count against ``max_sessions``.
+        waiting: Callers that wait for a session.
+        created: Sandboxes made, re-creations included.
+        recreated: Those made again after a reap or a death, and pods replaced under a
+            Sandbox.
+        reaped: Sessions closed because nobody used them.
+        lost: Sessions whose sandbox died.
+        failed: Creations that failed.
+        delete_retries: Deletes that failed and were left to a retry.
+    """
+
+    queued: int = 0
+    creating: int = 0
+    ready: int = 0
+    closing: int = 0
+    waiting: int = 0
+    created: int = 0
+    recreated: int = 0
+    reaped: int = 0
+    lost: int = 0
+    failed: int = 0
+    delete_retries: int = 0
+
+
+class SandboxManager:
+    """Maps session ids to live clients of their sandboxes.
+
+    ::
+
+        config = SandboxManagerConfig(mode="multi", namespace="prodisco", max_sessions=50)
+        async with SandboxManager(config) as manager:
+            client = await manager.get_client(session_id)
+            result = await client.execute(code="print(6 * 7)")
+
+    A manager belongs to the event loop that it is first used in. The constructor starts
+    nothing and needs no loop; ``async with``, `start` or the first awaited call starts
+    the reaper. A manager that was shut down never opens again.
+
+    Args:
+        config: The settings.
+        custom_objects_api: A kubernetes_asyncio ``CustomObjectsApi``, or a fake with its
+            methods; at least create, get, list and delete. It is never closed here.
+            None: connect as the environment says (in-cluster, else KUBECONFIG and
+            K8S_CONTEXT), on first use.
+        client_factory: Makes the client of a gRPC target; None: ``SandboxClient`` with
+            the settings' TLS.
+        wall_clock: The Unix time that leases are written in.
+
+    Raises:
+        TypeError: `config` is no `SandboxManagerConfig`.
+    """
+
+    def __init__(
+        self,
+        config: SandboxManagerConfig,
+        *,
+        custom_objects_api: Any | None = None,
+        client_factory: Callable[[str], SandboxClient] | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        if not isinstance(config, SandboxManagerConfig):
+            raise TypeError(f"config is {config!r}: it must be a SandboxManagerConfig")
+        self._config = config
+        self._engine: Engine | None = None
+        self._current: dict[str, Session] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._shutdown: asyncio.Task[None] | None = None
+        if config.mode == "multi":
+            # kubernetes_asyncio takes half a second to import: only who needs it pays,
+            # and before there are sessions to keep waiting.
+            from ._engine import Engine
+
+            factory = client_factory or (lambda target: SandboxClient(target, tls=config.tls))
+            self._engine = Engine(config, custom_objects_api, factory, wall_clock)
+            self._current = self._engine.table.current
+
+    # Sessions
+
+    async def get_client(self, session_id: str | None = None) -> SandboxClient:
+        """The client of a session's sandbox, made (or made again) if there is none.
+
+        However many callers ask at once, one sandbox is created. It waits for a creation
+        or a close under way, and for a slot as long as ``capacity_timeout`` allows.
+        Using the client, and calling this, keeps the session from being reaped.
+
+        Safe to cancel: the creation goes on for whoever asks next.
+
+        Args:
+            session_id: Multi mode: any non-empty text. Single mode: not looked at.
+
+        Raises:
+            ValueError: The id is None or empty, in multi mode.
+            SandboxError: Single mode without a client; the session was closed meanwhile;
+                or, as a subclass, what `SandboxError` lists.
+        """
+        try:
+            session = self._current.get(session_id)  # type: ignore[arg-type]
+        except TypeError:  # Not hashable, so no id either; see below.
+            session = None
+        if session is not None and session.usable:
+            session.last_used = self._loop.time()  # type: ignore[union-attr]
+            return session.client  # type: ignore[return-value]
+        engine = self._started()
+        if engine is None:
+            return self._single_client()
+        session = await engine.acquire(_checked(session_id))
+        return session.client  # type: ignore[return-value]
+
+    def session(self, session_id: str | None = None) -> SessionContext:
+        """An async context manager around `get_client` that keeps the session busy.
+
+        While it is entered, the session is not reaped. It may be entered by several tasks
+        at once; each use needs its own call. Entering is safe to cancel, leaving does not
+        wait.
+
+        Raises:
+            ValueError, SandboxError: On entering, as `get_client`.
+        """
+        return SessionContext(self, session_id)
+
+    async def on_session_initialized(self, session_id: str | None = None) -> None:
+        """Makes the session's sandbox ready ahead of its first use.
+
+        Returns at once if it already is, and joins a creation under way. Single mode:
+        nothing. Idempotent; safe to cancel, as `get_client`.
+
+        Raises:
+            ValueError, SandboxError: As `get_client`.
+        """
+        engine = self._started()
+        if engine is not None:
+            await engine.acquire(_checked(session_id))
+
+    async def on_session_closed(self, session_id: str | None = None) -> None:
+        """Closes the session's client and deletes its Sandbox, also while it is being created.
+
+        Returns once it is deleted or handed to the background retry; never raises an
+        error of the cluster. Callers that wait for the session get `SandboxError`.
+        Idempotent, also after shutdown. Safe to cancel: the close goes on. Single mode:
+        nothing.
+
+        Raises:
+            ValueError: The id is None or empty, in multi mode.
+        """
+        if self._engine is None:
+            return
+        session_id = _checked(session_id)
+        if self._shutdown is None:
+            self._started()
+        await self._engine.close(session_id)
+
+    def sandbox_name(self, session_id: str) -> str:
+        """The name that the session's Sandbox has, or would have: for kubectl.
+
+        Raises:
+            ValueError: The id is None or empty.
+        """
+        session = self._current.get(_checked(session_id))
+        return manifest.sandbox_name(session_id) if session is None else session.name
+
+    async def cleanup_orphaned_sandboxes(self, *, all_instances: bool = False) -> int:
+        """Deletes Sandboxes that a previous incarnation of this manager left.
+
+        These are the managed Sandboxes of the namespace that carry this instance_id and
+        are in no session here, and those whose lease has lapsed. Called at start-up, it
+        also deletes what a returning session could have adopted. Idempotent; safe to
+        cancel: what is not deleted yet stays. Single mode: nothing.
+
+        Args:
+            all_instances: Delete every managed Sandbox that is in no session here, other
+                managers' live ones included: only for a namespace that this manager has
+                to itself.
+
+        Returns:
+            How many were deleted.
+
+        Raises:
+            SandboxUnavailableError: The cluster cannot be reached.
+            SandboxPermissionError: Listing or deleting is not allowed.
+        """
+        engine = self._started()
+        return 0 if engine is None else await engine.clean_up(all_instances=all_instances)
+
+    def stats(self) -> SandboxManagerStats:
+        """What is at hand at this moment, and totals so far."""
+        if self._engine is None:
+            return SandboxManagerStats()
+        table = self._engine.table
+        counts = table.counts()
+        return SandboxManagerStats(
+            queued=counts[SessionState.QUEUED],
+            creating=counts[SessionState.CREATING],
+            ready=counts[SessionState.READY],
+            closing=counts[SessionState.CLOSING],
+            waiting=table.waiting(),
+            **asdict(table.totals),
+        )
+
+    # Life
+
+    async def start(self) -> None:
+        """Starts the reaper. Idempotent; ``async with`` and the first awaited call do it too.
+
+        Raises:
+            SandboxManagerClosedError: The manager has been shut down.
+        """
+        self._started()
+
+    async def shutdown(self) -> None:
+        """Refuses new work, closes all clients, deletes every Sandbox, stops every task.
+
+        Bounded by ``shutdown_timeout``; what it had to leave it names in the log
+        (``shutdown_incomplete``), and the cluster removes it when its lease ends. Single
+        mode: leaves a ``single_client`` that was passed in open, and closes one that
+        `SandboxManagerConfig.from_env` made.
+
+        Idempotent. Safe to cancel: the shutdown goes on in a task of the manager's.
+        Leaving ``async with`` waits for it even if cancelled.
+        """
+        await asyncio.wait({self._shut_down()})
+        self._shut_down().result()
+
+    def _shut_down(self) -> asyncio.Task[None]:
+        if self._shutdown is None:
+            if self._loop is not None:
+                self._check_place()
+            self._shutdown = asyncio.create_task(self._run_shutdown(), name="sandbox-shutdown")
+        return self._shutdown
+
+    async def _run_shutdown(self) -> None:
+        if self._engine is not None:
+            await self._engine.shutdown()
+        elif self._config.owns_single_client and self._config.single_client is not None:
+            await self._config.single_client.close()
+
+    async def __aenter__(self) -> Self:
+        self._started()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        task = self._shut_down()
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError as e:
+                # anyio repeats a cancellation at every await, and nothing may be left
+                # behind: bounded by shutdown_timeout, the cancellation has to wait.
+                cancelled = e
+        if cancelled is not None:
+            raise cancelled
+        task.result()
+
+    def _started(self) -> Engine | None:
+        if self._shutdown is not None:
+            raise SandboxManagerClosedError("the manager has been shut down; make a new one")
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._pid = os.getpid()
+            if self._engine is not None:
+                self._engine.start()
+        else:
+            self._check_place()
+        return self._engine
+
+    def _check_place(self) -> None:
+        if self._pid != os.getpid():
+            raise SandboxError("the manager was used before this process was forked: make one per process")
+        if self._loop is not asyncio.get_running_loop():
+            raise SandboxError("the manager belongs to another event loop: make one per loop")
+
+    def _single_client(self) -> SandboxClient:
+        client = self._config.single_client
+        if client is None:
+            raise SandboxError(
+                "single mode has no client: pass SandboxManagerConfig(single_client=...),"
+                " or use SandboxManagerConfig.from_env()"
+            )
+        return client
+
+
+class SessionContext:
+    """What `SandboxManager.session` returns: enter it to get the session's client."""
+
+    # A class with slots, since a contextlib generator costs four times as much per request.
+    __slots__ = ("_manager", "_session", "_session_id")
+
+    def __init__(self, manager: SandboxManager, session_id: str | None) -> None:
+        self._manager = manager
+        self._session_id = session_id
+        self._session: Session | None = None
+
+    async def __aenter__(self) -> SandboxClient:
+        manager = self._manager
+        if self._session is not None:
+            raise RuntimeError("a session() context is entered twice: call session() for each use")
+        try:
+            session = manager._current.get(self._session_id)  # type: ignore[arg-type]
+        except TypeError:
+            session = None
+        if session is not None and session.usable:
+            session.holds += 1
+        else:
+            engine = manager._started()
+            if engine is None:
+                return manager._single_client()
+            session = await engine.acquire(_checked(self._session_id), hold=True)
+        self._session = session
+        return session.client  # type: ignore[return-value]
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.holds -= 1
+            session.last_used = self._manager._loop.time()  # type: ignore[union-attr]
+
+
+def _checked(session_id: object) -> str:
+    if not isinstance(session_id, str) or not session_id:
+        # Not the value itself: an id is as good as a credential.
+        got = "empty" if session_id == "" else f"of type {type(session_id).__name__}"
+        raise ValueError(f"session_id is {got}: multi mode needs a non-empty str")
+    return session_id
