@@ -1,0 +1,178 @@
+"""The server's life: start, serve, drain, end, leaving nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from prodisco_sandbox.proto import sandbox_pb2, sandbox_pb2_grpc
+
+from . import _transport
+from ._executions import Executions
+from ._interpreter import Processes
+from ._options import Options
+from ._service import SandboxService
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE = 64 << 20
+"""Bytes of one message, each way."""
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    # A port that is taken is an error, not a server that gets half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Clients keep long calls alive with pings every 10 s.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+_LAST_ANSWERS = 1.0
+"""Seconds for the answers of what was killed at the end to get out."""
+
+
+class Places:
+    """Files and directories of this server; knows which of them it made."""
+
+    def __init__(self, options: Options) -> None:
+        self._made: list[Path] = []
+        self._keep_cache = not options.exit_with_parent
+        self._socket = options.socket if options.host is None else None
+        if self._socket is not None:
+            self._make(self._socket.parent)
+        if options.workspace is None:
+            workspace = Path(tempfile.mkdtemp(prefix="prodisco-workspace-"))
+            self._made.append(workspace)
+        else:
+            workspace = options.workspace
+            self._make(workspace)
+        before = len(self._made)
+        self._make(options.cache_dir)
+        if self._keep_cache:
+            del self._made[before:]
+        self.options = replace(options, workspace=workspace.resolve())
+        self.bound = False
+
+    def _make(self, path: Path) -> None:
+        if path.is_dir():
+            return
+        self._make(path.parent)
+        path.mkdir(mode=0o700)
+        self._made.append(path)
+
+    def remove(self) -> None:
+        """Removes the socket, and the directories that this server made."""
+        if self.bound and self._socket is not None:
+            self._socket.unlink(missing_ok=True)
+        for path in reversed(self._made):
+            shutil.rmtree(path, onerror=_log_leftover)
+
+
+def _log_leftover(_function: object, path: str, error: object) -> None:
+    log.warning("could not remove %s: %s", path, error)
+
+
+async def serve(options: Options) -> None:
+    """Serves until a signal, or the parent's end, says stop."""
+    stop = _Stop()
+    stop.on_signals()
+    places = Places(options)
+    try:
+        await _serve(places, stop)
+    finally:
+        places.remove()
+
+
+async def _serve(places: Places, stop: _Stop) -> None:
+    options = places.options
+    processes = Processes(_environment(options))
+    processes.install()
+    executions = Executions(options, processes)
+    service = SandboxService(options, executions)
+    standard_health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(standard_health, server)
+    name = sandbox_pb2.DESCRIPTOR.services_by_name["SandboxService"].full_name
+    await standard_health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    target = _transport.bind(server, options)
+    places.bound = True
+    await server.start()
+    if options.exit_with_parent:
+        stop.on_end_of_input()
+    try:
+        print(f"listening on {target}", flush=True)  # noqa: T201
+        log.info("listening on %s, workspace %s", target, options.workspace)
+        await stop.asked.wait()
+        service.healthy = False
+        await standard_health.enter_graceful_shutdown()
+    finally:
+        grace = 0.0 if stop.at_once.is_set() else options.grace_period
+        await _drain(executions, grace, stop)
+        await server.stop(_LAST_ANSWERS)
+        await processes.kill_orphans()
+
+
+async def _drain(executions: Executions, grace: float, stop: _Stop) -> None:
+    drained = asyncio.create_task(executions.drain(grace), name="drain")
+    hurried = asyncio.create_task(stop.at_once.wait(), name="hurried")
+    await asyncio.wait([drained, hurried], return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    executions.kill_all()
+    await drained
+
+
+class _Stop:
+    """When to stop: at the first signal gracefully; at the second, or orphaned, at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.at_once = asyncio.Event()
+
+    def on_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        log.info("%s: shutting down", number.name)
+        if self.asked.is_set():
+            self.at_once.set()
+        self.asked.set()
+
+    def on_end_of_input(self) -> None:
+        loop = asyncio.get_running_loop()
+        descriptor = sys.stdin.fileno()
+
+        def read() -> None:
+            with contextlib.suppress(OSError):
+                if os.read(descriptor, 4096):
+                    return
+            loop.remove_reader(descriptor)
+            log.info("standard input ended: the parent is gone")
+            self.at_once.set()
+            self.asked.set()
+
+        loop.add_reader(descriptor, read)
+
+
+def _environment(options: Options) -> dict[str, str]:
+    """What executions see as their environment; nothing of the server's own."""
+    workspace = str(options.workspace)
+    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+    own = {"PATH": path, "HOME": workspace, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    passed = {name: os.environ[name] for name in options.pass_env if name in os.environ}
+    return own | passed

@@ -1,0 +1,263 @@
+"""Executions: queued, running, and for a while afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator
+from enum import IntEnum
+
+from ._interpreter import Job, Outcome, Processes
+from ._options import Options
+from ._output import Output
+
+log = logging.getLogger(__name__)
+
+PREVIEW = 100
+"""Characters of the code that a list of executions shows."""
+_OVERHEAD = 2048
+
+
+class State(IntEnum):
+    """ExecutionState of the wire protocol."""
+
+    PENDING = 1
+    RUNNING = 2
+    COMPLETED = 3
+    FAILED = 4
+    CANCELLED = 5
+    TIMEOUT = 6
+
+    @property
+    def final(self) -> bool:
+        return self >= State.COMPLETED
+
+
+class QueueFullError(Exception):
+    """As many executions are running and waiting as may be."""
+
+
+class DrainingError(Exception):
+    """The server is shutting down."""
+
+
+class Execution:
+    """One run of some code. Changed by `Executions` alone."""
+
+    def __init__(self, source: str, timeout_ms: int, limit: int, *, merge: bool, cached: str | None) -> None:
+        self.id = uuid.uuid4().hex
+        self.source = source
+        self.timeout_ms = timeout_ms
+        self.merge = merge
+        self.cached_name = cached
+        self.state = State.PENDING
+        self.output = Output(limit)
+        self.error_output = Output(limit)
+        self.error: str | None = None
+        self.report = ""
+        self.started_at_ms = now_ms()
+        self.finished_at_ms: int | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def execution_time_ms(self) -> int:
+        return (self.finished_at_ms or now_ms()) - self.started_at_ms
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return len(self.source) + len(self.output) + len(self.error_output) + _OVERHEAD
+
+    async def changed(self) -> None:
+        """Returns at the next output or change of state."""
+        await self._changed.wait()
+
+    async def finished(self) -> None:
+        """Returns once the state is final. Safe to cancel."""
+        while not self.state.final:
+            await self.changed()
+
+    def notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def follow(self) -> AsyncIterator[tuple[str, str]]:
+        """Output and error output as they arrive, to the end of the execution."""
+        seen = errors_seen = 0
+        while True:
+            # Before the texts are read: what is final has all of its output.
+            final = self.state.final
+            text, errors = self.output.since(seen), self.error_output.since(errors_seen)
+            seen, errors_seen = seen + len(text), errors_seen + len(errors)
+            if text or errors:
+                yield text, errors
+            elif final:
+                return
+            else:
+                await self.changed()
+
+
+class Executions:
+    """Runs executions, at most so many at once, first come first served."""
+
+    def __init__(self, options: Options, processes: Processes) -> None:
+        self._options = options
+        self._processes = processes
+        self._all: dict[str, Execution] = {}
+        self._pending: dict[str, Execution] = {}
+        self._running: dict[str, _Run] = {}
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._retained = 0
+
+    def submit(self, source: str, timeout_ms: int, *, merge: bool, cached: str | None = None) -> Execution:
+        """Starts or queues code.
+
+        Raises:
+            QueueFullError: No room.
+            DrainingError: The server is shutting down.
+        """
+        if self._draining:
+            raise DrainingError
+        full = len(self._running) >= self._options.max_concurrent
+        if full and len(self._pending) >= self._options.max_queued:
+            raise QueueFullError
+        execution = Execution(source, timeout_ms, self._options.max_output, merge=merge, cached=cached)
+        self._all[execution.id] = execution
+        if full:
+            self._pending[execution.id] = execution
+        else:
+            self._start(execution)
+        return execution
+
+    def get(self, execution_id: str) -> Execution | None:
+        return self._all.get(execution_id)
+
+    def newest_first(self) -> list[Execution]:
+        return list(reversed(self._all.values()))
+
+    def cancel(self, execution: Execution, why: str = "cancelled") -> bool:
+        """Ends a queued or running execution; False where it had ended already."""
+        if self._pending.pop(execution.id, None):
+            self._finish(execution, State.CANCELLED, why)
+            return True
+        run = self._running.get(execution.id)
+        return run is not None and run.stop(State.CANCELLED, why)
+
+    async def drain(self, grace: float) -> None:
+        """Takes nothing new, gives what runs `grace` seconds, then kills it."""
+        self._draining = True
+        for execution in list(self._pending.values()):
+            self.cancel(execution, "the server is shutting down")
+        try:
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        except TimeoutError:
+            log.info("%d executions outlived the grace period of %.1f s", len(self._running), grace)
+            self.kill_all()
+        await self._idle.wait()
+
+    def kill_all(self) -> None:
+        """Begins to kill what runs; `drain` returns when that is done."""
+        for run in list(self._running.values()):
+            run.stop(State.CANCELLED, "the server is shutting down")
+
+    def _start(self, execution: Execution) -> None:
+        execution.state = State.RUNNING
+        execution.started_at_ms = now_ms()
+        self._idle.clear()
+        run = self._running[execution.id] = _Run(self._processes, self._options, execution)
+        run.task.add_done_callback(lambda _: self._ended(run))
+        execution.notify()
+
+    def _ended(self, run: _Run) -> None:
+        execution = run.execution
+        del self._running[execution.id]
+        if (failure := run.task.exception()) is not None:
+            log.error("execution %s failed in the server", execution.id, exc_info=failure)
+            self._finish(execution, State.FAILED, f"the server could not run it: {failure}")
+        else:
+            self._finish(execution, *run.task.result())
+        while self._pending and len(self._running) < self._options.max_concurrent:
+            self._start(self._pending.pop(next(iter(self._pending))))
+        if not self._running:
+            self._idle.set()
+
+    def _finish(self, execution: Execution, state: State, error: str | None) -> None:
+        execution.state, execution.error = state, error
+        execution.finished_at_ms = now_ms()
+        execution.notify()
+        self._retained += execution.size
+        asyncio.get_running_loop().call_later(self._options.retain_for, self._forget, execution)
+        if self._retained > self._options.retain_limit:
+            for old in [e for e in self._all.values() if e.state.final]:
+                if self._retained <= self._options.retain_limit:
+                    break
+                self._forget(old)
+
+    def _forget(self, execution: Execution) -> None:
+        if self._all.pop(execution.id, None):
+            self._retained -= execution.size
+
+
+class _Run:
+    """A running execution's task, and the reason for which it is to end early."""
+
+    def __init__(self, processes: Processes, options: Options, execution: Execution) -> None:
+        self.execution = execution
+        self._options = options
+        self._interpreter = processes.start()
+        self._verdict: tuple[State, str] | None = None
+        self.task = asyncio.create_task(self._run(), name=f"execution-{execution.id}")
+
+    def stop(self, state: State, why: str) -> bool:
+        if self._verdict is not None:
+            return False
+        self._verdict = state, why
+        self._interpreter.kill()
+        return True
+
+    async def _run(self) -> tuple[State, str | None]:
+        execution, options = self.execution, self._options
+        job = Job(execution.source, str(options.workspace), options.rlimits(), execution.merge)
+        text = f"timed out after {execution.timeout_ms} ms"
+        timer = asyncio.get_running_loop().call_later(
+            execution.timeout_ms / 1000, self.stop, State.TIMEOUT, text
+        )
+        try:
+            outcome = await self._interpreter.run(job, self._on_output, self._on_error_output)
+        finally:
+            timer.cancel()
+            await self._interpreter.close()
+        execution.output.feed(b"", final=True)
+        execution.error_output.feed(b"", final=True)
+        execution.report = outcome.report
+        return self._judge(outcome)
+
+    def _on_output(self, data: bytes) -> None:
+        self.execution.output.feed(data)
+        self.execution.notify()
+
+    def _on_error_output(self, data: bytes) -> None:
+        self.execution.error_output.feed(data)
+        self.execution.notify()
+
+    def _judge(self, outcome: Outcome) -> tuple[State, str | None]:
+        if outcome.exit is None:
+            return self._verdict or (State.FAILED, "its processes were killed from outside")
+        if outcome.exit == 0:
+            return State.COMPLETED, None
+        if outcome.report:
+            return State.FAILED, outcome.report
+        if outcome.exit > 0:
+            return State.FAILED, f"exit status {outcome.exit}"
+        name = signal.Signals(-outcome.exit).name
+        return State.FAILED, f"killed by {name}"
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000

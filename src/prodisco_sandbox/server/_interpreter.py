@@ -1,0 +1,313 @@
+"""Interpreter processes: starting them, feeding them one job, seeing them all dead."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import marshal
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from . import _confine, _supervisor, _tree
+
+log = logging.getLogger(__name__)
+
+OnOutput = Callable[[bytes], None]
+
+_END_TIMEOUT = _supervisor.KILL_TIMEOUT + 2.0
+_PIPE_TIMEOUT = 0.5
+_READ = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one interpreter is to run.
+
+    Attributes:
+        source: Python source text.
+        cwd: Working directory.
+        limits: Resource limits by name, such as ``RLIMIT_AS``.
+        merge: Whether standard error goes into standard output, in exact order.
+    """
+
+    source: str
+    cwd: str
+    limits: dict[str, int]
+    merge: bool
+
+    def encode(self) -> bytes:
+        source = self.source.encode()
+        header = {"cwd": self.cwd, "limits": self.limits, "merge": self.merge, "length": len(source)}
+        return json.dumps(header).encode() + b"\n" + source
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an interpreter ended.
+
+    Attributes:
+        exit: Exit status, minus the number of the signal that killed it, or None where
+            it was killed on our order.
+        report: What the code's side had to say about the end; empty on success.
+        lost: The supervisor itself was killed, so that nothing more is known.
+    """
+
+    exit: int | None
+    report: str
+    lost: bool = False
+
+
+class Processes:
+    """All child processes of this server: starts, reaps and finally kills them.
+
+    There must be one per process, since it reaps every child. It runs in the event
+    loop's thread.
+    """
+
+    def __init__(self, environ: dict[str, str], prefix: Iterable[str] = ()) -> None:
+        self._environ = environ
+        self._prefix = list(prefix)
+        self._prelude = _prelude()
+        self._exits: dict[int, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def install(self) -> None:
+        """Takes in orphans of killed supervisors, and hears of every child's end."""
+        _confine.become_subreaper()
+        _confine.hide_from_same_user()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
+
+    def start(self) -> Interpreter:
+        """Starts an interpreter that waits for its job.
+
+        Raises:
+            OSError: The system refuses another process or descriptor.
+        """
+        control, status, out, err = (os.pipe2(os.O_CLOEXEC) for _ in range(4))
+        theirs = (control[0], status[1], out[1], err[1])
+        ours = (control[1], status[0], out[0], err[0])
+        command = [
+            *self._prefix,
+            *(sys.executable, "-I", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, str(status[1])),
+        ]
+        try:
+            process = subprocess.Popen(  # noqa: S603
+                command,
+                stdin=control[0],
+                stdout=out[1],
+                stderr=err[1],
+                pass_fds=(status[1],),
+                env=self._environ,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError:
+            for descriptor in ours:
+                os.close(descriptor)
+            raise
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        exited = asyncio.get_running_loop().create_future()
+        self._exits[process.pid] = exited
+        # The reaper below reaps it; this object must not.
+        process.returncode = 0
+        return Interpreter(self, process.pid, exited, self._prelude, *ours)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if (exited := self._exits.pop(pid, None)) and not exited.done():
+                exited.set_result(None)
+
+    def kill_tree_soon(self, pid: int) -> None:
+        """Kills a supervisor that does not end, and everything below it."""
+        task = asyncio.get_running_loop().create_task(self._kill_tree(pid), name=f"kill-tree-{pid}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _kill_tree(self, pid: int) -> None:
+        if pid not in self._exits:
+            return
+        log.warning("supervisor %d does not answer; killing it and everything below it", pid)
+        _tree.kill_once(lambda _: [pid])
+        await self.kill_orphans()
+
+    async def kill_orphans(self) -> None:
+        """Kills what killed supervisors have left behind, which are now our children."""
+        me = os.getpid()
+
+        def orphans(table: _tree.Table) -> list[int]:
+            return [pid for pid in table.get(me, ()) if pid not in self._exits]
+
+        for _ in range(100):
+            self._reap()
+            if not _tree.kill_once(orphans):
+                return
+            await asyncio.sleep(0.02)
+        log.error("processes that SIGKILL does not end: %s", orphans(_tree.children_by_parent()))
+
+
+class Interpreter:
+    """A fresh interpreter, to be used once."""
+
+    def __init__(
+        self,
+        processes: Processes,
+        pid: int,
+        exited: asyncio.Future[None],
+        prelude: bytes,
+        control: int,
+        status: int,
+        out: int,
+        err: int,
+    ) -> None:
+        self.pid = pid
+        self._processes = processes
+        self._exited = exited
+        self._control = _PipeWriter(control)
+        self._control.write(prelude)
+        self._status = bytearray()
+        self._status_pipe = _PipeReader(status, self._status.extend)
+        self._out, self._err = out, err
+        self._guard: asyncio.TimerHandle | None = None
+
+    async def run(self, job: Job, on_output: OnOutput, on_error_output: OnOutput) -> Outcome:
+        """Runs the job to its end, or to `kill`, and until nothing of it is left."""
+        pipes = [_PipeReader(self._out, on_output), _PipeReader(self._err, on_error_output)]
+        self._out = self._err = -1
+        try:
+            self._control.write(job.encode())
+            await self._exited
+            # What was written before the end is in the pipes; what still holds them open
+            # cannot be a descendant, but may have got them over a socket.
+            await asyncio.wait([pipe.closed for pipe in pipes], timeout=_PIPE_TIMEOUT)
+        finally:
+            for pipe in pipes:
+                pipe.close()
+        return await self._outcome()
+
+    async def _outcome(self) -> Outcome:
+        await asyncio.wait([self._status_pipe.closed], timeout=_PIPE_TIMEOUT)
+        self._status_pipe.close()
+        if not self._status.endswith(b"\n"):
+            await self._processes.kill_orphans()
+            return Outcome(None, "", lost=True)
+        answer: dict[str, Any] = json.loads(self._status)
+        if answer["left"]:
+            log.error("processes that SIGKILL does not end: %s", answer["left"])
+        return Outcome(answer["exit"], answer["report"])
+
+    def kill(self) -> None:
+        """Has the supervisor kill the code and all its descendants, and end itself."""
+        if self._guard is None and not self._exited.done():
+            self._control.close()
+            loop = asyncio.get_running_loop()
+            self._guard = loop.call_later(_END_TIMEOUT, self._processes.kill_tree_soon, self.pid)
+            self._exited.add_done_callback(lambda _: self._cancel_guard())
+
+    def _cancel_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.cancel()
+
+    async def close(self) -> None:
+        """Returns when the supervisor and everything below it is gone. Idempotent."""
+        self.kill()
+        await asyncio.wait([self._exited])
+        self._control.close()
+        self._status_pipe.close()
+        for descriptor in (self._out, self._err):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._out = self._err = -1
+
+
+class _PipeReader:
+    """Hands what arrives in a pipe to a callback."""
+
+    def __init__(self, descriptor: int, on_data: Callable[[bytes], Any]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = descriptor
+        self._on_data = on_data
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        os.set_blocking(descriptor, False)
+        self._loop.add_reader(descriptor, self._read)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._descriptor, _READ)
+        except BlockingIOError:
+            return
+        if data:
+            self._on_data(data)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        if not self.closed.done():
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self.closed.set_result(None)
+
+
+class _PipeWriter:
+    """Writes to a pipe as it takes it. Whoever reads it may vanish at any time."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = descriptor
+        self._queue: deque[memoryview] = deque()
+        self._closed = False
+        os.set_blocking(descriptor, False)
+
+    def write(self, data: bytes) -> None:
+        if self._closed:
+            return
+        self._queue.append(memoryview(data))
+        if len(self._queue) == 1:
+            self._loop.add_writer(self._descriptor, self._flush)
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._queue:
+                written = os.write(self._descriptor, self._queue[0])
+                rest = self._queue[0][written:]
+                if rest:
+                    self._queue[0] = rest
+                else:
+                    self._queue.popleft()
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._queue.clear()
+        self._loop.remove_writer(self._descriptor)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_writer(self._descriptor)
+            os.close(self._descriptor)
+
+
+def _prelude() -> bytes:
+    """The supervisor's code, compiled once, as its bootstrap expects it."""
+    codes = []
+    for name in ("_tree", "_confine", "_supervisor"):
+        file = resources.files(__package__).joinpath(f"{name}.py")
+        codes.append((name, compile(file.read_text("utf-8"), f"{name}.py", "exec", dont_inherit=True)))
+    data = marshal.dumps(codes)
+    return len(data).to_bytes(4, "big") + data
