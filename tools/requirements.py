@@ -1,7 +1,5 @@
 """Prints what pyproject.toml requires, one requirement a line, for pip's -r.
 
-usage: requirements.py [--lowest] [EXTRA ...]
-
 With --lowest the package's own requirements, not those of the development tools, are
 pinned to their lower bounds, so that the test suite shows that the bounds are true.
 """
