@@ -1,0 +1,63 @@
+"""A sandbox of its own for every MCP session.
+
+An MCP server awaits `SandboxManager` from its request handlers and gets, for a session
+id, a live `SandboxClient` of that session's own sandbox on Kubernetes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import SandboxManagerConfig, TlsConfig
+    from .errors import (
+        SandboxCapacityError,
+        SandboxConflictError,
+        SandboxError,
+        SandboxFailedError,
+        SandboxManagerClosedError,
+        SandboxPermissionError,
+        SandboxTimeoutError,
+        SandboxUnavailableError,
+    )
+    from .manager import SandboxManager, SandboxManagerStats
+
+__all__ = [
+    "SandboxManager",
+    "SandboxManagerConfig",
+    "SandboxManagerStats",
+    "TlsConfig",
+    # Errors
+    "SandboxCapacityError",
+    "SandboxConflictError",
+    "SandboxError",
+    "SandboxFailedError",
+    "SandboxManagerClosedError",
+    "SandboxPermissionError",
+    "SandboxTimeoutError",
+    "SandboxUnavailableError",
+]
+
+_HOMES = {
+    "SandboxManager": "manager",
+    "SandboxManagerConfig": "config",
+    "SandboxManagerStats": "manager",
+    "TlsConfig": "config",
+}
+
+if not TYPE_CHECKING:
+    # Loaded when asked for (PEP 562): `python -m prodisco_sandbox.server` runs this file
+    # too, and a sandbox starts faster without the manager.
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        home = _HOMES.get(name) or ("errors" if name.endswith("Error") else "client")
+        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
