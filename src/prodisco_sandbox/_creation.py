@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from . import manifest
 from ._leases import Leases
 from ._log import get_logger
-from ._sessions import Session, SessionState, SessionTable
+from ._sessions import Session, SessionTable
 from ._tasks import OwnedTasks
 from .config import SandboxManagerConfig
 from .errors import SandboxConflictError, SandboxError, SandboxFailedError, SandboxPermissionError
@@ -80,54 +79,55 @@ class Creation:
             SandboxConflictError: The name is taken by somebody else's Sandbox.
             SandboxError: The API server refused, or could not be reached in time.
         """
-        for _ in range(INCARNATIONS):
+        attempt = names = 0
+        while names < INCARNATIONS:
+            # Asked anew for each try: the lease is a date, and the version may have changed.
+            lease = await self._leases.birth(deadline)
+            version = await self._resources.api_version(deadline)
+            body = manifest.sandbox_body(self._config, version, session.name, session.session_hash, lease)
             # A request that has been sent is never cut off: its answer holds the uid that
             # the Sandbox is deleted by. Whoever closes the session waits for it.
-            session.request = self._tasks.spawn(self._create(session, deadline), f"create:{session.name}")
+            session.request = self._tasks.spawn(self._request(session, body), f"create:{session.name}")
             await asyncio.wait({session.request})
             try:
-                session.request.result()
+                created = session.request.result() or await self._resources.get(session.name, deadline)
             except AlreadyExistsError as e:
-                if not await self._resolve_conflict(session, e, deadline):
-                    continue
-            return
-        raise SandboxConflictError(f"no free name for the sandbox after {INCARNATIONS} tries: {session.name}")
-
-    async def _create(self, session: Session, deadline: float) -> None:
-        lease = await self._leases.birth(deadline)
-        version = await self._resources.api_version(deadline)
-        body = manifest.sandbox_body(self._config, version, session.name, session.session_hash, lease)
-        created: Object | None = None
-        for attempt in itertools.count():
-            if session.state is not SessionState.CREATING:
-                return
-            session.leftover = True
-            try:
-                created = await self._resources.create(body)
-                break
+                names += 1
+                if await self._resolve_conflict(session, e, deadline):
+                    return
+                continue
             except RetryableError as e:
-                if e.ambiguous:
-                    session.ambiguous = True
-                    created = await self._landed(session, deadline)
-                    if created is not None:
-                        break
-                await self._pause(e, attempt, deadline)
-            except UnexpectedError:
-                session.ambiguous = True
-                raise
-            except SandboxError:
-                # A clear refusal: nothing is there, unless an earlier try was ambiguous.
-                session.leftover = session.ambiguous
-                raise
-        if created is None:  # A plain fake that answers nothing.
-            created = await self._resources.get(session.name, deadline)
+                created = await self._landed(session, deadline) if e.ambiguous else None
+                if created is None:
+                    await self._pause(e, attempt, deadline)
+                    attempt += 1
+                    continue
+            if created is not None:
+                self._found(session, created)
+            if lease is not None:
+                self._leases.add(session)
+            self._table.totals.created += 1
+            self._table.totals.recreated += session.recreated
+            log.info(
+                "sandbox_created", sandbox=session.name, uid=session.uid, incarnation=session.incarnation
+            )
+            return
+        raise SandboxConflictError(f"no free name for the sandbox after {names} tries: {session.name}")
+
+    async def _request(self, session: Session, body: Object) -> Object | None:
+        """One create request, and what it means for the session if nobody waits any more."""
+        session.leftover = True
+        try:
+            created = await self._resources.create(body)
+        except SandboxError as e:
+            # Only a clear refusal says that nothing is there, unless an earlier answer was lost.
+            unclear = isinstance(e, UnexpectedError) or (isinstance(e, RetryableError) and e.ambiguous)
+            session.ambiguous = session.ambiguous or unclear
+            session.leftover = session.ambiguous
+            raise
         if created is not None:
-            self._found(session, created)
-        if lease is not None:
-            self._leases.add(session)
-        self._table.totals.created += 1
-        self._table.totals.recreated += session.recreated
-        log.info("sandbox_created", sandbox=session.name, uid=session.uid, incarnation=session.incarnation)
+            session.uid = manifest.uid(created)
+        return created
 
     async def _landed(self, session: Session, deadline: float) -> Object | None:
         """After a create whose answer was lost: the Sandbox, if it is there and is ours."""
@@ -234,7 +234,7 @@ class Creation:
 
     # Its client
 
-    async def connect(self, session: Session, deadline: float) -> None:
+    async def connect(self, session: Session, deadline: float) -> SandboxClient:
         """Waits until the Sandbox is ready and its server healthy; makes the client.
 
         A client that the session has is kept as long as it leads to the same pod.
@@ -256,7 +256,7 @@ class Creation:
             if await client.wait_for_healthy(max(0.0, min(HEALTH_SLICE, deadline - loop.time()))):
                 after = manifest.readiness(session.observed or {}, self._config)
                 if after.target is not None and self._client(session, after.target) is client:
-                    return
+                    return client
                 continue
             await asyncio.sleep(HEALTH_PAUSE)
             # Why is it not healthy? The Sandbox may say.

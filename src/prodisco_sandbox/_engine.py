@@ -80,9 +80,11 @@ class Engine:
         self._closed = False
 
     def start(self) -> None:
-        self._now = asyncio.get_running_loop().time
         self._tasks.supervise(self._reap, "sandbox-reaper")
         self._tasks.supervise(self._leases.run, "sandbox-leases")
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     # What callers wait for
 
@@ -190,11 +192,11 @@ class Engine:
         try:
             async with asyncio.timeout_at(deadline):
                 await self._creation.obtain(session, deadline)
-                await self._creation.connect(session, deadline)
+                client = await self._creation.connect(session, deadline)
         except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
             self._fail(session, self._failure(session, e))
         else:
-            self._ready(session)
+            self._ready(session, client)
             took = round(self._now() - session.since, 3)
             log.info("sandbox_ready", sandbox=session.name, target=session.target, duration=took)
 
@@ -226,9 +228,9 @@ class Engine:
         error.__cause__ = e
         return error
 
-    def _ready(self, session: Session) -> None:
+    def _ready(self, session: Session, client: SandboxClient) -> None:
         session.check = None
-        session.client.sandbox = SandboxRef(session.name, session.uid or "", session.incarnation)
+        client.sandbox = SandboxRef(session.name, session.uid or "", session.incarnation)
         session.last_used = self._now()
         session.observed = None  # A whole Sandbox, pod template and all, for each session.
         self.table.ready(session)
@@ -260,7 +262,7 @@ class Engine:
         try:
             async with asyncio.timeout_at(deadline):
                 await self._creation.refresh(session, min(deadline, self._now() + CHECK_READ_TIMEOUT))
-                await self._creation.connect(session, deadline)
+                client = await self._creation.connect(session, deadline)
         except (LostError, TerminalError) as e:
             session.leftover = session.leftover and isinstance(e, TerminalError)
             self._lose(session, str(e))
@@ -273,7 +275,7 @@ class Engine:
             log.warning("sandbox_check_failed", sandbox=session.name, reason=str(session.error))
             session.settled.set()
         else:
-            self._ready(session)
+            self._ready(session, client)
 
     def _lose(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
         self.table.totals.lost += 1
@@ -286,6 +288,8 @@ class Engine:
             self.table.doubt(session)
             if session.check is None:
                 self._start_check(session)
+        elif session.state is SessionState.CREATING:
+            self._read_now(session)
 
     # The end
 
@@ -340,10 +344,7 @@ class Engine:
                 or session.known_at >= since
             ):
                 continue
-            if session.state is SessionState.CREATING:
-                self._read_now(session)
-            else:
-                self._lost_unseen(session)
+            self._lost_unseen(session)
 
     def changed(self, sandbox: Object) -> None:
         session = self._session_of(sandbox)

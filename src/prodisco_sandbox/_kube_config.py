@@ -36,8 +36,7 @@ async def open_custom_objects_api() -> Any:
             looked = f"in-cluster (KUBERNETES_SERVICE_HOST, {SERVICE_ACCOUNT_TOKEN})"
             await asyncio.to_thread(config.load_incluster_config, client_configuration=configuration)
         else:
-            # Read here: kubernetes_asyncio freezes KUBECONFIG when it is imported.
-            files = os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")  # noqa: PTH111
+            files = _kubeconfig_files()
             context = os.environ.get("K8S_CONTEXT") or None
             looked += f", kubeconfig {files}" + (f" with context {context!r}" if context else "")
             await config.load_kube_config(
@@ -60,3 +59,8 @@ async def open_custom_objects_api() -> Any:
             asyncio._set_running_loop(None)
 
     return CustomObjectsApi(await asyncio.to_thread(build))
+
+
+def _kubeconfig_files() -> str:
+    # Read at each use: kubernetes_asyncio freezes KUBECONFIG when it is imported.
+    return os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())

@@ -89,7 +89,7 @@ class Session:
     """Set when `observed` has changed."""
     timer: asyncio.TimerHandle | None = None
     creation: asyncio.Task[None] | None = None
-    request: asyncio.Task[None] | None = None
+    request: asyncio.Task[dict[str, Any] | None] | None = None
     check: asyncio.Task[None] | None = None
     closer: asyncio.Task[None] | None = None
 

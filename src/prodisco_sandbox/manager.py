@@ -264,7 +264,8 @@ class SandboxManager:
 
     async def _run_shutdown(self) -> None:
         if self._engine is not None:
-            await self._engine.shutdown()
+            if self._loop is not None:  # else nothing was ever started
+                await self._engine.shutdown()
         elif self._config.owns_single_client and self._config.single_client is not None:
             await self._config.single_client.close()
 
