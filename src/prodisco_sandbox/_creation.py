@@ -8,22 +8,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import manifest
+from ._answers import (
+    AlreadyExistsError,
+    NotFoundError,
+    PreconditionError,
+    RetryableError,
+    UnexpectedError,
+    UnsupportedError,
+)
 from ._leases import Leases
 from ._log import get_logger
 from ._sessions import Session, SessionTable
 from ._tasks import OwnedTasks
 from .config import SandboxManagerConfig
 from .errors import SandboxConflictError, SandboxError, SandboxFailedError, SandboxPermissionError
-from .kubernetes import (
-    AlreadyExistsError,
-    NotFoundError,
-    PreconditionError,
-    RetryableError,
-    SandboxResources,
-    UnexpectedError,
-    UnsupportedError,
-    backoff,
-)
+from .kubernetes import SandboxResources, backoff
 from .manifest import Object
 
 if TYPE_CHECKING:

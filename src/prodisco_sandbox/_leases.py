@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 
 from . import manifest
+from ._answers import NotFoundError, PreconditionError, UnsupportedError
 from ._log import get_logger
 from ._sessions import Session, SessionState
+from ._tasks import SingleFlight
 from .errors import SandboxError, SandboxPermissionError
-from .kubernetes import NotFoundError, PreconditionError, SandboxResources, SingleFlight, UnsupportedError
+from .kubernetes import SandboxResources
 
 log = get_logger("leases")
 

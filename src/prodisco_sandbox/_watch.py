@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 from typing import Protocol
 
+from ._answers import ExpiredError, UnsupportedError
 from ._log import get_logger
 from .errors import SandboxError, SandboxPermissionError
-from .kubernetes import ExpiredError, SandboxResources, UnsupportedError, backoff
+from .kubernetes import SandboxResources, backoff
 from .manifest import Object
 
 log = get_logger("watch")

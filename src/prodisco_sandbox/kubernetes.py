@@ -12,23 +12,27 @@ import inspect
 import json
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 from kubernetes_asyncio.client.exceptions import ApiException
 
 from . import manifest
+from ._answers import (
+    NotFoundError,
+    PreconditionError,
+    RetryableError,
+    UnexpectedError,
+    UnsupportedError,
+    VersionGoneError,
+    retryable,
+    translate,
+)
 from ._kube_config import open_custom_objects_api
 from ._log import get_logger
+from ._tasks import SingleFlight
 from .config import SandboxManagerConfig
-from .errors import (
-    SandboxCapacityError,
-    SandboxConflictError,
-    SandboxError,
-    SandboxFailedError,
-    SandboxPermissionError,
-    SandboxUnavailableError,
-)
+from .errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
 from .manifest import GROUP, PLURAL, Object
 
 log = get_logger("kubernetes")
@@ -40,6 +44,7 @@ WATCH_TIMEOUT = 120
 WATCH_GRACE = 10.0
 """A watch that says nothing for this long past its timeout is cut."""
 PAGE = 500
+LISTS = 3
 CONCURRENT_REQUESTS = 50
 """Half of the client's connection pool, which an open watch shares."""
 STARTING_SERVER = 10.0
@@ -49,94 +54,6 @@ MERGE_PATCH = "application/merge-patch+json"
 """Given a dict, kubernetes_asyncio would send a json-patch, which is a list."""
 
 T = TypeVar("T")
-
-
-class RetryableError(SandboxUnavailableError):
-    """A fault that may pass: 429, 5xx, a broken connection, no answer.
-
-    Attributes:
-        ambiguous: The request may have been carried out all the same.
-        retry_after: The pause that the server asked for, in seconds.
-    """
-
-    ambiguous = True
-    retry_after: float | None = None
-
-
-class NotFoundError(SandboxError):
-    """The object does not exist."""
-
-
-class AlreadyExistsError(SandboxConflictError):
-    """An object of this name exists."""
-
-
-class PreconditionError(SandboxConflictError):
-    """The object is not the one that was meant: another uid or resourceVersion."""
-
-
-class ExpiredError(SandboxUnavailableError):
-    """The resourceVersion or the continue token is too old (410)."""
-
-
-class UnsupportedError(SandboxError):
-    """The API, or the object that stands for it, cannot do this."""
-
-
-class UnexpectedError(SandboxError):
-    """The API object raised what no Kubernetes client raises; the request may have been sent."""
-
-
-class _VersionGoneError(SandboxUnavailableError):
-    """The API server knows no such path: the API version is not served (any more)."""
-
-
-class SingleFlight(Generic[T]):
-    """Shares one run of a coroutine function among all who call at the same time.
-
-    A caller's cancellation does not reach the run. A success is kept, a failure is not.
-    """
-
-    def __init__(self, name: str, run: Callable[[], Awaitable[T]]) -> None:
-        self._name = name
-        self._run = run
-        self._task: asyncio.Task[T] | None = None
-
-    async def __call__(self) -> T:
-        task = self._task
-        if task is None:
-            task = self._task = asyncio.create_task(self._call(), name=self._name)
-        if not task.done():
-            await asyncio.wait({task})
-        if task.cancelled():
-            raise SandboxUnavailableError(f"{self._name} was cut off: the connection was closed")
-        error = task.exception()
-        if error is None:
-            return task.result()
-        if self._task is task:
-            self._task = None
-        raise error.twin() if isinstance(error, SandboxError) else error
-
-    async def _call(self) -> T:
-        return await self._run()
-
-    def forget(self) -> None:
-        """Drops a success, so that the next call runs again."""
-        if self._task is not None and self._task.done():
-            self._task = None
-
-    async def aclose(self) -> T | None:
-        """Ends a run under way.
-
-        Returns:
-            What an earlier run gave.
-        """
-        task, self._task = self._task, None
-        if task is None:
-            return None
-        task.cancel()
-        await asyncio.wait({task})
-        return None if task.cancelled() or task.exception() is not None else task.result()
 
 
 class SandboxResources:
@@ -185,7 +102,7 @@ class SandboxResources:
         for version in manifest.API_VERSIONS:
             try:
                 served = await self._once("discover", api.get_api_resources, (GROUP, version), {})
-            except (_VersionGoneError, NotFoundError):
+            except (VersionGoneError, NotFoundError):
                 continue
             except (SandboxPermissionError, UnsupportedError):
                 return "v1alpha1"
@@ -231,6 +148,14 @@ class SandboxResources:
 
     async def list(self, selector: str, deadline: float | None = None) -> tuple[list[Object], str]:
         """All Sandboxes that match, page by page, and the list's resourceVersion."""
+        for _ in range(LISTS):
+            try:
+                return await self._pages(selector, deadline)
+            except ExpiredError as e:
+                error = e  # A continue token lives for minutes only: begin again.
+        raise error
+
+    async def _pages(self, selector: str, deadline: float | None) -> tuple[list[Object], str]:
         items: list[Object] = []
         token: dict[str, str] = {}
         while True:
@@ -301,7 +226,7 @@ class SandboxResources:
         try:
             if getattr(response, "status", 200) != 200:
                 text = (await response.read()).decode("utf-8", "replace")
-                raise self._translate("watch", response.status, text, getattr(response, "headers", None))
+                raise self._translated("watch", response.status, text, getattr(response, "headers", None))
             yield "OPEN", {}
             while line := await self._read(readline):
                 yield self._event(line)
@@ -324,7 +249,7 @@ class SandboxResources:
             # A 429 in front of the API server arrives as a line of text, not as an event.
             raise RetryableError(f"the watch said {line[:200]!r}, which is no event") from e
         if kind == "ERROR":
-            raise self._translate("watch", int(found.get("code") or 500), json.dumps(found), None)
+            raise self._translated("watch", int(found.get("code") or 500), json.dumps(found), None)
         return kind, found
 
     async def _call(
@@ -338,7 +263,7 @@ class SandboxResources:
             target = (GROUP, version, self._config.namespace, PLURAL, *args)
             try:
                 return await self._once(verb, bound, target, kwargs)
-            except _VersionGoneError as e:
+            except VersionGoneError as e:
                 return await self._once_more(verb, bound, target, kwargs, e)
 
         return await self.retry(verb, once, deadline)
@@ -349,7 +274,7 @@ class SandboxResources:
         bound: Any,
         target: tuple[Any, ...],
         kwargs: dict[str, object],
-        error: _VersionGoneError,
+        error: VersionGoneError,
     ) -> Any:
         """After a plain-text 404: asks for the API version again, and repeats the request once."""
         if not _can_discover(await self._api()):
@@ -360,7 +285,7 @@ class SandboxResources:
             target = (*target[:-1], {**target[-1], "apiVersion": f"{GROUP}/{version}"})
         try:
             return await self._once(verb, bound, (target[0], version, *target[2:]), kwargs)
-        except _VersionGoneError as e:
+        except VersionGoneError as e:
             text = f"{e} (does the API server serve {GROUP}/{version}? see api_version)"
             raise RetryableError(text, status=404) from e.__cause__
 
@@ -392,7 +317,7 @@ class SandboxResources:
             async with self._requests, asyncio.timeout(REQUEST_TIMEOUT):
                 result = await bound(*args, **kwargs)
         except ApiException as e:
-            raise self._translate(verb, e.status or 0, e.body, e.headers) from e
+            raise self._translated(verb, e.status or 0, e.body, e.headers) from e
         except TimeoutError as e:
             raise RetryableError(
                 f"the API server did not answer a {verb} within {REQUEST_TIMEOUT:g} s"
@@ -419,52 +344,16 @@ class SandboxResources:
             raise UnsupportedError("this CustomObjectsApi cannot watch")
         return {key: value for key, value in kwargs.items() if key in names}
 
-    def _translate(
+    def _translated(
         self, verb: str, code: int, body: object, headers: Mapping[str, str] | None
     ) -> SandboxError:
-        """What an HTTP error means. `body` is a Kubernetes Status in JSON, or any text."""
-        status = _parsed(body)
-        plain = status is None and bool(body)
-        status = status or {}
-        said = str(status.get("message") or (str(body)[:500] if body else f"HTTP {code}"))
-        text = f"the API server refused to {verb} a Sandbox in namespace {self._config.namespace!r}: {said}"
-        match code:
-            case 401:
-                return SandboxPermissionError(text, status=code)
-            case 403 if "exceeded quota" in said:
-                return SandboxCapacityError(text, status=code)
-            case 403 if "being terminated" in said:
-                return SandboxFailedError(text, status=code)
-            case 403:
-                return self._refused(verb, text)
-            case 404 if plain:
-                return _VersionGoneError(text, status=code)
-            case 404 if (status.get("details") or {}).get("kind") == "namespaces":
-                return SandboxFailedError(text, status=code)
-            case 404:
-                return NotFoundError(text, status=code)
-            case 405 | 415:
-                return UnsupportedError(text, status=code)
-            case 409 if verb == "create" and status.get("reason", "AlreadyExists") == "AlreadyExists":
-                return AlreadyExistsError(text, status=code)
-            case 409:
-                return PreconditionError(text, status=code)
-            case 410:
-                return ExpiredError(text, status=code)
-            case 422 if verb == "patch" and "uid" in said:
-                return PreconditionError(text, status=code)
-            case 429 | 500 | 502 | 503 | 504 | 0:
-                return _retryable(code, text, headers)
-        return SandboxFailedError(text, status=code)
-
-    def _refused(self, verb: str, text: str) -> SandboxError:
-        """A 403: final, unless the verb has worked before and the server may be starting."""
-        if verb in self._worked:
+        error = translate(verb, self._config.namespace, code, body, headers)
+        if isinstance(error, SandboxPermissionError) and verb in self._worked:
+            # It was allowed before: an API server that starts refuses everybody for a while.
             now = asyncio.get_running_loop().time()
             if now - self._refused_since.setdefault(verb, now) < STARTING_SERVER:
-                return _retryable(403, text, None, ambiguous=False)
-        rule = f'apiGroups ["{GROUP}"], resources ["{PLURAL}"], verbs ["{verb}"]'
-        return SandboxPermissionError(f"{text} (a Role needs the rule {rule})", status=403)
+                return retryable(code, str(error), None, ambiguous=False)
+        return error
 
 
 def _can_discover(api: object) -> bool:
@@ -475,29 +364,6 @@ def backoff(attempt: int, *, first: float = 0.1, most: float = 5.0) -> float:
     """Exponential backoff with jitter: half fixed, half random, so that retries spread out."""
     pause = min(most, first * 2.0 ** min(attempt, 30))
     return pause * (0.5 + random.random() / 2)
-
-
-def _retryable(
-    code: int, text: str, headers: Mapping[str, str] | None, *, ambiguous: bool | None = None
-) -> RetryableError:
-    error = RetryableError(text, status=code)
-    error.ambiguous = code != 429 if ambiguous is None else ambiguous
-    if code == 429 and headers is not None:
-        # Header names know no case, and a plain fake's dict does.
-        lower = {str(key).lower(): value for key, value in headers.items()}
-        with contextlib.suppress(KeyError, ValueError):
-            error.retry_after = max(0.0, float(lower["retry-after"]))
-    return error
-
-
-def _parsed(body: object) -> dict[str, Any] | None:
-    if isinstance(body, dict):
-        return body
-    try:
-        parsed = json.loads(body) if isinstance(body, str | bytes) else None
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) else None
 
 
 def _matches(sandbox: Object, selector: str) -> bool:
