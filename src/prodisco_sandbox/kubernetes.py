@@ -19,6 +19,7 @@ from kubernetes_asyncio.client.exceptions import ApiException
 
 from . import manifest
 from ._answers import (
+    ExpiredError,
     NotFoundError,
     PreconditionError,
     RetryableError,
@@ -146,15 +147,6 @@ class SandboxResources:
             )
         return found
 
-    async def list(self, selector: str, deadline: float | None = None) -> tuple[list[Object], str]:
-        """All Sandboxes that match, page by page, and the list's resourceVersion."""
-        for _ in range(LISTS):
-            try:
-                return await self._pages(selector, deadline)
-            except ExpiredError as e:
-                error = e  # A continue token lives for minutes only: begin again.
-        raise error
-
     async def _pages(self, selector: str, deadline: float | None) -> tuple[list[Object], str]:
         items: list[Object] = []
         token: dict[str, str] = {}
@@ -176,6 +168,15 @@ class SandboxResources:
             if not metadata.get("continue"):
                 return items, str(metadata.get("resourceVersion") or "")
             token = {"_continue": metadata["continue"]}
+
+    async def list(self, selector: str, deadline: float | None = None) -> tuple[list[Object], str]:
+        """All Sandboxes that match, page by page, and the list's resourceVersion."""
+        for _ in range(LISTS):
+            try:
+                return await self._pages(selector, deadline)
+            except ExpiredError as e:
+                error = e  # A continue token lives for minutes only: begin again.
+        raise error
 
     async def delete(self, name: str, uid: str, deadline: float | None = None) -> None:
         """Deletes the Sandbox that has this uid; one that is gone, or another, is fine."""
