@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ async def open_custom_objects_api() -> Any:
     """Connects as the environment says: in-cluster if there is one, else by kubeconfig.
 
     KUBECONFIG may name several files, separated by colons; K8S_CONTEXT names the
-    context, else the files' current-context counts. In a cluster the projected service
+    context, else the files' current-context counts. An exec credential plugin is run again
+    when its token has expired. In a cluster the projected service
     account token rotates: kubernetes_asyncio reads it again every minute.
 
     Returns:
@@ -39,10 +41,12 @@ async def open_custom_objects_api() -> Any:
             files = _kubeconfig_files()
             context = os.environ.get("K8S_CONTEXT") or None
             looked += f", kubeconfig {files}" + (f" with context {context!r}" if context else "")
-            await config.load_kube_config(
+            loader = await config.load_kube_config(
                 config_file=files, context=context, client_configuration=configuration, persist_config=False
             )
-    except (config.ConfigException, OSError, ValueError) as e:
+            if hasattr(loader, "exec_plugin_expiry"):
+                configuration.refresh_api_key_hook = partial(_refresh_exec_token, loader)
+    except Exception as e:  # kubernetes_asyncio lets through whatever a broken file makes it raise
         raise SandboxUnavailableError(
             f"no usable Kubernetes configuration: {e}; looked {looked}; set KUBECONFIG (and K8S_CONTEXT)"
             " or pass custom_objects_api"
@@ -64,3 +68,9 @@ async def open_custom_objects_api() -> Any:
 def _kubeconfig_files() -> str:
     # Read at each use: kubernetes_asyncio freezes KUBECONFIG when it is imported.
     return os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
+
+
+async def _refresh_exec_token(loader: Any, configuration: Any) -> None:
+    """Runs the exec credential plugin again once its token has expired; called before each request."""
+    await loader.load_from_exec_plugin()
+    configuration.api_key["BearerToken"] = loader.token
