@@ -22,6 +22,12 @@ _NEEDED = {"envtest": "KUBEBUILDER_ASSETS", "cluster": "E2E_KUBECONFIG"}
 _PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy", "grpc_proxy"}
 
 
+def pytest_configure() -> None:
+    # looptime asks for the current loop in synchronous tests too; before Python 3.14 that
+    # makes one, which nobody closes, unless it was said that there is none.
+    asyncio.set_event_loop(None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker, variable in _NEEDED.items():

@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prodisco_sandbox import SandboxClient, SandboxManagerConfig, TlsConfig
+
+
+def multi(**settings: Any) -> SandboxManagerConfig:
+    return SandboxManagerConfig(**{"mode": "multi", **settings})
+
+
+def test_defaults() -> None:
+    config = multi()
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    instance_id = values.pop("instance_id")
+    assert values == {
+        "mode": "multi",
+        "single_client": None,
+        "namespace": "prodisco",
+        "sandbox_port": 50051,
+        "sandbox_image": "prodisco/sandbox-server:latest",
+        "pod_template_spec": None,
+        "ready_timeout": 120.0,
+        "ready_poll_interval": 1.0,
+        "session_idle_timeout": 600.0,
+        "idle_check_interval": 60.0,
+        "max_sessions": 10,
+        "capacity_timeout": 0.0,
+        "api_version": "auto",
+        "endpoint": "auto",
+        "tls": None,
+        "lease_duration": 1800.0,
+        "shutdown_timeout": 30.0,
+        "owns_single_client": False,
+    }
+    assert len(bytes.fromhex(instance_id)) == 8
+    assert multi().instance_id != instance_id, "another incarnation must not own this one's Sandboxes"
+
+
+def test_mode_has_no_default() -> None:
+    with pytest.raises(TypeError, match="mode"):
+        SandboxManagerConfig()  # type: ignore[call-arg]
+
+
+def test_is_frozen_and_keyword_only() -> None:
+    config: Any = multi()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.max_sessions = 3
+    with pytest.raises(TypeError):
+        SandboxManagerConfig("multi")  # type: ignore[misc]
+
+
+SECONDS = "a finite number of seconds above 0"
+NO_SECONDS = (0, 0.0, -1, math.nan, math.inf, -math.inf, "60", True, [])
+BAD: list[tuple[str, str, tuple[object, ...]]] = [
+    ("mode", '"single" or "multi"', ("Multi", "", None, [])),
+    (
+        "namespace",
+        "an RFC 1123 label such as 'prodisco'",
+        ("", "Prodisco", "-a", "a-", "a.b", "a" * 64, "a\n", "ü", None, 7),
+    ),
+    ("sandbox_port", "an integer from 1 to 65535", (0, -1, 65536, "50051", 50051.0, True, None)),
+    ("sandbox_image", "an image reference without white space", ("", " ", "an image", "image\n", None, 7)),
+    (
+        "pod_template_spec",
+        'a pod template: a dict with a "spec" dict',
+        ({}, {"spec": None}, {"containers": []}, "spec", []),
+    ),
+    ("ready_timeout", SECONDS, (*NO_SECONDS, None)),
+    ("ready_poll_interval", SECONDS, (*NO_SECONDS, None)),
+    ("session_idle_timeout", SECONDS, (*NO_SECONDS, None)),
+    ("idle_check_interval", SECONDS, (*NO_SECONDS, None)),
+    ("shutdown_timeout", SECONDS, (*NO_SECONDS, None)),
+    ("lease_duration", SECONDS, NO_SECONDS),
+    (
+        "capacity_timeout",
+        "a finite number of seconds of at least 0",
+        (-0.001, math.nan, math.inf, "0", False, None),
+    ),
+    ("max_sessions", "an integer of at least 1", (0, -1, 1.0, "10", True, None)),
+    ("api_version", '"auto", "v1alpha1" or "v1beta1"', ("v1", "agents.x-k8s.io/v1beta1", "", None, {})),
+    ("endpoint", '"auto", "pod-ip", "service" or a callable', ("podIP", "", None, 7, {})),
+    ("tls", "a TlsConfig or None", (True, "mtls", {"ca": "ca.pem"})),
+    ("instance_id", "a non-empty string", ("", None, 7)),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "right", "value"), [(field, right, value) for field, right, values in BAD for value in values]
+)
+def test_bad_value_names_field_value_and_what_is_right(field: str, right: str, value: object) -> None:
+    with pytest.raises(ValueError) as caught:
+        multi(**{field: value})
+    assert str(caught.value) == f"{field} is {value!r}: it must be {right}"
+
+
+def test_pod_template_with_a_strange_key_is_named() -> None:
+    with pytest.raises(ValueError, match="pod_template_spec has the key 'kind': a pod template has metadata"):
+        multi(pod_template_spec={"spec": {}, "kind": "PodTemplate"})
+
+
+@pytest.mark.parametrize("metadata", [["labels"], {"labels": ["app"]}])
+def test_pod_template_with_bad_metadata_is_named(metadata: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"pod_template_spec\.metadata is .*: it must be a dict whose labels"
+    ):
+        multi(pod_template_spec={"spec": {}, "metadata": metadata})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"namespace": "a"},
+        {"namespace": "0" * 63},
+        {"sandbox_port": 1},
+        {"sandbox_port": 65535},
+        {"capacity_timeout": 0},
+        {"max_sessions": 1},
+        {"ready_timeout": 1},
+        {"lease_duration": None},
+        {"pod_template_spec": {"spec": {}, "metadata": None}},
+        {"pod_template_spec": {"spec": {}, "metadata": {"labels": None}}},
+        {"endpoint": lambda sandbox: None},
+        {"sandbox_image": "registry.example/team/image@sha256:0123"},
+    ],
+    ids=str,
+)
+def test_edges_of_the_ranges_are_inside(settings: dict[str, Any]) -> None:
+    config = multi(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+# Instance labels
+
+
+@pytest.mark.parametrize("instance_id", ["a", "Team-1_b.c", "x" * 63, "0"])
+def test_valid_label_value_is_its_own_instance_label(instance_id: str) -> None:
+    assert multi(instance_id=instance_id).instance_label == instance_id
+
+
+def test_other_instance_ids_are_hashed_into_labels_of_their_own() -> None:
+    ids = ["x" * 64, "-a", "a-", "a b", "a/b", "ü", "a\n", "\ud800", "_"]
+    labels = [multi(instance_id=instance_id).instance_label for instance_id in ids]
+    assert all(len(label) == 40 and set(label) <= set("0123456789abcdef") for label in labels)
+    assert len(set(labels)) == len(ids)
+
+
+# TLS
+
+
+@pytest.mark.parametrize("field", ["ca", "cert", "key"])
+@pytest.mark.parametrize("value", ["", 7, b"ca.pem", ["ca.pem"]], ids=repr)
+def test_tls_path_that_is_none_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        TlsConfig(**{"cert": "c.pem", "key": "k.pem", field: value})
+    assert str(caught.value) == f"TlsConfig.{field} is {value!r}: give the path of a PEM file, or None"
+
+
+@pytest.mark.parametrize("field", ["server_name", "secret_name"])
+@pytest.mark.parametrize("value", ["", 7, b"name"], ids=repr)
+def test_tls_name_that_is_none_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        TlsConfig(**{field: value})
+    assert str(caught.value) == f"TlsConfig.{field} is {value!r}: give a non-empty string, or None"
+
+
+@pytest.mark.parametrize(("given", "missing"), [("cert", "key"), ("key", "cert")])
+def test_half_a_client_certificate_is_refused(given: str, missing: str) -> None:
+    paths: dict[str, Any] = {given: "file.pem"}
+    with pytest.raises(ValueError, match=rf"^TlsConfig\.{missing} is None: .* both cert and key$"):
+        TlsConfig(**paths)
+
+
+def test_tls_mode() -> None:
+    assert TlsConfig(ca=Path("ca.pem")).mode == "tls"
+    assert TlsConfig(cert="c.pem", key="k.pem").mode == "mtls"
+
+
+def test_default_pod_template_with_tls_needs_a_secret() -> None:
+    with pytest.raises(ValueError, match=r"^tls\.secret_name is None: .* pod_template_spec"):
+        multi(tls=TlsConfig())
+    multi(tls=TlsConfig(secret_name="sandbox-tls"))
+    multi(tls=TlsConfig(), pod_template_spec={"spec": {}})
+    SandboxManagerConfig(mode="single", tls=TlsConfig())
+
+
+MTLS = {
+    "SANDBOX_TRANSPORT_MODE": "mtls",
+    "SANDBOX_TLS_CA_PATH": "/tls/ca.crt",
+    "SANDBOX_TLS_CLIENT_CERT_PATH": "/tls/tls.crt",
+    "SANDBOX_TLS_CLIENT_KEY_PATH": "/tls/tls.key",
+    "SANDBOX_TLS_SERVER_NAME": "sandbox",
+    "SANDBOX_TLS_SECRET_NAME": "sandbox-tls",
+}
+
+
+def test_tls_from_env() -> None:
+    assert TlsConfig.from_env(MTLS) == TlsConfig(
+        ca="/tls/ca.crt",
+        cert="/tls/tls.crt",
+        key="/tls/tls.key",
+        server_name="sandbox",
+        secret_name="sandbox-tls",
+    )
+    # Plain TLS shows no certificate, also where one lies ready.
+    assert TlsConfig.from_env(MTLS | {"SANDBOX_TRANSPORT_MODE": "tls"}) == TlsConfig(
+        ca="/tls/ca.crt", server_name="sandbox", secret_name="sandbox-tls"
+    )
+    assert TlsConfig.from_env({"SANDBOX_TRANSPORT_MODE": "tls", "SANDBOX_TLS_CA_PATH": ""}) == TlsConfig()
+    assert TlsConfig.from_env(MTLS | {"SANDBOX_TRANSPORT_MODE": ""}) is None
+    assert TlsConfig.from_env({}) is None
+
+
+def test_tls_from_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TlsConfig.from_env() is None
+    monkeypatch.setenv("SANDBOX_TRANSPORT_MODE", "tls")
+    assert TlsConfig.from_env() == TlsConfig()
+
+
+@pytest.mark.parametrize("mode", ["TLS", "ssl", "plaintext", " mtls"])
+def test_unknown_transport_mode_is_never_taken_for_insecure(mode: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        TlsConfig.from_env({"SANDBOX_TRANSPORT_MODE": mode})
+    assert str(caught.value) == f"SANDBOX_TRANSPORT_MODE is {mode!r}: use one of insecure, tls, mtls"
+
+
+@pytest.mark.parametrize("missing", ["SANDBOX_TLS_CLIENT_CERT_PATH", "SANDBOX_TLS_CLIENT_KEY_PATH"])
+@pytest.mark.parametrize("value", ["", None])
+def test_mtls_without_its_files_is_refused(missing: str, value: str | None) -> None:
+    environ = {name: text for name, text in MTLS.items() if name != missing or value is not None}
+    if value is not None:
+        environ[missing] = value
+    with pytest.raises(ValueError, match=f"^{missing} is not set: SANDBOX_TRANSPORT_MODE=mtls needs it$"):
+        TlsConfig.from_env(environ)
+
+
+# from_env
+
+MULTI = {
+    "SANDBOX_MODE": "multi",
+    "SANDBOX_NAMESPACE": "team-a",
+    "SANDBOX_IMAGE": "registry.example/sandbox:1",
+    "SANDBOX_MAX_SESSIONS": "7",
+    "SANDBOX_TCP_PORT": "6000",
+    "SANDBOX_INSTANCE_ID": "mcp-0",
+}
+
+
+def test_from_env_reads_every_variable() -> None:
+    assert SandboxManagerConfig.from_env(MULTI | MTLS) == multi(
+        namespace="team-a",
+        sandbox_image="registry.example/sandbox:1",
+        max_sessions=7,
+        sandbox_port=6000,
+        instance_id="mcp-0",
+        tls=TlsConfig.from_env(MTLS),
+    )
+
+
+def test_from_env_reads_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in MULTI.items():
+        monkeypatch.setenv(name, value)
+    assert SandboxManagerConfig.from_env() == SandboxManagerConfig.from_env(MULTI)
+
+
+def test_an_empty_variable_is_an_unset_one() -> None:
+    environ = dict.fromkeys([*MULTI, *MTLS], "") | {"SANDBOX_MODE": "multi"}
+    config = SandboxManagerConfig.from_env(environ)
+    assert dataclasses.replace(config, instance_id="x") == multi(instance_id="x")
+
+
+def test_an_explicit_setting_beats_its_variable() -> None:
+    overrides: dict[str, Any] = {
+        "mode": "multi",
+        "namespace": "team-b",
+        "sandbox_image": "other",
+        "max_sessions": 3,
+        "sandbox_port": 7000,
+        "instance_id": "mcp-1",
+        "tls": None,
+        "ready_timeout": 5,
+    }
+    assert SandboxManagerConfig.from_env(MULTI | MTLS, **overrides) == multi(**overrides)
+    # What is overridden is not even read.
+    bad = dict.fromkeys([*MULTI, *MTLS], "bad value")
+    assert SandboxManagerConfig.from_env(bad, **overrides) == multi(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("SANDBOX_MODE", "many", 'SANDBOX_MODE is \'many\': use "single" or "multi"'),
+        ("SANDBOX_MAX_SESSIONS", "ten", "SANDBOX_MAX_SESSIONS is 'ten': it must be an integer"),
+        ("SANDBOX_MAX_SESSIONS", "0", "max_sessions is 0: it must be an integer of at least 1"),
+        ("SANDBOX_TCP_PORT", "1e3", "SANDBOX_TCP_PORT is '1e3': it must be an integer"),
+        ("SANDBOX_TCP_PORT", "70000", "sandbox_port is 70000: it must be an integer from 1 to 65535"),
+        ("SANDBOX_NAMESPACE", "A", "namespace is 'A': it must be an RFC 1123 label such as 'prodisco'"),
+        ("SANDBOX_TRANSPORT_MODE", "ssl", "SANDBOX_TRANSPORT_MODE is 'ssl': use one of insecure, tls, mtls"),
+    ],
+)
+def test_from_env_names_a_bad_variable(variable: str, value: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        SandboxManagerConfig.from_env(MULTI | {variable: value})
+    assert str(caught.value) == message
+
+
+def test_from_env_names_an_unknown_setting() -> None:
+    with pytest.raises(ValueError, match=r"^unknown setting 'max_session': the settings are .*max_sessions"):
+        SandboxManagerConfig.from_env(MULTI, max_session=3)
+
+
+async def test_from_env_makes_the_client_of_single_mode_and_owns_it() -> None:
+    environ = {"SANDBOX_TCP_HOST": "sandbox.example", "SANDBOX_TCP_PORT": "6000"}
+    config = SandboxManagerConfig.from_env(environ)
+    assert config.mode == "single"
+    assert config.owns_single_client
+    assert isinstance(config.single_client, SandboxClient)
+    assert config.single_client.target == "sandbox.example:6000"
+    await config.single_client.close()
+
+
+async def test_from_env_leaves_a_client_that_was_passed_in_to_its_owner() -> None:
+    async with SandboxClient("localhost:1") as client:
+        config = SandboxManagerConfig.from_env({}, single_client=client)
+    assert config.single_client is client
+    assert not config.owns_single_client
