@@ -9,6 +9,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .client import (
+        CacheEntry,
+        CancelResult,
+        ExecutionChunk,
+        ExecutionInfo,
+        ExecutionOutcome,
+        ExecutionResult,
+        ExecutionState,
+        ExecutionStatus,
+        ExecutionStream,
+        HealthStatus,
+        LspDocumentSymbol,
+        LspHover,
+        LspLocation,
+        LspRange,
+        LspSymbolInfo,
+        LspSymbolKind,
+        LspWorkspaceSymbols,
+        SandboxClient,
+        SandboxRef,
+        StartedExecution,
+        TestReport,
+        TestResult,
+        TestSummary,
+    )
     from .config import SandboxManagerConfig, TlsConfig
     from .errors import (
         SandboxCapacityError,
@@ -23,10 +48,34 @@ if TYPE_CHECKING:
     from .manager import SandboxManager, SandboxManagerStats
 
 __all__ = [
+    "SandboxClient",
     "SandboxManager",
     "SandboxManagerConfig",
     "SandboxManagerStats",
     "TlsConfig",
+    # What calls return
+    "CacheEntry",
+    "CancelResult",
+    "ExecutionChunk",
+    "ExecutionInfo",
+    "ExecutionOutcome",
+    "ExecutionResult",
+    "ExecutionState",
+    "ExecutionStatus",
+    "ExecutionStream",
+    "HealthStatus",
+    "LspDocumentSymbol",
+    "LspHover",
+    "LspLocation",
+    "LspRange",
+    "LspSymbolInfo",
+    "LspSymbolKind",
+    "LspWorkspaceSymbols",
+    "SandboxRef",
+    "StartedExecution",
+    "TestReport",
+    "TestResult",
+    "TestSummary",
     # Errors
     "SandboxCapacityError",
     "SandboxConflictError",

@@ -257,6 +257,9 @@ class Creation:
                 if after.target is not None and self._client(session, after.target) is client:
                     return client
                 continue
+            hopeless = client.health_error
+            if type(hopeless) is SandboxError:  # Not the other side's doing, such as a file for TLS.
+                raise hopeless.twin()
             await asyncio.sleep(HEALTH_PAUSE)
             # Why is it not healthy? The Sandbox may say.
             if loop.time() - session.observed_at >= self._interval():

@@ -218,7 +218,9 @@ class Engine:
             state = "its creation has not been answered"
             if session.observed is not None:
                 reading = manifest.readiness(session.observed, self._config)
-                state = reading.text if reading.target is None else "ready, but its server is not healthy"
+                state = reading.text
+                if reading.target is not None and session.client is not None:
+                    state = f"ready, but its server is not healthy ({session.client.health_error})"
             limit = self._config.ready_timeout
             error = SandboxTimeoutError(
                 f"sandbox {session.name} was not ready within ready_timeout ({limit:g} s); last seen: {state}"

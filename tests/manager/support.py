@@ -1,0 +1,109 @@
+"""What the manager's tests share: a client without a socket, and managers on the fake API."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
+from prodisco_sandbox.manifest import uid
+from prodisco_sandbox.testing import FakeCustomObjectsApi
+
+
+class StubClient(SandboxClient):
+    """A client without a socket: healthy, busy and last used as the test says."""
+
+    def __init__(self, target: str, *, healthy: bool = True) -> None:
+        super().__init__(target)
+        self.healthy = healthy
+        self.calls = 0
+        self.used_at = 0.0
+        self.health_checks = 0
+        self.closed = False
+
+    @property
+    def in_flight(self) -> int:
+        return self.calls
+
+    @property
+    def last_used(self) -> float:
+        return self.used_at
+
+    async def wait_for_healthy(self, timeout: float) -> bool:
+        self.health_checks += 1
+        if not self.healthy:
+            await asyncio.sleep(timeout)
+        await asyncio.sleep(0)
+        return self.healthy
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        self.closed = True
+
+    def fail(self) -> None:
+        """As if a call had met a broken connection."""
+        assert self.on_suspect is not None
+        self.on_suspect()
+
+
+class Clients:
+    """A client_factory that remembers what it made."""
+
+    def __init__(self, make: Callable[[str], StubClient] = StubClient) -> None:
+        self.made: list[StubClient] = []
+        self._make = make
+
+    def __call__(self, target: str) -> StubClient:
+        self.made.append(self._make(target))
+        return self.made[-1]
+
+
+@asynccontextmanager
+async def managed(
+    api: Any, clients: Callable[[str], SandboxClient] | None = None, **settings: Any
+) -> AsyncIterator[SandboxManager]:
+    """A manager in multi mode that must leave nothing behind."""
+    config = SandboxManagerConfig(**{"mode": "multi", "instance_id": "me", **settings})
+    async with SandboxManager(
+        config,
+        custom_objects_api=api,
+        client_factory=clients or Clients(),
+        wall_clock=lambda: asyncio.get_running_loop().time(),
+    ) as manager:
+        yield manager
+    stats = manager.stats()
+    assert (stats.queued, stats.creating, stats.ready, stats.closing, stats.waiting) == (0, 0, 0, 0, 0)
+
+
+def alive(api: FakeCustomObjectsApi) -> list[str]:
+    """Names of the Sandboxes that are not being deleted."""
+    return [o["metadata"]["name"] for o in api.objects if "deletionTimestamp" not in o["metadata"]]
+
+
+def uids(api: FakeCustomObjectsApi) -> set[str | None]:
+    return {uid(sandbox) for sandbox in api.objects}
+
+
+def conditions(
+    reason: str, message: str = "", *, kind: str = "Ready", status: str = "False"
+) -> dict[str, Any]:
+    """A status with one condition."""
+    return {
+        "conditions": [
+            {
+                "type": kind,
+                "status": status,
+                "reason": reason,
+                "message": message,
+                "lastTransitionTime": "2026-01-01T00:00:00Z",
+            }
+        ]
+    }
+
+
+async def settle() -> None:
+    """Lets everything run that needs no time."""
+    for _ in range(50):
+        await asyncio.sleep(0)
