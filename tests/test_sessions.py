@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
-from hypothesis import settings, strategies as st
+from hypothesis import settings
+from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from prodisco_sandbox import SandboxCapacityError, SandboxError
@@ -23,6 +24,10 @@ def admit(table: SessionTable, session_id: str, *, may_queue: bool = False) -> S
     return session
 
 
+def states(*sessions: Session) -> list[str]:
+    return [session.state.value for session in sessions]
+
+
 @dataclass
 class StubClient:
     in_flight: int = 0
@@ -32,7 +37,7 @@ class StubClient:
 def test_admitted_sessions_hold_slots_up_to_the_cap_and_then_are_refused() -> None:
     table = SessionTable(2)
     first, second = admit(table, "a"), admit(table, "b")
-    assert first.state is second.state is SessionState.CREATING
+    assert states(first, second) == ["creating", "creating"]
     with pytest.raises(SandboxCapacityError, match=r"all 2 sandbox slots.*max_sessions"):
         admit(table, "c")
     assert "c" not in table.current, "a refused session leaves nothing behind"
@@ -68,9 +73,9 @@ def test_the_next_session_of_an_id_waits_for_the_last_one_even_where_queueing_is
     old = admit(table, "a")
     table.close(old, None)
     new = admit(table, "a", may_queue=False)
-    assert new.state is SessionState.QUEUED
+    assert states(new) == ["queued"]
     assert table.release(old) == [new]
-    assert new.state is SessionState.CREATING
+    assert states(new) == ["creating"]
     assert new.after is None, "a predecessor that is gone is not kept in memory"
 
 
@@ -126,14 +131,12 @@ def test_names_lead_to_their_session_until_it_is_gone() -> None:
 def test_ready_and_doubt() -> None:
     table = SessionTable(1)
     session = admit(table, "a")
-    assert not session.usable
+    seen = [(*states(session), session.usable, session.settled.is_set())]
     table.ready(session)
-    assert session.state is SessionState.READY
-    assert session.usable
-    assert session.settled.is_set()
+    seen.append((*states(session), session.usable, session.settled.is_set()))
     table.doubt(session)
-    assert not session.usable
-    assert session.state is SessionState.READY
+    seen.append((*states(session), session.usable, session.settled.is_set()))
+    assert seen == [("creating", False, False), ("ready", True, True), ("ready", False, True)]
 
 
 @pytest.mark.parametrize(
