@@ -1,0 +1,442 @@
+"""One gRPC channel to one sandbox: its credentials, its calls and their errors.
+
+Together with client.py this is all that knows grpc.aio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ._messages import ExecutionChunk, HealthStatus, read_chunk
+from ._target import grpc_address
+from .config import TlsConfig
+from .errors import (
+    SandboxCapacityError,
+    SandboxError,
+    SandboxPermissionError,
+    SandboxTimeoutError,
+    SandboxUnavailableError,
+)
+from .proto import sandbox_pb2 as pb
+from .proto import sandbox_pb2_grpc as pb_grpc
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A pod has just appeared, so what failed a moment ago is worth another try: gRPC
+    # would wait up to 30 s between lookups and 120 s between connections. 100 ms is the
+    # least that it accepts; "min_reconnect" is how long one attempt to connect may take.
+    ("grpc.dns_min_time_between_resolutions_ms", 250),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 250),
+    # Else a new channel inherits the backoff of an old one to the same address.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    # An http_proxy of the environment must not divert in-cluster targets.
+    ("grpc.enable_http_proxy", 0),
+)
+
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+_ERRORS: dict[grpc.StatusCode, type[SandboxError]] = {
+    grpc.StatusCode.UNAVAILABLE: SandboxUnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: SandboxTimeoutError,
+    grpc.StatusCode.UNAUTHENTICATED: SandboxPermissionError,
+    grpc.StatusCode.PERMISSION_DENIED: SandboxPermissionError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: SandboxCapacityError,
+}
+_SUSPICIOUS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def read_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
+    """Reads the PEM files. Blocks.
+
+    Raises:
+        SandboxError: A file cannot be read or is no PEM file; the message names it.
+    """
+    return grpc.ssl_channel_credentials(_read_pem(tls, "ca"), _read_pem(tls, "key"), _read_pem(tls, "cert"))
+
+
+def _read_pem(tls: TlsConfig, name: str) -> bytes | None:
+    path = getattr(tls, name)
+    if path is None:
+        return None
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise SandboxError(f"TlsConfig.{name}: cannot read {path}: {error.strerror or error}") from error
+    if b"-----BEGIN " not in data:
+        raise SandboxError(f"TlsConfig.{name}: {path} is no PEM file: it has no BEGIN line")
+    return data
+
+
+class Connection:
+    """A channel that is made on first use, its calls, and the account of their use.
+
+    All of it belongs to the event loop, and the process, of the first call.
+    """
+
+    def __init__(self, target: str, tls: TlsConfig | None) -> None:
+        self.target = target
+        self.closed = False
+        self.on_suspect: Callable[[], None] | None = None
+        self._address = grpc_address(target)
+        self._tls = tls
+        self._credentials: grpc.ChannelCredentials | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
+        self._channel: grpc.aio.Channel | None = None
+        self._methods: dict[str, Any] = {}
+        self._has_own_health_only = False
+        self._calls: set[Any] = set()
+        self._streams: set[Any] = set()
+        self._uses = 0
+        self._executions: dict[str, float] = {}
+        self._last_used = 0.0
+
+    # The account of use
+
+    @property
+    def in_flight(self) -> int:
+        self._forget_expired()
+        return self._uses + len(self._streams) + len(self._executions)
+
+    @property
+    def last_used(self) -> float:
+        self._forget_expired()
+        return self._last_used
+
+    def execution_started(self, execution_id: str, timeout: float) -> None:
+        """Counts an asynchronous execution until it is seen ended, or for `timeout`."""
+        self._executions[execution_id] = asyncio.get_running_loop().time() + timeout
+
+    def execution_ended(self, execution_id: str) -> None:
+        self._executions.pop(execution_id, None)
+
+    def _forget_expired(self) -> None:
+        if self._executions and self._loop is not None:
+            now = self._loop.time()
+            for execution_id, deadline in list(self._executions.items()):
+                if deadline <= now:
+                    del self._executions[execution_id]
+                    self._last_used = max(self._last_used, deadline)
+
+    def _touch(self) -> None:
+        if self._loop is not None:
+            self._last_used = self._loop.time()
+
+    # Calls
+
+    async def use(self, rpc: str, request: Any, timeout: float) -> Any:
+        """A unary call of the user's: counted, and one whose failure is suspicious."""
+        self._uses += 1
+        try:
+            return await self._call(rpc, request, timeout, suspicious=True)
+        finally:
+            self._uses -= 1
+            self._touch()
+
+    async def check_health(self, timeout: float) -> HealthStatus:
+        """Asks the standard health service, or the server's own where it has none."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        if not self._has_own_health_only:
+            try:
+                answer = await self._call("Check", health_pb2.HealthCheckRequest(), timeout)
+                return HealthStatus(answer.status == health_pb2.HealthCheckResponse.SERVING)
+            except SandboxError as error:
+                if error.status != "UNIMPLEMENTED":
+                    raise
+                self._has_own_health_only = True
+        remaining = deadline - asyncio.get_running_loop().time()
+        answer = await self._call("HealthCheck", pb.HealthCheckRequest(), remaining)
+        return HealthStatus(answer.healthy, answer.kubernetes_context or None)
+
+    async def _call(self, rpc: str, request: Any, timeout: float, *, suspicious: bool = False) -> Any:
+        methods = await self._ready(timeout)
+        call = methods[rpc](request, timeout=timeout)
+        self._calls.add(call)
+        try:
+            answer = await call
+        except grpc.aio.AioRpcError as error:
+            raise self.failure(rpc, error, suspicious=suspicious) from error
+        except asyncio.CancelledError:
+            self.raise_if_closed_under(rpc)
+            raise
+        finally:
+            self._calls.discard(call)
+        if answer is None:
+            raise self.undecodable(rpc)
+        return answer
+
+    async def start_stream(self, request: pb.ExecuteRequest, timeout: float) -> Any:
+        methods = await self._ready(timeout)
+        call = methods["ExecuteStream"](request, timeout=timeout)
+        self._streams.add(call)
+        return call
+
+    def end_stream(self, call: Any) -> None:
+        self._streams.discard(call)
+        self._touch()
+        call.cancel()
+
+    def drop_stream(self, call: Any, loop: asyncio.AbstractEventLoop) -> None:
+        """As `end_stream`, for the garbage collector: from whatever thread it runs in."""
+        self._streams.discard(call)
+        self._touch()
+        with contextlib.suppress(RuntimeError):  # The loop is closed, and the call with it.
+            loop.call_soon_threadsafe(call.cancel)
+
+    # Errors
+
+    def failure(self, rpc: str, error: grpc.aio.AioRpcError, *, suspicious: bool) -> SandboxError:
+        """The error of this library for a gRPC status; tells `on_suspect` where it is due."""
+        code, details = error.code(), error.details() or "no details"
+        kind = _ERRORS.get(code, SandboxError)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+            kind = SandboxError
+            details = f"a message is over the size limit of {MAX_MESSAGE_BYTES >> 20} MiB: {details}"
+        if suspicious and code in _SUSPICIOUS and self.on_suspect is not None:
+            self.on_suspect()
+        return kind(f"{rpc} on {self.target}: {code.name}: {details}", status=code.name)
+
+    def undecodable(self, rpc: str) -> SandboxError:
+        # gRPC logs the reason and hands out None.
+        return SandboxError(f"{rpc} on {self.target}: the answer cannot be decoded", status="INTERNAL")
+
+    def raise_if_closed_under(self, rpc: str) -> None:
+        """Raises where a CancelledError is `close`'s doing, and nobody cancelled the task."""
+        if self.closed and not cancelled_by_somebody():
+            raise SandboxUnavailableError(
+                f"{rpc} on {self.target}: the client was closed meanwhile"
+            ) from None
+
+    # The channel
+
+    async def _ready(self, timeout: float) -> dict[str, Any]:
+        """The channel's methods by name; makes the channel on first use."""
+        self._check_open()
+        self._check_loop()
+        if self._methods:
+            return self._methods
+        if self._tls is not None and self._credentials is None:
+            try:
+                async with asyncio.timeout(timeout):
+                    self._credentials = await asyncio.to_thread(read_credentials, self._tls)
+            except TimeoutError:
+                raise SandboxTimeoutError(
+                    f"the TLS files for {self.target} could not be read within {timeout:.3g} s",
+                    status="DEADLINE_EXCEEDED",
+                ) from None
+            self._check_open()
+        if not self._methods:
+            self._connect()
+        return self._methods
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise SandboxError(f"the client of {self.target} is closed")
+
+    def _check_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop, self._pid = loop, os.getpid()
+        elif self._pid != os.getpid():
+            raise SandboxError(
+                f"the client of {self.target} was first used in process {self._pid}, before a fork:"
+                " make one in each process"
+            )
+        elif self._loop is not loop:
+            raise SandboxError(
+                f"the client of {self.target} was first used in another event loop: make one in each loop"
+            )
+
+    def _connect(self) -> None:
+        options: list[tuple[str, Any]] = list(_OPTIONS)
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(self._address, options=options)
+        else:
+            if self._tls is not None and self._tls.server_name is not None:
+                options.append(("grpc.ssl_target_name_override", self._tls.server_name))
+            channel = grpc.aio.secure_channel(self._address, self._credentials, options=options)
+        self._channel = channel
+        self._has_own_health_only = False
+        self._methods = vars(pb_grpc.SandboxServiceStub(channel)) | vars(health_pb2_grpc.HealthStub(channel))
+
+    async def renew(self) -> None:
+        """Lets the next call make a channel anew, if this one is unconnected and unused.
+
+        No option shortens gRPC's wait between failed lookups of a name, which grows to
+        two minutes; a new channel looks it up, and connects, at once.
+        """
+        channel = self._channel
+        if channel is None or self._calls or self._streams:
+            return
+        if channel.get_state() is not grpc.ChannelConnectivity.READY:
+            self._channel, self._methods = None, {}
+            await channel.close(None)
+
+    async def close(self) -> None:
+        self.closed = True
+        self._executions.clear()
+        channel, loop = self._channel, self._loop
+        # In a forked process the channel is not ours; with its loop it has ended anyway.
+        if channel is None or loop is None or loop.is_closed() or self._pid != os.getpid():
+            return
+        self._check_loop()
+        for call in (*self._calls, *self._streams):
+            call.cancel()
+        self._streams.clear()
+        await channel.close(None)
+
+
+def cancelled_by_somebody() -> bool:
+    """Whether a CancelledError is meant for this task; gRPC raises it for its calls too."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+class ExecutionStream:
+    """The chunks of one execution, as they come: what `SandboxClient.execute_stream` returns.
+
+    An async iterator of `ExecutionChunk`, and an async context manager::
+
+        async with client.execute_stream(code="...") as stream:
+            async for chunk in stream:
+                print(chunk.text, end="")
+
+    The execution starts when the stream is entered or first iterated. Leaving the
+    context, `aclose`, or cancelling the task that iterates cancels the call. Without
+    ``async with``, a ``break`` out of the loop cancels it as soon as nothing refers to
+    the stream any more: at once in ``async for chunk in client.execute_stream(...)``,
+    but only later where a variable still holds it. Can be iterated once, by one task at
+    a time; after its end or an error it is exhausted.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_call",
+        "_complete",
+        "_connection",
+        "_finalizer",
+        "_over",
+        "_reading",
+        "_request",
+        "_timeout",
+    )
+
+    def __init__(self, connection: Connection, request: pb.ExecuteRequest, timeout: float) -> None:
+        self._connection = connection
+        self._request = request
+        self._timeout = timeout
+        self._call: Any = None
+        self._finalizer: weakref.finalize[..., ExecutionStream] | None = None
+        self._over = self._reading = self._complete = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ExecutionChunk:
+        """The next chunk.
+
+        Raises:
+            SandboxError: The call failed (see the error tree), or the server ended the
+                stream without a result.
+        """
+        self._claim()
+        try:
+            if not self._over and self._call is None:
+                await self._start()
+            while not self._over:
+                message = await self._read()
+                if message is _EOF:
+                    self._finish()
+                    if not self._complete:
+                        raise SandboxError(
+                            f"ExecuteStream on {self._connection.target}: ended without a result"
+                        )
+                    break
+                chunk = read_chunk(message)
+                if chunk is not None:
+                    self._complete = self._complete or chunk.kind == "result"
+                    return chunk
+        finally:
+            self._reading = False
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        self._claim()
+        try:
+            if not self._over and self._call is None:
+                await self._start()
+        finally:
+            self._reading = False
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancels the call if it has not ended. Idempotent; never suspends."""
+        self._finish()
+
+    def _claim(self) -> None:
+        if self._reading:
+            raise SandboxError("this stream is already being read by another task")
+        self._reading = True
+
+    async def _start(self) -> None:
+        call = await self._connection.start_stream(self._request, self._timeout)
+        if self._over:
+            self._connection.end_stream(call)
+            raise self._closed_under()
+        self._call = call
+        self._finalizer = weakref.finalize(
+            self, self._connection.drop_stream, call, asyncio.get_running_loop()
+        )
+        self._finalizer.atexit = False
+
+    async def _read(self) -> Any:
+        try:
+            message = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            self._finish()
+            raise self._connection.failure("ExecuteStream", error, suspicious=True) from error
+        except asyncio.CancelledError:
+            was_over = self._over
+            self._finish()
+            self._connection.raise_if_closed_under("ExecuteStream")
+            if was_over and not cancelled_by_somebody():
+                raise self._closed_under() from None
+            raise
+        if message is None:
+            self._finish()
+            raise self._connection.undecodable("ExecuteStream")
+        return message
+
+    def _closed_under(self) -> SandboxError:
+        return SandboxError("the stream was closed while it was being read")
+
+    def _finish(self) -> None:
+        self._over = True
+        if self._finalizer is not None and self._finalizer.detach() is not None:
+            self._connection.end_stream(self._call)

@@ -1,0 +1,99 @@
+"""Targets: what a client may be pointed at, and what the environment points it at."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import quote
+
+from ._messages import integer
+from .config import env_int
+
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
+_MAX_SOCKET_PATH = 107  # sun_path of unix(7), without its closing NUL.
+
+
+def grpc_address(target: object) -> str:
+    """The address in gRPC's own syntax.
+
+    Raises:
+        ValueError: The target is none of ``host:port``, ``[IPv6]:port``, ``unix:PATH``.
+    """
+    if isinstance(target, str) and target.startswith("unix:"):
+        path = target.removeprefix("unix:")
+        if path.startswith("///"):  # The same as a URI, which gRPC users may be used to.
+            path = path[2:]
+        length = len(os.fsencode(path))
+        if not path or path.startswith("//") or "\0" in path or length > _MAX_SOCKET_PATH:
+            raise ValueError(
+                f"target is {target!r}: after 'unix:' comes the path of a socket,"
+                f" of at most {_MAX_SOCKET_PATH} bytes"
+            )
+        return "unix:" + quote(os.fsencode(path))
+    host, _, port = target.rpartition(":") if isinstance(target, str) else ("", "", "")
+    if not (_is_host(host) and re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
+        raise ValueError(
+            f"target is {target!r}: it must be 'host:port', '[IPv6 address]:port' or 'unix:PATH'"
+        )
+    # With the scheme, lest a host called "dns" or "unix" be taken for one.
+    return f"dns:///{target}"
+
+
+def _is_host(host: str) -> bool:
+    if host.startswith("[") and host.endswith("]"):
+        return _is_ipv6(host[1:-1])
+    return _HOST.fullmatch(host) is not None
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return not ipaddress.IPv6Address(host).scope_id
+    except ValueError:
+        return False
+
+
+def target_from_env(
+    environ: Mapping[str, str],
+    tcp_host: str | None,
+    tcp_port: int | None,
+    socket_path: str | os.PathLike[str] | None,
+) -> str:
+    """The target that the SANDBOX_* variables name; what is given beats them.
+
+    Raises:
+        ValueError: A variable or an option is wrong; the message names it.
+    """
+    tcp_given = tcp_host is not None or tcp_port is not None
+    if tcp_given and socket_path is not None:
+        raise ValueError("socket_path is given beside tcp_host or tcp_port: give one or the other")
+    host, port = environ.get("SANDBOX_TCP_HOST"), environ.get("SANDBOX_TCP_PORT")
+    if not tcp_given and (socket_path is not None or not (host or port or _use_tcp(environ))):
+        default = environ.get("SANDBOX_SOCKET_PATH") or "/tmp/prodisco-sandbox.sock"
+        return f"unix:{default if socket_path is None else os.fspath(socket_path)}"
+    if tcp_host is not None:
+        host = _host("tcp_host", tcp_host)
+    else:
+        host = _host("SANDBOX_TCP_HOST", host or "localhost")
+    if tcp_port is not None:
+        number = integer("tcp_port", tcp_port, least=1, most=65535)
+    else:
+        number = env_int(environ, "SANDBOX_TCP_PORT") if port else 50051
+        integer("SANDBOX_TCP_PORT", number, least=1, most=65535)
+    return f"{host}:{number}"
+
+
+def _host(name: str, host: object) -> str:
+    if isinstance(host, str) and _is_ipv6(host):
+        return f"[{host}]"
+    if not isinstance(host, str) or not _is_host(host):
+        raise ValueError(f"{name} is {host!r}: it must be a host name or an IP address")
+    return host
+
+
+def _use_tcp(environ: Mapping[str, str]) -> bool:
+    text = environ.get("SANDBOX_USE_TCP", "").lower()
+    if text not in ("", "0", "1", "false", "true"):
+        raise ValueError(f"SANDBOX_USE_TCP is {text!r}: it must be true, 1, false or 0")
+    return text in ("1", "true")

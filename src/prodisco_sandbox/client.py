@@ -1,0 +1,497 @@
+"""SandboxClient: one sandbox, over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from . import _messages as m
+from ._channel import Connection, ExecutionStream
+from ._messages import (
+    CacheEntry,
+    CancelResult,
+    ExecutionChunk,
+    ExecutionInfo,
+    ExecutionOutcome,
+    ExecutionResult,
+    ExecutionState,
+    ExecutionStatus,
+    HealthStatus,
+    LspDocumentSymbol,
+    LspHover,
+    LspLocation,
+    LspRange,
+    LspSymbolInfo,
+    LspSymbolKind,
+    LspWorkspaceSymbols,
+    SandboxRef,
+    StartedExecution,
+    TestReport,
+    TestResult,
+    TestSummary,
+)
+from ._target import target_from_env
+from .config import TlsConfig
+from .errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from .proto import sandbox_pb2 as pb
+
+__all__ = [
+    "CacheEntry",
+    "CancelResult",
+    "ExecutionChunk",
+    "ExecutionInfo",
+    "ExecutionOutcome",
+    "ExecutionResult",
+    "ExecutionState",
+    "ExecutionStatus",
+    "ExecutionStream",
+    "HealthStatus",
+    "LspDocumentSymbol",
+    "LspHover",
+    "LspLocation",
+    "LspRange",
+    "LspSymbolInfo",
+    "LspSymbolKind",
+    "LspWorkspaceSymbols",
+    "SandboxClient",
+    "SandboxRef",
+    "StartedExecution",
+    "TestReport",
+    "TestResult",
+    "TestSummary",
+]
+
+_T = TypeVar("_T")
+
+# What the protocol's servers do with an execution's timeout.
+_DEFAULT_TIMEOUT, _LEAST_TIMEOUT, _GREATEST_TIMEOUT = 30.0, 1.0, 120.0
+
+
+class SandboxClient:
+    """A client of one sandbox.
+
+    ::
+
+        async with SandboxClient("localhost:50051") as client:
+            result = await client.execute(code="print(6 * 7)")
+            print(result.output)
+
+    The channel is made on first use, in the running event loop; from then on the client
+    belongs to that loop and that process. Making a client does no I/O and needs no loop.
+
+    Every call has a deadline, so none hangs. All of them may be called at the same time
+    and are safe to cancel: that cancels the call on the server, but not what the server
+    may have begun for it. They raise
+
+    - `ValueError` for a wrong argument, before anything is sent;
+    - `SandboxUnavailableError` where the sandbox cannot be reached, TLS does not match
+      (never a downgrade), or the client was closed under the call;
+    - `SandboxTimeoutError` for a call's own deadline. That a script ran into its timeout
+      is no error of the call but a result, like any failure of a script;
+    - `SandboxPermissionError` and `SandboxCapacityError` where the server says so;
+    - `SandboxError` for every other gRPC status, whose name is in ``status``
+      (``"NOT_FOUND"`` for an unknown execution id, ``"UNIMPLEMENTED"`` for a server that
+      lacks the method), for a message over 64 MiB, for a TLS file that cannot be read,
+      and for use after `close`, from another event loop or after a fork.
+
+    Subclasses, such as a stand-in for tests, may override any method; `__init__` must be
+    called, and starts nothing.
+
+    Args:
+        target: ``host:port``, ``[IPv6 address]:port`` or ``unix:PATH``.
+        tls: Speak TLS, or mTLS if it has a client certificate; None: plaintext.
+        call_timeout: Deadline in seconds of every call that does not run code.
+        deadline_margin: Seconds between an execution's timeout, which the server
+            enforces, and the deadline of its call.
+
+    Raises:
+        ValueError: An argument is wrong; the message names it.
+
+    Attributes:
+        sandbox: Which sandbox this is, for a client that a manager handed out: compare
+            it to see that the sandbox was replaced and its state is gone. None in single
+            mode.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: TlsConfig | None = None,
+        call_timeout: float = 30.0,
+        deadline_margin: float = 5.0,
+    ) -> None:
+        if tls is not None and not isinstance(tls, TlsConfig):
+            raise ValueError(f"tls is {tls!r}: it must be a TlsConfig or None")
+        self.sandbox: SandboxRef | None = None
+        self._connection = Connection(target, tls)
+        self._call_timeout = m.seconds("call_timeout", call_timeout)
+        self._margin = m.seconds("deadline_margin", deadline_margin)
+        self._health_error: SandboxError | None = None
+
+    @classmethod
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        tcp_host: str | None = None,
+        tcp_port: int | None = None,
+        socket_path: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Makes a client from the environment; an explicit argument beats it.
+
+        A TCP host or port (``tcp_host``, ``tcp_port``, SANDBOX_TCP_HOST, default
+        localhost, SANDBOX_TCP_PORT, default 50051) or SANDBOX_USE_TCP=true selects TCP,
+        otherwise the Unix socket is used (``socket_path``, SANDBOX_SOCKET_PATH, default
+        /tmp/prodisco-sandbox.sock). TLS is read by `TlsConfig.from_env`; ``tls`` and the
+        other ``options`` are those of the class.
+
+        Raises:
+            ValueError: A variable or an argument is wrong; the message names it.
+        """
+        env = os.environ if environ is None else environ
+        target = target_from_env(env, tcp_host, tcp_port, socket_path)
+        if "tls" not in options:
+            options["tls"] = TlsConfig.from_env(env)
+        return cls(target, **options)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.target} {'closed' if self._connection.closed else 'open'}>"
+
+    @property
+    def target(self) -> str:
+        """The target that was given."""
+        return self._connection.target
+
+    @property
+    def in_flight(self) -> int:
+        """How much is going on: calls, open streams, and asynchronous executions.
+
+        An asynchronous execution counts until a call of this client shows that it has
+        ended, at most until its timeout and the margin have passed. Health checks do not
+        count.
+        """
+        return self._connection.in_flight
+
+    @property
+    def last_used(self) -> float:
+        """When the last use ended, by the event loop's clock; 0.0 before the first.
+
+        Health checks are no use. For an asynchronous execution that nobody asked about
+        again it is the moment when it stopped counting as in flight.
+        """
+        return self._connection.last_used
+
+    @property
+    def on_suspect(self) -> Callable[[], None] | None:
+        """Called, synchronously, when a call failed as calls to a dead sandbox do.
+
+        That is, with UNAVAILABLE or DEADLINE_EXCEEDED; health checks excepted.
+        """
+        return self._connection.on_suspect
+
+    @on_suspect.setter
+    def on_suspect(self, callback: Callable[[], None] | None) -> None:
+        self._connection.on_suspect = callback
+
+    @property
+    def health_error(self) -> SandboxError | None:
+        """Why the last attempt of `wait_for_healthy` failed; None after a success."""
+        return self._health_error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the client for good and cancels the calls in flight.
+
+        They raise `SandboxUnavailableError`. Waits for nothing; idempotent; safe to
+        cancel and repeat.
+
+        Raises:
+            SandboxError: Called in another event loop than the calls, which still runs.
+        """
+        await self._connection.close()
+
+    # Health
+
+    async def health_check(self, *, timeout: float = 5.0) -> HealthStatus:
+        """Asks once whether the server is healthy.
+
+        Asks ``grpc.health.v1.Health/Check``, and the server's own ``HealthCheck`` where
+        that is unimplemented, which is remembered.
+
+        Raises:
+            ValueError, SandboxError: See the class; a server that says that it is
+                unhealthy is a result.
+        """
+        return await self._connection.check_health(m.seconds("timeout", timeout))
+
+    async def wait_for_healthy(self, timeout: float) -> bool:
+        """Waits until the server is healthy.
+
+        The first attempt goes out at once. Each has a deadline of its own, of one second
+        at first, so that a server which accepts and never answers does not hold it.
+
+        Returns:
+            Whether it is. False after `timeout` seconds (at once if that is zero or
+            less), or where waiting cannot help: the client is closed, a TLS file cannot
+            be read. `health_error` then says why.
+        """
+        self._health_error = None
+        if timeout <= 0:
+            return False
+        try:
+            async with asyncio.timeout(timeout):
+                await self._until_healthy()
+        except TimeoutError:
+            return False
+        except SandboxError as error:
+            self._health_error = error
+            return False
+        self._health_error = None
+        return True
+
+    async def _until_healthy(self) -> None:
+        pause, patience = 0.01, 1.0
+        while True:
+            try:
+                if (await self._connection.check_health(patience)).healthy:
+                    return
+                self._health_error = SandboxUnavailableError(f"{self.target} answers that it is unhealthy")
+            except SandboxError as error:
+                if error.status is None:  # Not the other side's doing.
+                    raise
+                self._health_error = error
+                if isinstance(error, SandboxTimeoutError):
+                    patience = min(2 * patience, 5.0)
+            await self._connection.renew()
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.25)
+
+    # Running code
+
+    async def execute(
+        self, *, code: str | None = None, cached: str | None = None, timeout: float | None = None
+    ) -> ExecutionResult:
+        """Runs code to its end and returns the whole output.
+
+        Args:
+            code: What to run; may be empty.
+            cached: Instead of `code`, the name of a script in the server's cache.
+            timeout: How long it may run; None: the server's default of 30 seconds.
+                Servers may clamp it, to 1 to 120 seconds.
+        """
+        request = m.execute_request(code, cached, timeout)
+        return await self._use("Execute", request, m.read_result, self._deadline(timeout))
+
+    def execute_stream(
+        self, *, code: str | None = None, cached: str | None = None, timeout: float | None = None
+    ) -> ExecutionStream:
+        """Runs code and gives its output as it comes; arguments as for `execute`.
+
+        Returns:
+            An object that is both an async iterator of `ExecutionChunk` and an async
+            context manager; the last chunk holds the result. Best used in ``async with``,
+            whose exit cancels the call.
+        """
+        request = m.execute_request(code, cached, timeout)
+        return ExecutionStream(self._connection, request, self._deadline(timeout))
+
+    async def execute_async(
+        self, *, code: str | None = None, cached: str | None = None, timeout: float | None = None
+    ) -> StartedExecution:
+        """Starts code and returns at once; arguments as for `execute`.
+
+        Raises:
+            ValueError, SandboxError: See the class; status "INVALID_ARGUMENT" for an
+                unknown cached script.
+        """
+        request = m.execute_request(code, cached, timeout)
+        started = await self._use("ExecuteAsync", request, m.read_started)
+        if not started.state.is_final:
+            self._connection.execution_started(started.execution_id, self._deadline(timeout))
+        return started
+
+    async def get_execution(
+        self,
+        execution_id: str,
+        *,
+        wait: bool = False,
+        output_offset: int = 0,
+        timeout: float | None = None,
+    ) -> ExecutionStatus:
+        """State and buffered output of an execution.
+
+        Args:
+            execution_id: As `execute_async` returned it.
+            wait: Let the server answer only once the execution has ended.
+            output_offset: Skip this much of both outputs: an ``output_length`` that the
+                server returned before. Its unit is the server's affair.
+            timeout: Deadline of the call in seconds; None: long enough for any execution
+                where `wait` is set, else ``call_timeout``.
+        """
+        request = pb.GetExecutionRequest(
+            execution_id=m.text("execution_id", execution_id),
+            wait=bool(wait),
+            output_offset=m.integer("output_offset", output_offset, most=2**63 - 1),
+        )
+        if timeout is not None:
+            m.seconds("timeout", timeout)
+        elif wait:
+            timeout = _GREATEST_TIMEOUT + self._margin
+        try:
+            status = await self._use("GetExecution", request, m.read_status, timeout)
+        except SandboxError as error:
+            if error.status == "NOT_FOUND":
+                self._connection.execution_ended(execution_id)
+            raise
+        self._note_state(execution_id, status.state)
+        return status
+
+    async def wait_for_execution(self, execution_id: str, *, timeout: float | None = None) -> ExecutionStatus:
+        """Waits for the end of an execution; ``result`` of what it returns is set.
+
+        Args:
+            execution_id: As `execute_async` returned it.
+            timeout: How long to wait, in seconds; None: long enough for any execution.
+
+        Raises:
+            SandboxTimeoutError: It has not ended by then; it runs on.
+        """
+        if timeout is None:
+            timeout = _GREATEST_TIMEOUT + self._margin
+        loop = asyncio.get_running_loop()
+        remaining, deadline = timeout, loop.time() + m.seconds("timeout", timeout)
+        while True:
+            status = await self.get_execution(execution_id, wait=True, timeout=remaining)
+            if status.state.is_final:
+                return status
+            # A server that cuts long polls short must not be asked in a busy loop.
+            await asyncio.sleep(min(0.1, max(0.0, deadline - loop.time())))
+            remaining = deadline - loop.time()
+            if remaining <= 0:
+                raise SandboxTimeoutError(
+                    f"execution {execution_id} is still {status.state.name} after {timeout:.3g} s"
+                )
+
+    async def cancel_execution(self, execution_id: str) -> CancelResult:
+        """Cancels a running execution. Idempotent; some servers' scripts go on for a while."""
+        request = pb.CancelExecutionRequest(execution_id=m.text("execution_id", execution_id))
+        result = await self._use("CancelExecution", request, m.read_cancel)
+        self._note_state(execution_id, result.state)
+        return result
+
+    async def list_executions(
+        self,
+        *,
+        states: Iterable[ExecutionState] = (),
+        limit: int = 0,
+        include_completed_within: float = 0.0,
+    ) -> tuple[ExecutionInfo, ...]:
+        """Running and recently finished executions; plain `execute` calls are not listed.
+
+        Args:
+            states: Only these; none: all.
+            limit: At most so many, which may be the oldest ones; 0: the server's default.
+            include_completed_within: Also those that ended within so many seconds; 0: the
+                server's default.
+        """
+        request = pb.ListExecutionsRequest(
+            states=[m.integer("states", state) for state in states],  # type: ignore[misc]
+            limit=m.integer("limit", limit),
+            include_completed_within_ms=round(
+                m.seconds("include_completed_within", include_completed_within, zero=True) * 1000
+            ),
+        )
+        executions = await self._use("ListExecutions", request, m.read_executions)
+        for info in executions:
+            self._note_state(info.execution_id, info.state)
+        return executions
+
+    async def execute_test(
+        self, *, tests: str, code: str | None = None, timeout: float | None = None
+    ) -> TestReport:
+        """Runs code together with its tests.
+
+        Args:
+            tests: The tests.
+            code: The code under test; None: the tests alone.
+            timeout: As for `execute`.
+        """
+        request = pb.ExecuteTestRequest(
+            code=None if code is None else m.text("code", code, empty=True),
+            tests=m.text("tests", tests, empty=True),
+            timeout_ms=m.timeout_ms(timeout),
+        )
+        return await self._use("ExecuteTest", request, m.read_report, self._deadline(timeout))
+
+    async def list_cache(self, *, filter: str | None = None) -> tuple[CacheEntry, ...]:  # noqa: A002
+        """The scripts that the server keeps because they succeeded; `filter` is its affair."""
+        request = pb.ListCacheRequest(filter=None if filter is None else m.text("filter", filter, empty=True))
+        return await self._use("ListCache", request, m.read_cache)
+
+    async def clear_cache(self) -> int:
+        """Empties the server's cache; returns how many scripts it held. Idempotent."""
+        return await self._use("ClearCache", pb.ClearCacheRequest(), m.read_deleted_count)
+
+    # The language server. Lines count from 1, characters from 0.
+
+    async def lsp_workspace_symbol(self, query: str, *, limit: int | None = None) -> LspWorkspaceSymbols:
+        """Symbols by name; `limit`: at most so many, None: the server's default."""
+        request = pb.LspWorkspaceSymbolRequest(
+            query=m.text("query", query, empty=True),
+            limit=None if limit is None else m.integer("limit", limit, least=1),
+        )
+        return await self._use("LspWorkspaceSymbol", request, m.read_workspace_symbols)
+
+    async def lsp_hover(self, file_path: str, line: int, character: int) -> LspHover:
+        """Type and documentation at a position."""
+        request = pb.LspPositionRequest(**m.position(file_path, line, character))
+        return await self._use("LspHover", request, m.read_hover)
+
+    async def lsp_go_to_definition(
+        self, file_path: str, line: int, character: int
+    ) -> tuple[LspLocation, ...]:
+        """Where the symbol at a position is defined."""
+        request = pb.LspPositionRequest(**m.position(file_path, line, character))
+        return await self._use("LspGoToDefinition", request, m.read_locations)
+
+    async def lsp_find_references(
+        self, file_path: str, line: int, character: int, *, include_declaration: bool = False
+    ) -> tuple[LspLocation, ...]:
+        """Where the symbol at a position is used."""
+        request = pb.LspReferencesRequest(
+            **m.position(file_path, line, character), include_declaration=bool(include_declaration)
+        )
+        return await self._use("LspFindReferences", request, m.read_locations)
+
+    async def lsp_document_symbol(self, file_path: str) -> tuple[LspDocumentSymbol, ...]:
+        """The outline of a file."""
+        request = pb.LspDocumentRequest(file_path=m.text("file_path", file_path))
+        return await self._use("LspDocumentSymbol", request, m.read_document_symbols)
+
+    async def _use(
+        self, rpc: str, request: Any, read: Callable[[Any], _T], timeout: float | None = None
+    ) -> _T:
+        return read(await self._connection.use(rpc, request, timeout or self._call_timeout))
+
+    def _deadline(self, timeout: float | None) -> float:
+        # Not clamped from above: a server is free to allow more than the stock one.
+        return max(timeout or _DEFAULT_TIMEOUT, _LEAST_TIMEOUT) + self._margin
+
+    def _note_state(self, execution_id: str, state: ExecutionState) -> None:
+        if state.is_final:
+            self._connection.execution_ended(execution_id)
