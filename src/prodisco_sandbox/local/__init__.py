@@ -1,0 +1,266 @@
+"""LocalCluster: sandboxes as local processes, no cluster needed. For development, on Linux."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from .. import manifest
+from .._log import get_logger
+from ..config import SandboxManagerConfig, _check_seconds, _is_int
+from ..errors import SandboxError
+from ..manifest import Object
+from ..testing import FakeCustomObjectsApi
+from ._controller import Controller
+from ._processes import Keeper
+
+__all__ = ["LocalCluster"]
+
+log = get_logger("local")
+
+PASSED = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH")
+"""Variables of the environment that servers inherit by default."""
+
+_OWN_OPTIONS = ("--socket", "--host", "--port", "--workspace", "--cache-dir", "--exit-with-parent")
+# The kernel takes 107 bytes: /prodisco-xxxxxxxx, a number, /socket.
+_LONGEST_BASE = 107 - len("/prodisco-xxxxxxxx/123456/socket")
+
+
+class LocalCluster:
+    """Runs each Sandbox as a server process of its own on this machine.
+
+    ::
+
+        async with LocalCluster() as cluster:
+            config = cluster.config(max_sessions=50)
+            async with SandboxManager(config, custom_objects_api=cluster.custom_objects_api) as manager:
+                client = await manager.get_client(session_id)
+
+    A small controller does for the managed Sandboxes of a namespace what agent-sandbox
+    does on a cluster: it runs a server (`python -m prodisco_sandbox.server`, on a Unix
+    socket in a directory of its own) for each, writes its status, stops it when the
+    Sandbox is deleted, and honours ``spec.shutdownTime``. The pod template is not looked
+    at. A server that ends makes its Sandbox's Ready condition False with the reason
+    PodFailed.
+
+    No process, socket or file outlives the cluster, also if its process is killed: then
+    they are gone within some two seconds. The cluster belongs to the event loop that it
+    is started in. Several may run at once.
+
+    These are processes of the same user on the same machine: a sandbox in name only. Run
+    no code there that you would not run yourself.
+
+    Args:
+        custom_objects_api: A kubernetes_asyncio ``CustomObjectsApi`` whose Sandboxes to
+            run, which nobody else's controller must do; it is never closed here. None: a
+            `FakeCustomObjectsApi`, in memory.
+        namespace: The namespace whose Sandboxes are run.
+        api_version: "auto", "v1alpha1" or "v1beta1", as in `SandboxManagerConfig`.
+        server_args: Further arguments of the servers, such as
+            ``["--memory-limit-mb", "512"]``.
+        python: The interpreter that runs the servers; None: the one that runs this.
+        pass_env: Names of variables that the servers inherit; they get no others.
+        max_starting: How many servers may be starting at the same time.
+        directory: Where the cluster makes its own directory, with access for this user
+            only; None: the system's directory for temporary files.
+        poll_interval: How often the Sandboxes are listed where they cannot be watched, in
+            seconds.
+
+    Raises:
+        ValueError: An argument is wrong; the message names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        custom_objects_api: Any | None = None,
+        namespace: str = "prodisco",
+        api_version: Literal["auto", "v1alpha1", "v1beta1"] = "auto",
+        server_args: Sequence[str] = (),
+        python: str | os.PathLike[str] | None = None,
+        pass_env: Iterable[str] = PASSED,
+        max_starting: int = 4,
+        directory: str | os.PathLike[str] | None = None,
+        poll_interval: float = 1.0,
+    ) -> None:
+        if not _is_int(max_starting) or max_starting < 1:
+            raise ValueError(f"max_starting is {max_starting!r}: it must be an integer of at least 1")
+        self._python = _interpreter(python)
+        self._server_args = _server_args(server_args)
+        self._env = {name: os.environ[name] for name in pass_env if name in os.environ}
+        _check_seconds("poll_interval", poll_interval)
+        self._poll_interval = poll_interval
+        self._config = SandboxManagerConfig(mode="multi", namespace=namespace, api_version=api_version)
+        self._fake = FakeCustomObjectsApi() if custom_objects_api is None else None
+        self._api = self._fake if custom_objects_api is None else custom_objects_api
+        self._keeper = Keeper(_base(directory))
+        self._controller: Controller | None = None
+        self._max_starting = max_starting
+        self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def custom_objects_api(self) -> Any:
+        """What a `SandboxManager` is given as ``custom_objects_api``."""
+        return self._api
+
+    @property
+    def directory(self) -> Path:
+        """The cluster's directory: one of each server's inside, with its ``server.log``.
+
+        Raises:
+            SandboxError: The cluster has not been started.
+        """
+        if self._keeper.root is None:
+            raise SandboxError("the cluster has not been started: use `async with LocalCluster()`")
+        return self._keeper.root
+
+    def endpoint(self, sandbox: Object) -> str | None:
+        """The gRPC target of a Sandbox's server; None while there is none.
+
+        For ``endpoint`` of `SandboxManagerConfig`; the status holds no address that leads
+        to a server.
+        """
+        pod = self._controller and self._controller.pods.get(str(manifest.uid(sandbox)))
+        return pod.server.target if pod and pod.server else None
+
+    def config(self, **settings: Any) -> SandboxManagerConfig:
+        """Settings of a manager on this cluster: multi mode, the namespace, the endpoint.
+
+        Args:
+            settings: Further fields of `SandboxManagerConfig`; they beat the cluster's.
+
+        Raises:
+            ValueError, TypeError: As `SandboxManagerConfig`.
+        """
+        own: dict[str, Any] = {
+            "mode": "multi",
+            "namespace": self._config.namespace,
+            "api_version": self._config.api_version,
+            "endpoint": self.endpoint,
+        }
+        return SandboxManagerConfig(**(own | settings))
+
+    def kill(self, name: str) -> None:
+        """Kills a Sandbox's server with SIGKILL, as the kernel does when memory runs out.
+
+        Raises:
+            KeyError: No server runs for a Sandbox of this name.
+        """
+        for pod in self._controller.pods.values() if self._controller else ():
+            if pod.name == name and pod.server is not None and pod.server.exit is None:
+                pod.server.kill()
+                return
+        raise KeyError(f"no server runs for a Sandbox {name!r}")
+
+    async def start(self) -> None:
+        """Starts the controller. If this fails or is cancelled, the cluster is closed.
+
+        Raises:
+            SandboxError: It was started or closed before.
+            SandboxUnavailableError: The system refuses a process.
+        """
+        if self._controller is not None or self._closing is not None:
+            raise SandboxError("a cluster is started once: make a new one")
+        self._controller = Controller(
+            self._config,
+            self._api,
+            self._keeper,
+            self._command,
+            max_starting=self._max_starting,
+            poll_interval=self._poll_interval,
+        )
+        try:
+            await self._keeper.start()
+        except BaseException:
+            await self._closed()
+            raise
+        self._controller.start()
+
+    async def aclose(self) -> None:
+        """Ends every server and removes every file. Sandboxes stay as they are.
+
+        Idempotent. Safe to cancel: it goes on in a task of the cluster's. Leaving ``async
+        with`` waits for it even if cancelled.
+        """
+        await asyncio.wait({self._close()})
+        self._close().result()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._closed()
+
+    async def _closed(self) -> None:
+        """Closes, cancelled or not, and raises the cancellation afterwards."""
+        task = self._close()
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError as e:
+                # It is bounded, and nothing may be left behind.
+                cancelled = e
+        if cancelled is not None:
+            raise cancelled
+        task.result()
+
+    def _close(self) -> asyncio.Task[None]:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._run_close(), name="local-close")
+        return self._closing
+
+    async def _run_close(self) -> None:
+        if self._controller is not None:
+            await self._controller.aclose()
+        await self._keeper.aclose()
+        if self._fake is not None:
+            await self._fake.aclose()
+
+    def _command(self, directory: Path) -> tuple[Sequence[str], Mapping[str, str]]:
+        """How a server is started."""
+        # -P: a file in its working directory must not pass for a module.
+        argv = [self._python, "-P", "-m", "prodisco_sandbox.server", "--exit-with-parent"]
+        for option in ("socket", "workspace", "cache-dir"):
+            argv += [f"--{option}", str(directory / option)]
+        return argv + self._server_args, {**self._env, "TMPDIR": str(directory / "tmp")}
+
+
+def _interpreter(python: str | os.PathLike[str] | None) -> str:
+    found = shutil.which(sys.executable if python is None else python)
+    if found is None:
+        raise ValueError(f"python is {python!r}: there is no such program")
+    return str(Path(found).absolute())
+
+
+def _server_args(args: object) -> list[str]:
+    if isinstance(args, str) or not isinstance(args, Sequence) or not all(isinstance(a, str) for a in args):
+        raise ValueError(f"server_args is {args!r}: it must be a sequence of strings")
+    for arg in args:
+        if arg.partition("=")[0] in _OWN_OPTIONS:
+            raise ValueError(f"server_args has {arg!r}: the cluster itself sets {', '.join(_OWN_OPTIONS)}")
+    return list(args)
+
+
+def _base(directory: str | os.PathLike[str] | None) -> Path:
+    base = Path(tempfile.gettempdir() if directory is None else directory).absolute()
+    if len(os.fsencode(base)) > _LONGEST_BASE:
+        if directory is not None:
+            raise ValueError(
+                f"directory is {str(directory)!r}: sockets in it would have names that the kernel"
+                f" refuses; its absolute path must have at most {_LONGEST_BASE} bytes"
+            )
+        base = Path("/tmp")
+    if not base.is_dir():
+        raise ValueError(f"directory is {str(directory)!r}: there is no such directory")
+    return base

@@ -1,0 +1,383 @@
+"""The process between a `LocalCluster` and its servers, which leaves nothing of them behind.
+
+It is a program of its own: the cluster starts this file, and gives it one socket as
+standard input, for orders and reports as lines of JSON. It makes the cluster's directory,
+starts the servers, and ends once the cluster says so or is gone, however that came about.
+It ends only when none of its descendants is left: it is a child subreaper, so whatever
+the servers leave behind, double forks and new sessions too, becomes its own child.
+
+Standard library only, and no imports from the package: those take half a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+STOP_GRACE = 1.0
+"""Seconds that a server gets to end by itself."""
+KILL_GRACE = 2.0
+"""Seconds to look for survivors: only what sleeps in the kernel survives SIGKILL."""
+LOG = "server.log"
+"""A server's standard error, in its directory."""
+LOG_TAIL = 2000
+"""Bytes of a dead server's log that are reported."""
+
+_LOOK_AGAIN = 0.02
+_READ = 1 << 16
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Server:
+    """One server process."""
+
+    def __init__(self, key: str, directory: Path) -> None:
+        self.key = key
+        self.directory = directory
+        self.pid = 0
+        self.input = -1
+        self.output = -1
+        self.said = b""
+        self.kill_at: float | None = None
+        self.exit: int | None = None
+
+
+class Keeper:
+    """Starts servers, reaps them, and removes what they leave."""
+
+    def __init__(self, control: socket.socket, root: Path) -> None:
+        self._control = control
+        self._root = root
+        self._orders = b""
+        self._servers: dict[str, Server] = {}
+        self._ending = False
+        self._give_up_at: float | None = None
+        self._selector = selectors.DefaultSelector()
+        self._wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._woken)
+        self._selector.register(control, selectors.EVENT_READ, self._read_orders)
+
+    def end_with(self, parent: int) -> None:
+        """Ends when that process does, even if another one holds a copy of its socket."""
+        try:
+            descriptor = os.pidfd_open(parent)
+        except OSError:  # Not on every kernel; the end of the socket says it as well.
+            pass
+        else:
+            self._selector.register(descriptor, selectors.EVENT_READ, self._end)
+        if os.getppid() != parent:
+            self._end()
+
+    def run(self) -> None:
+        """Returns when the cluster is gone and no server is left."""
+        self.tell(event="ready", root=str(self._root))
+        while self._servers or not self._ending:
+            for key, _ in self._selector.select(self._pause()):
+                key.data()
+            self._reap()
+            self._kill_overdue()
+            self._clear_away()
+
+    def tell(self, **report: object) -> None:
+        try:
+            self._control.sendall(json.dumps(report).encode() + b"\n")
+        except OSError:
+            self._end()
+
+    def _pause(self) -> float | None:
+        """Seconds until there is something to do that no descriptor announces."""
+        if self._give_up_at is not None:
+            return _LOOK_AGAIN
+        times = [s.kill_at for s in self._servers.values() if s.kill_at is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _woken(self) -> None:
+        os.read(self._wake, _READ)
+
+    # Orders
+
+    def _read_orders(self) -> None:
+        try:
+            data = self._control.recv(_READ)
+        except ConnectionError:
+            data = b""
+        if not data:
+            self._end()
+            return
+        *lines, self._orders = (self._orders + data).split(b"\n")
+        for line in lines:
+            self._obey(json.loads(line))
+
+    def _obey(self, order: dict[str, Any]) -> None:
+        server = self._servers.get(order["server"])
+        if order["do"] == "start":
+            self._start(order)
+        elif server is None or server.exit is not None:
+            return  # It has ended meanwhile.
+        elif order["do"] == "stop":
+            self._stop(server)
+        elif order["do"] == "kill":
+            _send(server.pid, signal.SIGKILL)
+
+    def _end(self) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        for key in list(self._selector.get_map().values()):
+            if key.data in (self._read_orders, self._end):
+                self._selector.unregister(key.fileobj)
+        for server in self._servers.values():
+            self._stop(server)
+
+    # Servers
+
+    def _start(self, order: dict[str, Any]) -> None:
+        server = Server(order["server"], self._root / order["server"])
+        log = theirs = out = -1
+        try:
+            server.directory.mkdir(0o700)
+            (server.directory / "tmp").mkdir(0o700)
+            log = os.open(server.directory / LOG, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            theirs, server.input = os.pipe2(os.O_CLOEXEC)
+            server.output, out = os.pipe2(os.O_CLOEXEC)
+            server.pid = os.fork()
+            if server.pid == 0:
+                _become_server(order["argv"], order["env"], server.directory, (theirs, out, log))
+        except OSError as e:
+            self._bury(server, 127, f"it could not be started: {e}")
+            return
+        finally:
+            _close(log, theirs, out)
+        os.set_blocking(server.output, False)
+        self._servers[server.key] = server
+        self._selector.register(server.output, selectors.EVENT_READ, lambda: self._read_output(server))
+
+    def _read_output(self, server: Server) -> None:
+        try:
+            data = os.read(server.output, _READ)
+        except BlockingIOError:
+            return
+        if not data:
+            self._selector.unregister(server.output)
+            _close(server.output)
+            server.output = -1
+            return
+        if b"\n" in server.said:
+            return  # Read all the same, so that it is never blocked.
+        server.said += data
+        line, newline, _ = server.said.partition(b"\n")
+        if newline:
+            self.tell(event="said", server=server.key, line=line.decode("utf-8", "replace"))
+
+    def _stop(self, server: Server) -> None:
+        """Asks the server to end, and gives it a moment."""
+        if server.kill_at is None:
+            server.kill_at = time.monotonic() + STOP_GRACE
+            # The signal ends one that is still starting, the end of its input one that serves.
+            _send(server.pid, signal.SIGTERM)
+            _close(server.input)
+            server.input = -1
+
+    def _reap(self) -> None:
+        by_pid = {server.pid: server for server in self._servers.values() if server.exit is None}
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if server := by_pid.get(pid):
+                server.exit = os.waitstatus_to_exitcode(status)
+                server.kill_at = None
+
+    def _kill_overdue(self) -> None:
+        now = time.monotonic()
+        for server in self._servers.values():
+            if server.kill_at is not None and server.kill_at <= now:
+                kill_trees([server.pid])
+                server.kill_at = now + KILL_GRACE
+
+    def _clear_away(self) -> None:
+        """Removes what dead servers have left: their processes first, then their files."""
+        dead = [server for server in self._servers.values() if server.exit is not None]
+        if not dead:
+            return
+        living = {server.pid for server in self._servers.values() if server.exit is None}
+        orphans = set(_children().get(os.getpid(), ())) - living
+        now = time.monotonic()
+        if orphans:
+            kill_trees(orphans)
+            self._give_up_at = self._give_up_at or now + KILL_GRACE
+            if now < self._give_up_at:
+                return
+            self.tell(event="left", what=f"processes that SIGKILL does not end: {sorted(orphans)}")
+        self._give_up_at = None
+        for server in dead:
+            del self._servers[server.key]
+            if server.output >= 0:
+                self._selector.unregister(server.output)
+            self._bury(server, server.exit or 0, _tail(server.directory / LOG))
+
+    def _bury(self, server: Server, status: int, log: str) -> None:
+        _close(server.input, server.output)
+        if not remove(server.directory):
+            self.tell(event="left", what=f"files that cannot be removed, in {server.directory}")
+        self.tell(event="ended", server=server.key, exit=status, log=log)
+
+
+def _become_server(argv: list[str], env: dict[str, str], directory: Path, stdio: tuple[int, ...]) -> NoReturn:
+    """Turns the child of a fork into a server."""
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # Out of the terminal's reach: Ctrl-C is the cluster's to handle.
+        os.setsid()
+        for number, descriptor in enumerate(stdio):
+            os.dup2(descriptor, number)
+        keeper = os.getppid()
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == keeper:
+            os.chdir(directory)
+            os.execve(argv[0], argv, env)  # noqa: S606
+    except BaseException as e:  # noqa: BLE001
+        os.write(2, f"cannot run {argv[0]}: {e}\n".encode(errors="replace"))
+    finally:
+        os._exit(127)
+
+
+def kill_trees(roots: Iterable[int]) -> None:
+    """Kills processes and all their descendants.
+
+    They are stopped first: what is killed at once makes room for what it forked meanwhile.
+    """
+    roots = set(roots)
+    stopped: set[int] = set()
+    while fresh := _with_descendants(roots) - stopped:
+        for pid in fresh:
+            _send(pid, signal.SIGSTOP)
+        stopped |= fresh
+    for pid in stopped:
+        _send(pid, signal.SIGKILL)
+
+
+def _with_descendants(roots: set[int]) -> set[int]:
+    children = _children()
+    found = list(roots)
+    for pid in found:  # It grows meanwhile.
+        found += children.get(pid, ())
+    return set(found)
+
+
+def _children() -> dict[int, list[int]]:
+    """The children of every process that has any, zombies included."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").iterdir():
+        if not path.name.isdigit():
+            continue
+        try:
+            fields = (path / "stat").read_bytes().rpartition(b")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(int(fields[1]), []).append(int(path.name))
+    return children
+
+
+def kill_children() -> None:
+    """Leaves no descendant, but what even SIGKILL does not end in time."""
+    give_up_at = time.monotonic() + KILL_GRACE
+    while (children := _children().get(os.getpid())) and time.monotonic() < give_up_at:
+        kill_trees(children)
+        for pid in children:
+            os.waitpid(pid, os.WNOHANG)
+        time.sleep(_LOOK_AGAIN)
+
+
+def remove(directory: Path) -> bool:
+    """Removes a directory and all in it; returns whether it is gone."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        # Code in a sandbox can lock its directories, even against itself.
+        directory.chmod(0o700)
+        for parent, names, _ in os.walk(directory):
+            for path in (Path(parent, name) for name in names):
+                if not path.is_symlink():
+                    path.chmod(0o700)
+        shutil.rmtree(directory, ignore_errors=True)
+    return not directory.exists()
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL))
+            return file.read().decode("utf-8", "replace").strip()
+    except OSError as e:
+        return f"its log cannot be read: {e}"
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return  # Gone; or not ours to kill, which whoever looks again finds still there.
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _prctl(option: int, value: int) -> None:
+    zero = ctypes.c_ulong(0)
+    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), zero, zero, zero) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
+
+
+def main(base: str, parent: str) -> int:
+    """Keeps the servers of one cluster; returns the exit status.
+
+    Args:
+        base: Where to make the cluster's directory.
+        parent: Process id of the cluster.
+    """
+    # Handled, not ignored: what is ignored, a server would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    # The environment of the cluster's process is not for code in a sandbox to read.
+    _prctl(_PR_SET_DUMPABLE, 0)
+    os.chdir("/")
+    control = socket.socket(fileno=0)
+    root = None
+    try:
+        root = Path(tempfile.mkdtemp(prefix="prodisco-", dir=base))
+        keeper = Keeper(control, root)
+        keeper.end_with(int(parent))
+        keeper.run()
+    except BaseException:  # noqa: BLE001
+        report = {"event": "broken", "text": traceback.format_exc()}
+        with contextlib.suppress(OSError):  # The cluster may be what broke.
+            control.sendall(json.dumps(report).encode() + b"\n")
+        return 1
+    finally:
+        kill_children()
+        if root is not None:
+            remove(root)
+    return 0

@@ -1,0 +1,253 @@
+"""The cluster's side of the keeper: server processes, as an event loop sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._log import get_logger
+from ..errors import SandboxUnavailableError
+
+log = get_logger("local")
+
+START_TIMEOUT = 30.0
+END_TIMEOUT = 15.0
+KILLED = -int(signal.SIGKILL)
+
+_FILE = Path(__file__).with_name("_keeper.py")
+# As a file, not as a module of the package, whose imports would take half a second.
+_BOOTSTRAP = """\
+import importlib.util as u, sys
+spec = u.spec_from_file_location("prodisco_sandbox.local._keeper", sys.argv[1])
+module = u.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.exit(module.main(*sys.argv[2:]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a server ended.
+
+    Attributes:
+        status: Exit status; negative: the number of the signal that killed it.
+        log: The end of its log.
+    """
+
+    status: int
+    log: str
+
+    def __str__(self) -> str:
+        if self.status == KILLED:
+            return "The server was killed with SIGKILL"
+        how = f"ended with status {self.status}"
+        if self.status < 0:
+            how = f"was ended by {signal.Signals(-self.status).name}"
+        last = self.log.rpartition("\n")[2][:300]
+        return f"The server {how}" + (f": {last}" if last else "")
+
+
+class ServerProcess:
+    """One server.
+
+    Attributes:
+        directory: Its own; gone once it has ended.
+        target: Where it serves, as a gRPC target; None before and after.
+        exit: How it ended; None until nothing of it is left, neither process nor file.
+    """
+
+    def __init__(self, keeper: Keeper, key: str, directory: Path) -> None:
+        self.directory = directory
+        self.target: str | None = None
+        self.exit: Exit | None = None
+        self._keeper = keeper
+        self._key = key
+        self._settled = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    async def settled(self) -> None:
+        """Returns when it serves or has ended. Safe to cancel."""
+        await self._settled.wait()
+
+    async def ended(self) -> Exit:
+        """Returns when nothing of it is left. Safe to cancel."""
+        await self._ended.wait()
+        assert self.exit is not None  # noqa: S101
+        return self.exit
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        """Starts it, in its directory, with standard error in ``server.log`` there. Once."""
+        self._keeper.order(do="start", server=self._key, argv=list(argv), env=dict(env))
+
+    def stop(self) -> None:
+        """Has it end, by itself or by force. Idempotent."""
+        self.target = None
+        if self.exit is None:
+            self._keeper.order(do="stop", server=self._key)
+
+    def kill(self) -> None:
+        """Kills it with SIGKILL."""
+        if self.exit is None:
+            self._keeper.order(do="kill", server=self._key)
+
+    def said(self, line: str) -> None:
+        prefix, _, target = line.partition("listening on ")
+        if target and not prefix:
+            self.target = target.strip()
+            self._settled.set()
+
+    def gone(self, status: int, text: str) -> None:
+        self.target = None
+        self.exit = Exit(status, text)
+        self._settled.set()
+        self._ended.set()
+
+
+class Keeper:
+    """The keeper process, and the servers that it keeps.
+
+    Args:
+        base: Where to make the cluster's directory.
+
+    Attributes:
+        root: The cluster's directory; None until it is made.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.root: Path | None = None
+        self._base = base
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+        self._lost: str | None = None
+        self._servers: dict[str, ServerProcess] = {}
+        self._keys = map(str, itertools.count(1))
+        self._ending = False
+
+    async def start(self) -> None:
+        """Starts it. Whatever comes of this, `aclose` has to follow.
+
+        Raises:
+            SandboxUnavailableError: It did not start.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._spawn(theirs)
+            reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            raise
+        self._reading = asyncio.create_task(self._read(reader), name="local-keeper")
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                await self._ready.wait()
+        except TimeoutError as e:
+            raise SandboxUnavailableError(f"the servers' keeper did not start in {START_TIMEOUT:g} s") from e
+        if self.root is None:
+            raise SandboxUnavailableError(f"the servers' keeper did not start: {self._lost}")
+
+    def _spawn(self, control: socket.socket) -> None:
+        # Not asyncio's: what is cancelled while it starts a process may forget it.
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-I", "-c", _BOOTSTRAP, str(_FILE), str(self._base), str(os.getpid())],
+                stdin=control.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as e:
+            raise SandboxUnavailableError(f"the servers' keeper cannot be started: {e}") from e
+
+    def new(self) -> ServerProcess:
+        """A server that is yet to be started."""
+        assert self.root is not None  # noqa: S101
+        key = next(self._keys)
+        server = ServerProcess(self, key, self.root / key)
+        if self._lost is None:
+            self._servers[key] = server
+        else:
+            server.gone(KILLED, self._lost)
+        return server
+
+    def order(self, **order: object) -> None:
+        if self._lost is None and self._writer is not None and not self._ending:
+            self._writer.write(json.dumps(order).encode() + b"\n")
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        reason = "it ended without a word"
+        try:
+            while line := await reader.readline():
+                report = json.loads(line)
+                if report["event"] == "broken":
+                    reason = report["text"]
+                else:
+                    self._hear(report)
+        except OSError as e:
+            reason = str(e)
+        finally:
+            self._lost = f"the process that keeps the servers is gone: {reason}"
+            self._ready.set()
+            for server in self._servers.values():
+                server.gone(KILLED, self._lost)
+            self._servers.clear()
+            if not self._ending:
+                log.error("keeper_lost", reason=reason)
+
+    def _hear(self, report: dict[str, Any]) -> None:
+        match report["event"]:
+            case "ready":
+                self.root = Path(report["root"])
+                self._ready.set()
+            case "said":
+                self._servers[report["server"]].said(report["line"])
+            case "ended":
+                self._servers.pop(report["server"]).gone(report["exit"], report["log"])
+            case "left":
+                log.error("left_behind", what=report["what"])
+
+    async def aclose(self) -> None:
+        """Ends all servers and the keeper, and removes all files. Idempotent; not to be cancelled."""
+        self._ending = True
+        if self._process is None:
+            return
+        if self._writer is not None:
+            self._writer.write_eof()
+        if self._reading is not None:
+            await asyncio.wait({self._reading}, timeout=END_TIMEOUT)
+        await asyncio.to_thread(self._reap, self._process)
+        if self._reading is not None:
+            await self._reading
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(OSError):  # Whatever was still to be sent.
+                await self._writer.wait_closed()
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            log.error("keeper_stuck", pid=process.pid)  # noqa: TRY400 - what counts is said
+            process.kill()
+            process.wait()
+        if self.root is not None and self.root.exists():
+            # It was killed, and its servers with it.
+            shutil.rmtree(self.root, onerror=_log_leftover)
+
+
+def _log_leftover(_function: object, path: str, error: object) -> None:
+    log.error("left_behind", what=path, reason=str(error))
