@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -19,12 +18,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prodisco_sandbox.proto import sandbox_pb2, sandbox_pb2_grpc
 
 from . import _transport
+from ._cache import ScriptCache
+from ._containment import Containment
 from ._executions import Executions
 from ._interpreter import Processes
 from ._options import Options
 from ._service import SandboxService
 
 log = logging.getLogger(__name__)
+
+PRIVATE_PREFIX = "prodisco-sandbox-"
 
 MAX_MESSAGE = 64 << 20
 """Bytes of one message, each way."""
@@ -49,22 +52,31 @@ class Places:
 
     def __init__(self, options: Options) -> None:
         self._made: list[Path] = []
+        # Scripts outlive their server, unless the server is but a part of its parent.
         self._keep_cache = not options.exit_with_parent
         self._socket = options.socket if options.host is None else None
         if self._socket is not None:
             self._make(self._socket.parent)
-        if options.workspace is None:
-            workspace = Path(tempfile.mkdtemp(prefix="prodisco-workspace-"))
-            self._made.append(workspace)
-        else:
-            workspace = options.workspace
-            self._make(workspace)
         before = len(self._made)
         self._make(options.cache_dir)
         if self._keep_cache:
             del self._made[before:]
-        self.options = replace(options, workspace=workspace.resolve())
+        private = self._private(options.cache_dir)
+        self.workspace = options.workspace or private / "workspace"
+        self._make(self.workspace)
+        self.workspace = self.workspace.resolve()
+        self.temporary = private / "tmp"
+        self._make(self.temporary)
         self.bound = False
+
+    def _private(self, fallback: Path) -> Path:
+        """A private directory, on a read-only root file system where the cache is."""
+        try:
+            path = tempfile.mkdtemp(prefix=PRIVATE_PREFIX)
+        except FileNotFoundError:
+            path = tempfile.mkdtemp(prefix=PRIVATE_PREFIX, dir=fallback)
+        self._made.append(Path(path))
+        return Path(path).resolve()
 
     def _make(self, path: Path) -> None:
         if path.is_dir():
@@ -91,17 +103,18 @@ async def serve(options: Options) -> None:
     stop.on_signals()
     places = Places(options)
     try:
-        await _serve(places, stop)
+        await _serve(options, places, stop)
     finally:
         places.remove()
 
 
-async def _serve(places: Places, stop: _Stop) -> None:
-    options = places.options
-    processes = Processes(_environment(options))
+async def _serve(options: Options, places: Places, stop: _Stop) -> None:
+    containment = Containment(options, places.workspace, places.temporary)
+    processes = Processes(containment, options.spare_interpreters)
     processes.install()
-    executions = Executions(options, processes)
-    service = SandboxService(options, executions)
+    cache = ScriptCache(options.cache_dir, options.cache_limit)
+    executions = Executions(options, processes, cache)
+    service = SandboxService(options, executions, cache)
     standard_health = health.aio.HealthServicer()  # type: ignore[attr-defined]
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
     sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
@@ -115,7 +128,8 @@ async def _serve(places: Places, stop: _Stop) -> None:
         stop.on_end_of_input()
     try:
         print(f"listening on {target}", flush=True)  # noqa: T201
-        log.info("listening on %s, workspace %s", target, options.workspace)
+        log.info("listening on %s, workspace %s", target, places.workspace)
+        processes.start_spares()
         await stop.asked.wait()
         service.healthy = False
         await standard_health.enter_graceful_shutdown()
@@ -123,7 +137,8 @@ async def _serve(places: Places, stop: _Stop) -> None:
         grace = 0.0 if stop.at_once.is_set() else options.grace_period
         await _drain(executions, grace, stop)
         await server.stop(_LAST_ANSWERS)
-        await processes.kill_orphans()
+        await processes.close()
+        containment.close()
 
 
 async def _drain(executions: Executions, grace: float, stop: _Stop) -> None:
@@ -167,12 +182,3 @@ class _Stop:
             self.asked.set()
 
         loop.add_reader(descriptor, read)
-
-
-def _environment(options: Options) -> dict[str, str]:
-    """What executions see as their environment; nothing of the server's own."""
-    workspace = str(options.workspace)
-    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
-    own = {"PATH": path, "HOME": workspace, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    passed = {name: os.environ[name] for name in options.pass_env if name in os.environ}
-    return own | passed

@@ -9,7 +9,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from enum import IntEnum
+from typing import Any
 
+from ._cache import CacheEntry, ScriptCache
 from ._interpreter import Job, Outcome, Processes
 from ._options import Options
 from ._output import Output
@@ -19,6 +21,13 @@ log = logging.getLogger(__name__)
 PREVIEW = 100
 """Characters of the code that a list of executions shows."""
 _OVERHEAD = 2048
+_USAGE_INTERVAL = 0.5
+_WHY: dict[int, str] = {
+    signal.SIGXCPU: " (SIGXCPU): it used up its CPU time (--cpu-limit)",
+    signal.SIGKILL: " (SIGKILL): by itself, or by the kernel for want of CPU time or memory",
+    signal.SIGSEGV: " (SIGSEGV)",
+    signal.SIGABRT: " (SIGABRT)",
+}
 
 
 class State(IntEnum):
@@ -47,12 +56,23 @@ class DrainingError(Exception):
 class Execution:
     """One run of some code. Changed by `Executions` alone."""
 
-    def __init__(self, source: str, timeout_ms: int, limit: int, *, merge: bool, cached: str | None) -> None:
+    def __init__(
+        self,
+        source: str,
+        timeout_ms: int,
+        limit: int,
+        *,
+        merge: bool = False,
+        tests: str | None = None,
+        cached_name: str | None = None,
+    ) -> None:
         self.id = uuid.uuid4().hex
         self.source = source
         self.timeout_ms = timeout_ms
         self.merge = merge
-        self.cached_name = cached
+        self.tests = tests
+        self.cached_name = cached_name
+        self.cached_entry: CacheEntry | None = None
         self.state = State.PENDING
         self.output = Output(limit)
         self.error_output = Output(limit)
@@ -103,9 +123,12 @@ class Execution:
 class Executions:
     """Runs executions, at most so many at once, first come first served."""
 
-    def __init__(self, options: Options, processes: Processes) -> None:
+    def __init__(self, options: Options, processes: Processes, cache: ScriptCache) -> None:
         self._options = options
         self._processes = processes
+        self._cache = cache
+        self._used = 0
+        self._watch: asyncio.Task[None] | None = None
         self._all: dict[str, Execution] = {}
         self._pending: dict[str, Execution] = {}
         self._running: dict[str, _Run] = {}
@@ -114,8 +137,8 @@ class Executions:
         self._idle.set()
         self._retained = 0
 
-    def submit(self, source: str, timeout_ms: int, *, merge: bool, cached: str | None = None) -> Execution:
-        """Starts or queues code.
+    def submit(self, source: str, timeout_ms: int, **kind: Any) -> Execution:
+        """Starts or queues code; `kind` goes to `Execution`.
 
         Raises:
             QueueFullError: No room.
@@ -126,7 +149,7 @@ class Executions:
         full = len(self._running) >= self._options.max_concurrent
         if full and len(self._pending) >= self._options.max_queued:
             raise QueueFullError
-        execution = Execution(source, timeout_ms, self._options.max_output, merge=merge, cached=cached)
+        execution = Execution(source, timeout_ms, self._options.max_output, **kind)
         self._all[execution.id] = execution
         if full:
             self._pending[execution.id] = execution
@@ -170,9 +193,30 @@ class Executions:
         execution.state = State.RUNNING
         execution.started_at_ms = now_ms()
         self._idle.clear()
-        run = self._running[execution.id] = _Run(self._processes, self._options, execution)
+        run = self._running[execution.id] = _Run(self._processes, self._cache, execution)
         run.task.add_done_callback(lambda _: self._ended(run))
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._watch_usage(), name="watch-usage")
         execution.notify()
+
+    async def _watch_usage(self) -> None:
+        """Ends everything that runs when the workspace overflows.
+
+        Where it is over its limit already it must not grow, so that code can still run
+        that makes room.
+        """
+        while self._running:
+            await asyncio.sleep(_USAGE_INTERVAL)
+            bound = max(self._options.workspace_limit, self._used)
+            self._used = await asyncio.to_thread(self._processes.usage, bound)
+            if self._used > bound:
+                text = (
+                    f"more than {bound >> 20} MiB in the workspace (--workspace-limit-mb is"
+                    f" {self._options.workspace_limit >> 20}): remove files first"
+                )
+                log.warning("ending %d executions: %s", len(self._running), text)
+                for run in list(self._running.values()):
+                    run.stop(State.FAILED, text)
 
     def _ended(self, run: _Run) -> None:
         execution = run.execution
@@ -207,10 +251,11 @@ class Executions:
 class _Run:
     """A running execution's task, and the reason for which it is to end early."""
 
-    def __init__(self, processes: Processes, options: Options, execution: Execution) -> None:
+    def __init__(self, processes: Processes, cache: ScriptCache, execution: Execution) -> None:
         self.execution = execution
-        self._options = options
-        self._interpreter = processes.start()
+        self._cache = cache
+        self._processes = processes
+        self._interpreter = processes.take()
         self._verdict: tuple[State, str] | None = None
         self.task = asyncio.create_task(self._run(), name=f"execution-{execution.id}")
 
@@ -222,8 +267,8 @@ class _Run:
         return True
 
     async def _run(self) -> tuple[State, str | None]:
-        execution, options = self.execution, self._options
-        job = Job(execution.source, str(options.workspace), options.rlimits(), execution.merge)
+        execution = self.execution
+        job = Job(execution.source, execution.tests, execution.merge)
         text = f"timed out after {execution.timeout_ms} ms"
         timer = asyncio.get_running_loop().call_later(
             execution.timeout_ms / 1000, self.stop, State.TIMEOUT, text
@@ -233,10 +278,17 @@ class _Run:
         finally:
             timer.cancel()
             await self._interpreter.close()
+            self._processes.start_spares_soon()
         execution.output.feed(b"", final=True)
         execution.error_output.feed(b"", final=True)
         execution.report = outcome.report
-        return self._judge(outcome)
+        state, error = self._judge(outcome)
+        if state == State.COMPLETED and execution.cached_name is None and execution.tests is None:
+            try:
+                execution.cached_entry = await asyncio.to_thread(self._cache.add, execution.source)
+            except OSError as problem:
+                log.warning("could not cache a script: %s", problem)
+        return state, error
 
     def _on_output(self, data: bytes) -> None:
         self.execution.output.feed(data)
@@ -255,8 +307,8 @@ class _Run:
             return State.FAILED, outcome.report
         if outcome.exit > 0:
             return State.FAILED, f"exit status {outcome.exit}"
-        name = signal.Signals(-outcome.exit).name
-        return State.FAILED, f"killed by {name}"
+        number = -outcome.exit
+        return State.FAILED, f"killed by signal {number}{_WHY.get(number, '')}"
 
 
 def now_ms() -> int:

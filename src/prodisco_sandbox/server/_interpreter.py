@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import marshal
 import os
@@ -11,12 +10,14 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
-from . import _confine, _supervisor, _tree
+from . import _confine, _supervisor, _tree, _usage
+from ._cgroup import Cgroup
+from ._containment import Containment
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ OnOutput = Callable[[bytes], None]
 
 _END_TIMEOUT = _supervisor.KILL_TIMEOUT + 2.0
 _PIPE_TIMEOUT = 0.5
+_REFILL_DELAY = 0.005
 _READ = 1 << 18
 
 
@@ -33,20 +35,13 @@ class Job:
 
     Attributes:
         source: Python source text.
-        cwd: Working directory.
-        limits: Resource limits by name, such as ``RLIMIT_AS``.
+        tests: Source text of its tests, where these are to be run.
         merge: Whether standard error goes into standard output, in exact order.
     """
 
     source: str
-    cwd: str
-    limits: dict[str, int]
-    merge: bool
-
-    def encode(self) -> bytes:
-        source = self.source.encode()
-        header = {"cwd": self.cwd, "limits": self.limits, "merge": self.merge, "length": len(source)}
-        return json.dumps(header).encode() + b"\n" + source
+    tests: str | None = None
+    merge: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +67,11 @@ class Processes:
     loop's thread.
     """
 
-    def __init__(self, environ: dict[str, str], prefix: Iterable[str] = ()) -> None:
-        self._environ = environ
-        self._prefix = list(prefix)
+    def __init__(self, containment: Containment, spares: int) -> None:
+        self.containment = containment
         self._prelude = _prelude()
+        self._spares: deque[Interpreter] = deque()
+        self._most_spares = spares
         self._exits: dict[int, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -85,19 +81,59 @@ class Processes:
         _confine.hide_from_same_user()
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
 
-    def start(self) -> Interpreter:
-        """Starts an interpreter that waits for its job.
+    def take(self) -> Interpreter:
+        """An interpreter that has run nothing yet, and waits for its job.
 
         Raises:
             OSError: The system refuses another process or descriptor.
         """
+        while self._spares:
+            spare = self._spares.popleft()
+            if spare.alive:
+                return spare
+            spare.discard()
+        return self._start()
+
+    def start_spares_soon(self) -> None:
+        """Starts spares, but lets answers go out first."""
+        asyncio.get_running_loop().call_later(_REFILL_DELAY, self.start_spares)
+
+    def start_spares(self) -> None:
+        """Starts interpreters in advance, as many as were asked for."""
+        while len(self._spares) < self._most_spares:
+            try:
+                self._spares.append(self._start())
+            except OSError as error:
+                log.warning("could not start a spare interpreter: %s", error)
+                return
+
+    def usage(self, enough: int) -> int:
+        """Bytes in the workspace, and in what executions hold open. Blocking, in any thread."""
+        places = (self.containment.workspace, self.containment.temporary)
+        held = _usage.held_open(_tree.descendants(list(self._exits)))
+        return held + _usage.disk_usage(places, enough)
+
+    async def close(self) -> None:
+        """Ends the spares, and whatever else is still a child of this process."""
+        self._most_spares = 0
+        spares = list(self._spares)
+        self._spares.clear()
+        await asyncio.gather(*(spare.close() for spare in spares))
+        await self.kill_orphans()
+
+    def _start(self) -> Interpreter:
+        containment = self.containment
+        cgroup = containment.cgroups and containment.cgroups.make(containment.max_processes)
         control, status, out, err = (os.pipe2(os.O_CLOEXEC) for _ in range(4))
         theirs = (control[0], status[1], out[1], err[1])
         ours = (control[1], status[0], out[0], err[0])
         command = [
-            *self._prefix,
+            *containment.prefix,
             *(sys.executable, "-I", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, str(status[1])),
         ]
+        if cgroup and containment.prefix:
+            # Bubblewrap forks at once, and must be in there by then.
+            command[:0] = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(cgroup.path / "cgroup.procs")]
         try:
             process = subprocess.Popen(  # noqa: S603
                 command,
@@ -105,7 +141,7 @@ class Processes:
                 stdout=out[1],
                 stderr=err[1],
                 pass_fds=(status[1],),
-                env=self._environ,
+                env=containment.environ,
                 cwd="/",
                 start_new_session=True,
             )
@@ -120,7 +156,17 @@ class Processes:
         self._exits[process.pid] = exited
         # The reaper below reaps it; this object must not.
         process.returncode = 0
-        return Interpreter(self, process.pid, exited, self._prelude, *ours)
+        if cgroup:
+            exited.add_done_callback(lambda _: self._remove_cgroup(cgroup))
+        interpreter = Interpreter(self, process.pid, exited, self._prelude, *ours)
+        if cgroup and not containment.prefix:
+            interpreter.join(cgroup)
+        return interpreter
+
+    def _remove_cgroup(self, cgroup: Cgroup) -> None:
+        if not cgroup.remove():
+            # Dead processes leave it a little after they have been waited for.
+            asyncio.get_running_loop().call_later(0.1, cgroup.remove)
 
     def _reap(self) -> None:
         while True:
@@ -183,14 +229,29 @@ class Interpreter:
         self._status = bytearray()
         self._status_pipe = _PipeReader(status, self._status.extend)
         self._out, self._err = out, err
+        self._joining: asyncio.Task[None] | None = None
         self._guard: asyncio.TimerHandle | None = None
+
+    @property
+    def alive(self) -> bool:
+        return not self._exited.done()
+
+    def join(self, cgroup: Cgroup) -> None:
+        """Puts the process into the cgroup, before it gets its job.
+
+        In a thread: the kernel may take 10 ms over it, while the interpreter starts.
+        """
+        self._joining = asyncio.create_task(asyncio.to_thread(cgroup.add, self.pid), name="join-cgroup")
 
     async def run(self, job: Job, on_output: OnOutput, on_error_output: OnOutput) -> Outcome:
         """Runs the job to its end, or to `kill`, and until nothing of it is left."""
         pipes = [_PipeReader(self._out, on_output), _PipeReader(self._err, on_error_output)]
         self._out = self._err = -1
         try:
-            self._control.write(job.encode())
+            if self._joining is not None:
+                await self._joining
+            fields = asdict(job) | self._processes.containment.job()
+            self._control.write(_supervisor.pack(fields))
             await self._exited
             # What was written before the end is in the pipes; what still holds them open
             # cannot be a descendant, but may have got them over a socket.
@@ -203,10 +264,11 @@ class Interpreter:
     async def _outcome(self) -> Outcome:
         await asyncio.wait([self._status_pipe.closed], timeout=_PIPE_TIMEOUT)
         self._status_pipe.close()
-        if not self._status.endswith(b"\n"):
+        length = int.from_bytes(self._status[:8], "big")
+        if not length or len(self._status) < 8 + length:
             await self._processes.kill_orphans()
             return Outcome(None, "", lost=True)
-        answer: dict[str, Any] = json.loads(self._status)
+        answer: dict[str, Any] = marshal.loads(self._status[8:])  # noqa: S302
         if answer["left"]:
             log.error("processes that SIGKILL does not end: %s", answer["left"])
         return Outcome(answer["exit"], answer["report"])
@@ -226,7 +288,11 @@ class Interpreter:
     async def close(self) -> None:
         """Returns when the supervisor and everything below it is gone. Idempotent."""
         self.kill()
-        await asyncio.wait([self._exited])
+        await asyncio.wait([self._exited] if self._joining is None else [self._exited, self._joining])
+        self.discard()
+
+    def discard(self) -> None:
+        """Closes the pipes. Idempotent."""
         self._control.close()
         self._status_pipe.close()
         for descriptor in (self._out, self._err):
@@ -306,8 +372,7 @@ class _PipeWriter:
 def _prelude() -> bytes:
     """The supervisor's code, compiled once, as its bootstrap expects it."""
     codes = []
-    for name in ("_tree", "_confine", "_supervisor"):
+    for name in ("_tree", "_confine", "_testing", "_supervisor"):
         file = resources.files(__package__).joinpath(f"{name}.py")
         codes.append((name, compile(file.read_text("utf-8"), f"{name}.py", "exec", dont_inherit=True)))
-    data = marshal.dumps(codes)
-    return len(data).to_bytes(4, "big") + data
+    return _supervisor.pack(codes)

@@ -54,15 +54,6 @@ class Options:
     retain_limit: int
     spare_interpreters: int
 
-    def rlimits(self) -> dict[str, int]:
-        """What every process of an execution is held to."""
-        return {
-            "RLIMIT_AS": self.memory_limit,
-            "RLIMIT_CPU": self.cpu_limit,
-            "RLIMIT_FSIZE": self.file_size_limit,
-            "RLIMIT_CORE": 0,
-        }
-
 
 class _Setting(NamedTuple):
     """One setting: ``--name-with-dashes``, and a variable of the environment."""
@@ -153,7 +144,7 @@ SETTINGS = (
     _Setting("cache-limit-mb", "SANDBOX_CACHE_LIMIT_MB", _integer(0, _BIG, _MIB), "64", "MiB of cached scripts; the oldest go"),
     _Setting("retain-for", "SANDBOX_RETAIN_FOR", _seconds, "600", "seconds that a finished execution can be asked about"),
     _Setting("retain-limit-mb", "SANDBOX_RETAIN_LIMIT_MB", _integer(0, _BIG, _MIB), "64", "MiB of finished executions; the oldest go"),
-    _Setting("spare-interpreters", "SANDBOX_SPARE_INTERPRETERS", _integer(0, 64), "1", "interpreters started in advance"),
+    _Setting("spare-interpreters", "SANDBOX_SPARE_INTERPRETERS", _integer(0, 64), "2", "interpreters started in advance"),
 )
 # fmt: on
 

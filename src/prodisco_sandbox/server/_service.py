@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
@@ -11,86 +13,86 @@ import grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 
+from ._cache import CacheEntry, ScriptCache
 from ._executions import PREVIEW, DrainingError, Execution, Executions, QueueFullError, State, now_ms
 from ._options import DEFAULT_TIMEOUT_MS, MAX_TIMEOUT_MS, MIN_TIMEOUT_MS, Options
 from ._unimplemented import NoLanguageServer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+_OUTCOMES = ("passed", "failed", "skipped")
+_GONE = "the client went away"
+
 
 class SandboxService(NoLanguageServer):
     """Prodisco's SandboxService over `Executions`."""
 
-    def __init__(self, options: Options, executions: Executions) -> None:
+    def __init__(self, options: Options, executions: Executions, cache: ScriptCache) -> None:
         self._options = options
         self._executions = executions
+        self._cache = cache
         self.healthy = True
 
     async def Execute(self, request: pb.ExecuteRequest, context: Context) -> pb.ExecuteResponse:
-        source, problem = self._source(request)
+        source, problem = await self._source(request)
         if problem:
             return pb.ExecuteResponse(success=False, error=problem)
         execution = await self._submit(request, source, context, merge=True)
         try:
             await execution.finished()
         finally:
-            # Whoever asked has gone: nobody will ever see the result.
-            self._executions.cancel(execution, "the client went away")
+            # Where it has not ended, whoever asked is gone, and nobody will ask again.
+            self._executions.cancel(execution, _GONE)
+        result = _result(execution)
         return pb.ExecuteResponse(
-            success=execution.state == State.COMPLETED,
+            success=result.success,
             output=execution.output.since(),
             error=execution.error,
-            execution_time_ms=execution.execution_time_ms,
+            execution_time_ms=result.execution_time_ms,
+            cached=_entry(execution.cached_entry),
         )
 
     async def ExecuteStream(
         self, request: pb.ExecuteRequest, context: Context
     ) -> AsyncIterator[pb.ExecuteChunk]:
-        source, problem = self._source(request)
+        source, problem = await self._source(request)
         if problem:
             result = pb.ExecuteResult(success=False, error=problem, state=pb.EXECUTION_STATE_FAILED)
             yield pb.ExecuteChunk(result=result, timestamp_ms=now_ms())
             return
-        execution = await self._submit(request, source, context, merge=False)
+        execution = await self._submit(request, source, context)
         try:
             async for text, errors in execution.follow():
                 if text:
-                    yield pb.ExecuteChunk(execution_id=execution.id, output=text, timestamp_ms=now_ms())
+                    yield _chunk(execution, output=text)
                 if errors:
-                    yield pb.ExecuteChunk(
-                        execution_id=execution.id, error_output=errors, timestamp_ms=now_ms()
-                    )
-            yield pb.ExecuteChunk(execution_id=execution.id, result=_result(execution), timestamp_ms=now_ms())
+                    yield _chunk(execution, error_output=errors)
+            yield _chunk(execution, result=_result(execution))
         finally:
-            self._executions.cancel(execution, "the client went away")
-
-    async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
-        return pb.HealthCheckResponse(healthy=self.healthy)
+            self._executions.cancel(execution, _GONE)
 
     async def ExecuteAsync(self, request: pb.ExecuteRequest, context: Context) -> pb.ExecuteAsyncResponse:
-        source, problem = self._source(request)
+        source, problem = await self._source(request)
         if problem:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, problem)
-        execution = await self._submit(request, source, context, merge=False)
+        execution = await self._submit(request, source, context)
         return pb.ExecuteAsyncResponse(execution_id=execution.id, state=_state(execution))
 
     async def GetExecution(
         self, request: pb.GetExecutionRequest, context: Context
     ) -> pb.GetExecutionResponse:
         execution = await self._find(request.execution_id, context)
-        if request.output_offset < 0:
-            await _abort(
-                context,
-                grpc.StatusCode.INVALID_ARGUMENT,
-                f"output_offset is {request.output_offset}: it must not be negative",
-            )
+        offset = request.output_offset
+        if offset < 0:
+            problem = f"output_offset is {offset}: it must not be negative"
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, problem)
         if request.wait:
             await execution.finished()
         return pb.GetExecutionResponse(
             execution_id=execution.id,
             state=_state(execution),
-            output=execution.output.since(request.output_offset),
-            error_output=execution.error_output.since(request.output_offset),
+            output=execution.output.since(offset),
+            error_output=execution.error_output.since(offset),
             output_length=len(execution.output),
             error_output_length=len(execution.error_output),
             result=_result(execution) if execution.state.final else None,
@@ -100,40 +102,44 @@ class SandboxService(NoLanguageServer):
         self, request: pb.CancelExecutionRequest, context: Context
     ) -> pb.CancelExecutionResponse:
         execution = await self._find(request.execution_id, context)
-        if self._executions.cancel(execution):
-            # The answer comes when the code and all its processes are gone.
-            await execution.finished()
-            message = None
-        else:
-            message = f"it had already ended: {execution.state.name}"
-        return pb.CancelExecutionResponse(
-            success=execution.state == State.CANCELLED, state=_state(execution), message=message
-        )
+        self._executions.cancel(execution)
+        # The answer comes when the code and all its processes are gone.
+        await execution.finished()
+        success = execution.state == State.CANCELLED
+        message = None if success else f"it had already ended: {execution.state.name}"
+        return pb.CancelExecutionResponse(success=success, state=_state(execution), message=message)
 
     async def ListExecutions(
         self, request: pb.ListExecutionsRequest, context: Context
     ) -> pb.ListExecutionsResponse:
-        wanted = {int(state) for state in request.states}
-        since = now_ms() - request.include_completed_within_ms
-        found = []
-        for execution in self._executions.newest_first():
-            if wanted and execution.state not in wanted:
-                continue
-            ended = execution.finished_at_ms
-            if request.include_completed_within_ms > 0 and ended is not None and ended < since:
-                continue
-            found.append(_info(execution))
+        states, within = {int(state) for state in request.states}, request.include_completed_within_ms
+        earliest = now_ms() - within if within > 0 else 0
+        found = [
+            execution
+            for execution in self._executions.newest_first()
+            if (not states or execution.state in states)
+            and (execution.finished_at_ms is None or execution.finished_at_ms >= earliest)
+        ]
         limit = request.limit if request.limit > 0 else len(found)
-        return pb.ListExecutionsResponse(executions=found[:limit])
+        return pb.ListExecutionsResponse(executions=[_info(execution) for execution in found[:limit]])
+
+    async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
+        return pb.HealthCheckResponse(healthy=self.healthy)
 
     async def ListCache(self, request: pb.ListCacheRequest, context: Context) -> pb.ListCacheResponse:
-        return pb.ListCacheResponse()
+        entries = await asyncio.to_thread(self._cache.entries, request.filter)
+        return pb.ListCacheResponse(entries=[e for e in map(_entry, entries) if e])
 
     async def ClearCache(self, request: pb.ClearCacheRequest, context: Context) -> pb.ClearCacheResponse:
-        return pb.ClearCacheResponse()
+        return pb.ClearCacheResponse(deleted_count=await asyncio.to_thread(self._cache.clear))
 
     async def ExecuteTest(self, request: pb.ExecuteTestRequest, context: Context) -> pb.ExecuteTestResponse:
-        await _abort(context, grpc.StatusCode.UNIMPLEMENTED, "ExecuteTest is not there yet")
+        execution = await self._submit(request, request.code, context, merge=True, tests=request.tests)
+        try:
+            await execution.finished()
+        finally:
+            self._executions.cancel(execution, _GONE)
+        return _test_response(execution)
 
     async def _find(self, execution_id: str, context: Context) -> Execution:
         execution = self._executions.get(execution_id)
@@ -145,38 +151,50 @@ class SandboxService(NoLanguageServer):
             )
         return execution
 
-    def _source(self, request: pb.ExecuteRequest) -> tuple[str, str | None]:
+    async def _source(self, request: pb.ExecuteRequest) -> tuple[str, str | None]:
         """The code to run, or what is wrong with the request."""
         if request.WhichOneof("source") == "code":
             return request.code, None
-        if request.WhichOneof("source") == "cached":
+        if request.WhichOneof("source") is None:
+            return "", "neither code nor the name of a cached script was given"
+        source = await asyncio.to_thread(self._cache.source, request.cached)
+        if source is None:
             return "", f"no cached script is named {request.cached!r}"
-        return "", "neither code nor the name of a cached script was given"
+        return source, None
 
     async def _submit(
-        self, request: pb.ExecuteRequest, source: str, context: Context, *, merge: bool
+        self, request: pb.ExecuteRequest | pb.ExecuteTestRequest, source: str, context: Context, **kind: Any
     ) -> Execution:
         timeout_ms = request.timeout_ms if request.HasField("timeout_ms") else DEFAULT_TIMEOUT_MS
         timeout_ms = min(max(timeout_ms, MIN_TIMEOUT_MS), MAX_TIMEOUT_MS)
+        if isinstance(request, pb.ExecuteRequest) and request.WhichOneof("source") == "cached":
+            kind["cached_name"] = request.cached
         try:
-            return self._executions.submit(source, timeout_ms, merge=merge)
+            return self._executions.submit(source, timeout_ms, **kind)
         except QueueFullError:
-            limits = self._options
-            await _abort(
-                context,
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{limits.max_concurrent} executions are running (--max-concurrent)"
-                f" and {limits.max_queued} are waiting (--max-queued)",
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            text = (
+                f"{self._options.max_concurrent} executions are running (--max-concurrent)"
+                f" and {self._options.max_queued} are waiting (--max-queued)"
             )
         except DrainingError:
-            await _abort(context, grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+            code, text = grpc.StatusCode.UNAVAILABLE, "the server is shutting down"
         except OSError as error:
-            await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"cannot start an interpreter: {error}")
+            code, text = grpc.StatusCode.RESOURCE_EXHAUSTED, f"cannot start an interpreter: {error}"
+        return await _abort(context, code, text)
 
 
 async def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
     await context.abort(code, text)
     raise AssertionError("abort returned")
+
+
+def _chunk(execution: Execution, **what: Any) -> pb.ExecuteChunk:
+    return pb.ExecuteChunk(execution_id=execution.id, timestamp_ms=now_ms(), **what)
+
+
+def _state(execution: Execution) -> pb.ExecutionState.ValueType:
+    return pb.ExecutionState.ValueType(execution.state)
 
 
 def _result(execution: Execution) -> pb.ExecuteResult:
@@ -185,11 +203,19 @@ def _result(execution: Execution) -> pb.ExecuteResult:
         error=execution.error,
         execution_time_ms=execution.execution_time_ms,
         state=_state(execution),
+        cached=_entry(execution.cached_entry),
     )
 
 
-def _state(execution: Execution) -> pb.ExecutionState.ValueType:
-    return pb.ExecutionState.ValueType(execution.state)
+def _entry(entry: CacheEntry | None) -> pb.CacheEntry | None:
+    if entry is None:
+        return None
+    return pb.CacheEntry(
+        name=entry.name,
+        description=entry.description,
+        created_at_ms=entry.created_at_ms,
+        content_hash=entry.content_hash,
+    )
 
 
 def _info(execution: Execution) -> pb.ExecutionInfo:
@@ -202,3 +228,49 @@ def _info(execution: Execution) -> pb.ExecutionInfo:
         is_cached=execution.cached_name is not None,
         cached_name=execution.cached_name,
     )
+
+
+def _test_response(execution: Execution) -> pb.ExecuteTestResponse:
+    records = _records(execution.report)
+    tests = [record for record in records if "name" in record]
+    counts = {outcome: sum(test["outcome"] == outcome for test in tests) for outcome in _OUTCOMES}
+    error = next((record["error"] for record in records if "name" not in record), None)
+    # A failed test is no error of the run; a crash or a timeout is, after whatever test.
+    if error is None and execution.state != State.COMPLETED and not counts["failed"]:
+        error = execution.error
+    if execution.state in (State.TIMEOUT, State.CANCELLED):
+        error = execution.error
+    return pb.ExecuteTestResponse(
+        success=execution.state == State.COMPLETED and not counts["failed"] and error is None,
+        summary=pb.TestSummary(total=len(tests), **counts),
+        tests=[
+            pb.TestResult(
+                name=test["name"],
+                passed=test["outcome"] == "passed",
+                error=test["error"],
+                duration_ms=test["duration_ms"],
+            )
+            for test in tests
+        ],
+        output=execution.output.since(),
+        execution_time_ms=execution.execution_time_ms,
+        error=error,
+    )
+
+
+def _records(report: str) -> list[dict[str, Any]]:
+    """What the test runner reported, line by line; the last may have been cut off."""
+    records = []
+    for line in report.splitlines():
+        try:
+            record = json.loads(line)
+            # The code under test runs in the same process, and may have written here.
+            pb.TestResult(
+                name=record.get("name"), error=record["error"], duration_ms=record.get("duration_ms")
+            )
+            if "name" in record and record["outcome"] not in _OUTCOMES:
+                raise ValueError(record["outcome"])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            record = {"error": f"the test runner was disturbed: {line[:200]!r}"}
+        records.append(record)
+    return records

@@ -7,39 +7,46 @@ code leaves behind, double forks and new sessions too, and it ends only once not
 that is left: when the code has ended, and at once when its standard input closes, which
 is how the server cancels, and what happens when the server dies.
 
-On the wire: the job is a line of JSON, followed by the source as UTF-8; the answer is
-one line of JSON on the descriptor named by argv[1]. Standard library only.
+On the pipes: marshalled objects behind their length; first the code, then the job, and
+one answer on the descriptor named by argv[1]. Standard library only, and of that only
+what starts fast: this is part of every execution's latency.
 """
 
 from __future__ import annotations
 
-import json
-import linecache
+import _signal as signal  # type: ignore[import-not-found]
+import marshal
 import os
+import resource
 import select
-import signal
 import sys
-from typing import Any
 
-from . import _confine, _tree
+from . import _confine, _testing, _tree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 BOOTSTRAP = """\
 import marshal, os, sys
 def read(n):
-    data = b""
+    data = bytearray()
     while len(data) < n:
         more = os.read(0, n - len(data))
         if not more: os._exit(0)
         data += more
-    return data
+    return bytes(data)
+def load():
+    return marshal.loads(read(int.from_bytes(read(8), "big")))
 package = sys.modules["_sandbox"] = type(sys)("_sandbox")
 package.__path__ = []
-for name, code in marshal.loads(read(int.from_bytes(read(4), "big"))):
+for name, code in load():
     module = sys.modules["_sandbox." + name] = type(sys)("_sandbox." + name)
     module.__package__ = "_sandbox"
     setattr(package, name, module)
     exec(code, module.__dict__)
-sys.exit(module.main())
+sys.exit(module.main(load))
 """
 
 MAX_REPORT = 4 << 20
@@ -50,7 +57,7 @@ KILL_TIMEOUT = 5.0
 _READ = 65536
 
 
-def main() -> object:
+def main(load: Callable[[], dict[str, Any]]) -> object:
     status = int(sys.argv[1])
     _confine.become_subreaper()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
@@ -59,38 +66,52 @@ def main() -> object:
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    header = b""
-    while not header.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
-            return 0
-        header += byte
-    job = json.loads(header)
-    source = _read_exactly(job["length"])
-    if source is None:
-        return 0
+    job = load()
     report_read, report_write = os.pipe2(os.O_CLOEXEC)
     supervisor = os.getpid()
-    child = os.fork()
+    child = _fork(job["max_processes"])
     if child == 0:
-        return _child(job, source, supervisor, report_write)
+        return _child(job, supervisor, report_write)
     os.close(report_write)
     devnull = os.open(os.devnull, os.O_RDWR)
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)
     answer = _Watch(child, report_read, wake).until_all_is_over()
-    os.write(status, json.dumps(answer).encode() + b"\n")
+    data = pack(answer)
+    while data:
+        data = data[os.write(status, data) :]
     os._exit(0)
 
 
-def _read_exactly(length: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < length:
-        more = os.read(0, min(length - len(data), 1 << 20))
-        if not more:
-            return None
-        data += more
-    return bytes(data)
+def _fork(most: int | None) -> int:
+    """Forks a child with room for `most` more processes and threads of this user.
+
+    RLIMIT_NPROC counts all of the user's, also those in other containers, which nobody
+    can see from here; so how many there are is found by trying.
+    """
+    if most is None:
+        return os.fork()
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    bound = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    others = 1
+    while True:
+        resource.setrlimit(resource.RLIMIT_NPROC, (min(others, bound), hard))
+        try:
+            child = os.fork()
+        except BlockingIOError:
+            if others >= bound:
+                raise
+            others += others // 4 + 1
+            continue
+        limit = min(others + most, bound) if child == 0 else hard
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit if child == 0 else hard))
+        return child
+
+
+def pack(value: Any) -> bytes:
+    """The value as `BOOTSTRAP` reads it."""
+    data = marshal.dumps(value)
+    return len(data).to_bytes(8, "big") + data
 
 
 class _Watch:
@@ -162,7 +183,7 @@ class _Watch:
         return left
 
 
-def _child(job: dict[str, Any], source: bytes, supervisor: int, report: int) -> object:
+def _child(job: dict[str, Any], supervisor: int, report: int) -> object:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
@@ -178,20 +199,25 @@ def _child(job: dict[str, Any], source: bytes, supervisor: int, report: int) -> 
         os.dup2(1, 2)
     os.chdir(job["cwd"])
     _confine.set_limits(job["limits"])
+    _confine.yield_to_the_server()
     _confine.give_up_privileges()
+    if job["landlock"]:
+        _confine.landlock(job["landlock"], job["writable"], job["hidden"])
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    return _run(source.decode(), job["cwd"], 3)
+    sys.path.append(job["cwd"])
+    if job["tests"] is not None:
+        return _testing.run(job["source"], job["tests"], 3)
+    return _run(job["source"], 3)
 
 
-def _run(source: str, cwd: str, report: int) -> object:
+def _run(source: str, report: int) -> object:
     """Runs the code as ``__main__`` and returns what `sys.exit` is to be called with."""
-    name = "<sandbox>"
+    # Not quite "<sandbox>": of such names linecache does not ask the loader.
+    name = "<sandbox>.py"
     main = sys.modules["__main__"] = type(sys)("__main__")
-    main.__dict__["__builtins__"] = __builtins__
+    main.__dict__.update(__builtins__=__builtins__, __loader__=_Source(source))
     sys.argv[:] = [name]
-    sys.path.append(cwd)
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     try:
         exec(compile(source, name, "exec", dont_inherit=True), main.__dict__)  # noqa: S102
     except SystemExit as error:
@@ -202,6 +228,16 @@ def _run(source: str, cwd: str, report: int) -> object:
         _fail(error, report)
         return 1
     return 0
+
+
+class _Source:
+    """Gives tracebacks, and inspect, the lines of code that is in no file."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def get_source(self, _module: str) -> str:
+        return self._source
 
 
 def _fail(error: BaseException, report: int) -> None:

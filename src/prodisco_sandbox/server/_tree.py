@@ -6,9 +6,12 @@ only, and little of it, since every import delays every execution.
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found] # the public module imports enum
 import os
-import signal
-from collections.abc import Callable, Iterable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 Table = dict[int, list[int]]
 
@@ -31,6 +34,15 @@ def children_by_parent() -> Table:
         parent = stat[stat.rindex(b")") + 2 :].split(maxsplit=2)[1]
         table.setdefault(int(parent), []).append(int(pid))
     return table
+
+
+def descendants(roots: Iterable[int], table: Table | None = None) -> list[int]:
+    """The roots and everything below them, parents before their children."""
+    table = children_by_parent() if table is None else table
+    found = list(roots)
+    for pid in found:  # grows while it is walked
+        found.extend(table.get(pid, ()))
+    return found
 
 
 def kill_once(roots_of: Callable[[Table], Iterable[int]]) -> list[int]:
@@ -58,14 +70,11 @@ def kill_once(roots_of: Callable[[Table], Iterable[int]]) -> list[int]:
 
 def _unseen(roots_of: Callable[[Table], Iterable[int]], seen: list[int]) -> list[int]:
     table = children_by_parent()
-    found = list(roots_of(table))
-    for pid in found:  # grows while it is walked: parents come before their children
-        found.extend(table.get(pid, ()))
     known = set(seen)
-    return [pid for pid in found if pid not in known]
+    return [pid for pid in descendants(roots_of(table), table) if pid not in known]
 
 
-def _send(pid: int, number: signal.Signals) -> None:
+def _send(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):

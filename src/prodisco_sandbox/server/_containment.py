@@ -1,0 +1,170 @@
+"""How far an execution is kept in its place on this machine; decided once, at start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import _confine
+from ._cgroup import PidsCgroups, find_pids_cgroups
+from ._options import Options, OptionsError
+
+log = logging.getLogger(__name__)
+
+_OPEN_FILES = 1024
+_CHECK_TIMEOUT = 10.0
+_SHARED_MEMORY = 64 << 20
+_SUPERVISORS = {"process": 1, "bwrap": 2}
+"""Processes in an execution's cgroup that are ours: the supervisor, and bwrap."""
+
+
+class Containment:
+    """What this kernel and user allow, and what each execution is started with.
+
+    Args:
+        options: Limits, and the isolation that was asked for.
+        workspace: Working directory of all executions.
+        temporary: Their TMPDIR.
+
+    Raises:
+        OptionsError: The isolation that was asked for cannot be had here.
+    """
+
+    def __init__(self, options: Options, workspace: Path, temporary: Path) -> None:
+        self._options = options
+        self.workspace = workspace
+        self.temporary = temporary
+        self.environ = _environment(options, workspace, temporary)
+        self.prefix = self._bubblewrap() if options.isolation == "bwrap" else []
+        # Namespaces already hide everything else.
+        self._landlock = 0 if self.prefix else _confine.landlock_version()
+        self.cgroups = self._find_cgroups()
+        self._warn()
+
+    def job(self) -> dict[str, Any]:
+        """The fields of a job that confine it."""
+        options = self._options
+        return {
+            "cwd": str(self.workspace),
+            "limits": {
+                "RLIMIT_AS": (options.memory_limit, options.memory_limit),
+                # The second one later is SIGKILL, for code that ignores SIGXCPU.
+                "RLIMIT_CPU": (options.cpu_limit, options.cpu_limit + 1),
+                "RLIMIT_FSIZE": (options.file_size_limit, options.file_size_limit),
+                "RLIMIT_NOFILE": (_OPEN_FILES, _OPEN_FILES),
+                "RLIMIT_CORE": (0, 0),
+            },
+            "max_processes": options.max_processes if self._counts_by_user else None,
+            "landlock": self._landlock,
+            "writable": [str(path) for path in (self.workspace, self.temporary, *options.writable)],
+            "hidden": [str(options.tls_key)] if options.transport_mode != "insecure" else [],
+        }
+
+    @property
+    def max_processes(self) -> int:
+        """For an execution's cgroup: what the code may have, and what is ours."""
+        return self._options.max_processes + _SUPERVISORS[self._options.isolation]
+
+    @property
+    def _counts_by_user(self) -> bool:
+        return self.cgroups is None and os.geteuid() != 0
+
+    def close(self) -> None:
+        if self.cgroups is not None:
+            self.cgroups.remove()
+
+    def _find_cgroups(self) -> PidsCgroups | None:
+        try:
+            return find_pids_cgroups()
+        except OSError as error:
+            if os.geteuid() == 0:
+                log.warning(
+                    "running as root without a pids cgroup (%s): nothing bounds the number of"
+                    " processes, since RLIMIT_NPROC does not bind root; run as another user",
+                    error,
+                )
+            else:
+                log.info("no pids cgroup (%s): processes are counted by user", error)
+            return None
+
+    def _warn(self) -> None:
+        if self._options.isolation == "bwrap":
+            log.info("isolation: namespaces by bubblewrap")
+            return
+        version = self._landlock
+        if version >= _confine.LANDLOCK_SCOPES:
+            log.info("isolation: processes, with Landlock %d", version)
+        elif version:
+            log.warning("isolation: processes; Landlock %d does not stop signals to this server", version)
+        else:
+            log.warning(
+                "isolation: processes only, since the kernel has no Landlock: code can write wherever"
+                " this user can, and signal this server"
+            )
+
+    def _bubblewrap(self) -> list[str]:
+        """The command line that puts an interpreter into namespaces of its own."""
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            raise OptionsError("isolation is 'bwrap': install bubblewrap, or use 'process'")
+        arguments = [
+            *("--die-with-parent", "--new-session", "--as-pid-1"),
+            *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
+            *("--proc", "/proc", "--dev", "/dev", "--size", str(_SHARED_MEMORY), "--tmpfs", "/dev/shm"),
+            # Before the rest, some of which may lie in it.
+            *("--bind", str(self.temporary), "/tmp", "--setenv", "TMPDIR", "/tmp"),
+        ]
+        for path in _readable():
+            kind = "--symlink" if path.is_symlink() else "--ro-bind"
+            source = os.readlink(path) if path.is_symlink() else str(path)  # noqa: PTH115
+            arguments += [kind, source, str(path)]
+        for writable in (self.workspace, *self._options.writable):
+            arguments += ["--bind", str(writable), str(writable)]
+        arguments += ["--remount-ro", "/dev", "--remount-ro", "/"]
+        command = [bwrap, *arguments, "--"]
+        check = subprocess.run(  # noqa: S603
+            [*command, sys.executable, "-I", "-c", "import ctypes"],
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_CHECK_TIMEOUT,
+            check=False,
+        )
+        if check.returncode:
+            reason = check.stderr.decode(errors="replace").strip()
+            raise OptionsError(f"isolation is 'bwrap', but bubblewrap fails here: {reason}")
+        return command
+
+
+def _readable() -> list[Path]:
+    """What of the file system an interpreter and its packages need."""
+    system = [Path("/usr"), *(Path("/", name) for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"))]
+    etc = [
+        Path("/etc", name)
+        for name in ("alternatives", "ld.so.cache", "localtime", "passwd", "group", "ssl", "mime.types")
+    ]
+    python = [Path(path) for path in (sys.prefix, sys.base_prefix, *sys.path) if path.startswith("/")]
+    chosen: list[Path] = []
+    for path in [*system, *etc, *python]:
+        if path.exists() and not any(path.is_relative_to(above) for above in chosen):
+            chosen.append(path)
+    return chosen
+
+
+def _environment(options: Options, workspace: Path, temporary: Path) -> dict[str, str]:
+    """What executions see as their environment; nothing of the server's own."""
+    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+    passed = {name: os.environ[name] for name in options.pass_env if name in os.environ}
+    return {
+        "PATH": path,
+        "HOME": str(workspace),
+        "TMPDIR": str(temporary),
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **passed,
+    }

@@ -1,0 +1,51 @@
+"""How much room executions take up, in the workspace and in files without a name."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+_BLOCK = 512
+_ENTRY = 1024
+"""Bytes counted for each file and directory, so that empty ones are not free."""
+
+
+def disk_usage(directories: Iterable[Path], enough: int) -> int:
+    """Bytes on disk below the directories; counting ends where `enough` is passed.
+
+    What vanishes meanwhile does not count.
+    """
+    total = 0
+    pending = [str(path) for path in directories]
+    while pending and total <= enough:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    status = entry.stat(follow_symlinks=False)
+                    total += status.st_blocks * _BLOCK + _ENTRY
+                    if stat.S_ISDIR(status.st_mode):
+                        pending.append(entry.path)
+        except (FileNotFoundError, PermissionError, NotADirectoryError):
+            continue
+    return total
+
+
+def held_open(pids: Iterable[int]) -> int:
+    """Bytes of deleted files, and of memory files, that the processes hold open."""
+    files: dict[tuple[int, int], int] = {}
+    for pid in pids:
+        try:
+            with os.scandir(f"/proc/{pid}/fd") as entries:
+                descriptors = [entry.path for entry in entries]
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        for path in descriptors:
+            try:
+                status = os.stat(path)  # noqa: PTH116
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            if stat.S_ISREG(status.st_mode) and not status.st_nlink:
+                files[status.st_dev, status.st_ino] = status.st_blocks * _BLOCK
+    return sum(files.values())
