@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import traceback
+
+import pytest
+
+import prodisco_sandbox
+from prodisco_sandbox import SandboxError, SandboxFailedError, SandboxTimeoutError, errors
+
+ERRORS = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, Exception)]
+
+
+def test_the_tree_is_the_one_in_its_docstring() -> None:
+    assert inspect.getdoc(SandboxError) is not None
+    drawn = [line.split()[1] for line in inspect.getdoc(SandboxError).splitlines() if "──" in line]  # type: ignore[union-attr]
+    assert drawn == [kind.__name__ for kind in ERRORS if kind is not SandboxError]
+    assert all(kind.__bases__ == (SandboxError,) for kind in ERRORS if kind is not SandboxError)
+    assert SandboxError.__bases__ == (Exception,)
+    assert {kind.__name__ for kind in ERRORS} == {n for n in prodisco_sandbox.__all__ if n.endswith("Error")}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("status", [None, 409, "NOT_FOUND"])
+def test_an_error_survives_copy_and_pickle(kind: type[SandboxError], status: int | str | None) -> None:
+    error = kind("no slot for session 5e", status=status)
+    error.add_note("try again later")
+    for same in (copy.copy(error), pickle.loads(pickle.dumps(error)), error.twin()):
+        assert type(same) is kind
+        assert same is not error
+        assert str(same) == "no slot for session 5e"
+        assert same.args == error.args
+        assert same.status == status
+        assert same.__notes__ == ["try again later"]
+
+
+def test_status_is_none_unless_something_was_said() -> None:
+    assert SandboxError("unreachable").status is None
+    with pytest.raises(TypeError):
+        SandboxError("unreachable", 503)  # type: ignore[call-arg]
+
+
+def test_a_subclass_with_a_field_of_its_own_survives_too() -> None:
+    twin = Own("gone", status=404).twin()
+    assert (twin.verb, twin.status) == ("get", 404)
+
+
+class Own(SandboxFailedError):
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message, status=status)
+        self.verb = "get"
+
+
+def test_a_twin_has_the_cause_and_a_traceback_of_its_own() -> None:
+    cause = OSError("connection refused")
+    try:
+        raise SandboxTimeoutError("not ready in 120 s") from cause
+    except SandboxTimeoutError as e:
+        error = e
+
+    def waiter() -> None:
+        raise error.twin()
+
+    twins = []
+    for _ in range(2):
+        with pytest.raises(SandboxTimeoutError) as caught:
+            waiter()
+        twins.append(caught.value)
+    one, other = twins
+    assert one is not other
+    assert one.__cause__ is other.__cause__ is cause
+    assert one.__suppress_context__
+    depth = len(traceback.extract_tb(one.__traceback__))
+    assert depth == len(traceback.extract_tb(other.__traceback__)) == 2
+    assert len(traceback.extract_tb(error.__traceback__)) == 1
