@@ -1,0 +1,149 @@
+"""The arguments of CustomObjectsApi's methods, read as kubernetes_asyncio and the server do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import aiohttp
+from kubernetes_asyncio.client import V1APIResource, V1APIResourceList
+from kubernetes_asyncio.client.exceptions import ApiTypeError, ApiValueError
+
+from ..manifest import GROUP, KIND, PLURAL
+from . import _status
+from ._faults import VERBS, Verb
+from ._watch import Timeouts
+
+COMMON = frozenset(
+    {
+        "async_req",
+        "_content_type",
+        "_headers",
+        "_preload_content",
+        "_request_auth",
+        "_request_timeout",
+        "_return_http_data_only",
+    }
+)
+WRITE = COMMON | {"dry_run", "field_manager", "field_validation"}
+PATCH = WRITE | {"force"}
+DELETE = COMMON | {"body", "dry_run", "grace_period_seconds", "orphan_dependents", "propagation_policy"}
+LIST = COMMON | {
+    "_continue",
+    "allow_watch_bookmarks",
+    "field_selector",
+    "label_selector",
+    "limit",
+    "pretty",
+    "resource_version",
+    "resource_version_match",
+    "timeout_seconds",
+    "watch",
+}
+
+
+class Call(NamedTuple):
+    """What a method was called with."""
+
+    verb: Verb
+    group: str
+    version: str
+    namespace: str = ""
+    plural: str = PLURAL
+    name: str | None = None
+    body: Any = None
+
+
+def check_arguments(call: Call, kwargs: Mapping[str, Any], known: Iterable[str]) -> None:
+    for key in kwargs:
+        if key not in known:
+            raise ApiTypeError(f"Got an unexpected keyword argument '{key}' to a {call.verb} request")
+    for field in ("group", "version", "namespace", "plural"):
+        if getattr(call, field) is None:
+            raise ApiValueError(f"Missing the required parameter `{field}` of a {call.verb} request")
+    if call.name is None and call.verb not in ("create", "list", "watch", "discovery"):
+        raise ApiValueError(f"Missing the required parameter `name` of a {call.verb} request")
+    if call.body is None and call.verb in ("create", "patch", "patch_status", "replace", "replace_status"):
+        raise ApiValueError(f"Missing the required parameter `body` of a {call.verb} request")
+
+
+def verbs_of(verbs: Iterable[Verb]) -> list[Verb]:
+    for verb in verbs:
+        if verb not in VERBS:
+            raise ValueError(f"verb is {verb!r}: it must be one of {', '.join(VERBS)}")
+    return list(verbs)
+
+
+def name_in(body: Any) -> str | None:
+    metadata = body.get("metadata") if isinstance(body, dict) else None
+    return metadata.get("name") if isinstance(metadata, dict) else None
+
+
+def timeouts(kwargs: Mapping[str, Any]) -> Timeouts:
+    """``_request_timeout`` as kubernetes_asyncio reads it: total, (connect, read), or aiohttp's own."""
+    timeout = kwargs.get("_request_timeout")
+    if isinstance(timeout, aiohttp.ClientTimeout):
+        return timeout.total, timeout.sock_read
+    if isinstance(timeout, tuple):
+        return None, timeout[1]
+    return timeout or None, None
+
+
+def dry(kwargs: Mapping[str, Any]) -> bool:
+    value = kwargs.get("dry_run")
+    if value not in (None, "All"):
+        text = f'Unsupported value: []string{{"{value}"}}: supported values: "All"'
+        raise _status.api_error(422, f'CreateOptions.meta.k8s.io "" is invalid: dryRun: {text}')
+    return value == "All"
+
+
+def number(kwargs: Mapping[str, Any], field: str) -> int | None:
+    value = kwargs.get(field)
+    if value is not None and not re.fullmatch(r"[+-]?[0-9]+", str(value)):
+        raise _status.bad_request(f'strconv.ParseInt: parsing "{value}": invalid syntax')
+    return None if value is None else int(value)
+
+
+def revision(kwargs: Mapping[str, Any]) -> int | None:
+    value = kwargs.get("resource_version")
+    if value and not re.fullmatch(r"[0-9]+", str(value)):
+        text = (
+            f'resourceVersion: Invalid value: "{value}": strconv.ParseUint: parsing "{value}": invalid syntax'
+        )
+        raise _status.api_error(500, text, reason="")
+    return int(value) if value else None
+
+
+def parsed(text: str) -> Any:
+    """What kubernetes_asyncio makes of the body of a watch that it reads to its end."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def resources(version: str) -> Any:
+    verbs = ["delete", "deletecollection", "get", "list", "patch", "create", "update", "watch"]
+    whole = V1APIResource(
+        name=PLURAL,
+        singular_name=KIND.lower(),
+        short_names=[KIND.lower()],
+        namespaced=True,
+        kind=KIND,
+        verbs=verbs,
+    )
+    status = V1APIResource(
+        name=f"{PLURAL}/status",
+        singular_name="",
+        namespaced=True,
+        kind=KIND,
+        verbs=["get", "patch", "update"],
+    )
+    return V1APIResourceList(
+        api_version="v1",
+        kind="APIResourceList",
+        group_version=f"{GROUP}/{version}",
+        resources=[whole, status],
+    )

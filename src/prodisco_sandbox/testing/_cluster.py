@@ -1,0 +1,256 @@
+"""The test's side of the fake API server: what there is, and what to do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+from ..manifest import API_VERSIONS, Object
+from ._arguments import verbs_of
+from ._controller import AutoReady, Controller
+from ._faults import VERBS, Faults, Request, Verb
+from ._store import Change, EventType, Key, Store, copied, plain, shown
+from ._watch import Watch
+
+
+class FakeCluster:
+    """Sandboxes in memory, and all that a test asks of them or does to them.
+
+    `FakeCustomObjectsApi` is this with the methods of CustomObjectsApi.
+    """
+
+    def __init__(
+        self,
+        *,
+        versions: Iterable[str] = API_VERSIONS,
+        auto_ready: AutoReady = False,
+        namespaces: Iterable[str] | None = None,
+        user: str = "system:serviceaccount:prodisco:mcp-server",
+        now: Callable[[], float] = time.time,
+        history: int = 10_000,
+        bookmark_interval: float = 60.0,
+    ) -> None:
+        self.faults = Faults(self._call_later)
+        self._store = Store(now, history)
+        self._store.on_change = self._changed
+        self._controller = Controller(self._store, auto_ready, self._call_later)
+        self._versions = tuple(versions)
+        self._namespaces = None if namespaces is None else frozenset(namespaces)
+        self._user = user
+        self._bookmark_interval = bookmark_interval
+        self._forbidden: set[Verb] = set()
+        self._watches: dict[Watch, None] = {}
+        self._subscribers: list[Callable[[EventType, Object], object]] = []
+        self._requests: collections.deque[Request] = collections.deque(maxlen=history)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._pokes: list[asyncio.Future[None]] = []
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Ends all watches, timers and faults; later requests raise RuntimeError. Idempotent."""
+        self._closed = True
+        self.faults.clear()
+        self.cut_watches()
+        self._subscribers.clear()
+        while self._timers:
+            self._timers.pop().cancel()
+
+    @property
+    def objects(self) -> list[Object]:
+        """Copies of all objects, by namespace and name, in the first version that is served."""
+        return [self._copy(self._store.objects[key]) for key in sorted(self._store.objects)]
+
+    def get(self, name: str, namespace: str | None = None) -> Object | None:
+        """A copy of the object of that name (in any namespace, if None is given); None: there is none."""
+        key = self._find(name, namespace)
+        return None if key is None else self._copy(self._store.objects[key])
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests so far, refused ones too, in the order of their arrival."""
+        return list(self._requests)
+
+    def count(self, verb: Verb, name: str | None = None) -> int:
+        """How many requests of that verb there have been, for that name if one is given."""
+        if name is None:
+            return self._counts[verb]
+        return sum(1 for request in self._requests if (request.verb, request.name) == (verb, name))
+
+    @property
+    def watches(self) -> list[Watch]:
+        """The watches that are open: `Watch.cut`, `Watch.silence` and `Watch.feed` break one."""
+        return list(self._watches)
+
+    @property
+    def resource_version(self) -> str:
+        """The newest resourceVersion."""
+        return str(self._store.revision)
+
+    async def until(self, condition: Callable[[], object], *, timeout: float = 10.0) -> None:
+        """Waits until a condition holds; it is looked at upon each request, change and watch.
+
+        Raises:
+            TimeoutError: Not within `timeout` seconds.
+        """
+        async with asyncio.timeout(timeout):
+            while not condition():
+                poke = asyncio.get_running_loop().create_future()
+                self._pokes.append(poke)
+                await poke
+
+    def subscribe(self, callback: Callable[[EventType, Object], object]) -> Callable[[], None]:
+        """Calls ``callback(type, object)`` upon each change, with a copy of the object as it
+        is, or as it was where it was DELETED. Returns a function that ends this."""
+        self._subscribers.append(callback)
+
+        def end() -> None:
+            if callback in self._subscribers:
+                self._subscribers.remove(callback)
+
+        return end
+
+    # What tests change.
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The API versions that are served. Setting them ends all watches, as a change of the
+        definition does; objects are there in every version."""
+        return self._versions
+
+    @versions.setter
+    def versions(self, versions: Iterable[str]) -> None:
+        self._versions = tuple(versions)
+        self.cut_watches()
+
+    @property
+    def linger_deletes(self) -> bool:
+        return self._store.lingers
+
+    @linger_deletes.setter
+    def linger_deletes(self, lingers: bool) -> None:
+        self._store.lingers = lingers
+
+    @property
+    def quota(self) -> int | None:
+        return self._store.quota
+
+    @quota.setter
+    def quota(self, quota: int | None) -> None:
+        self._store.quota = quota
+
+    def forbid(self, *verbs: Verb) -> None:
+        """Answers these requests with the 403 of missing RBAC rules, until `allow`."""
+        self._forbidden.update(verbs_of(verbs))
+
+    def allow(self, *verbs: Verb) -> None:
+        """Takes `forbid` back, of all verbs if none is given."""
+        self._forbidden.difference_update(verbs_of(verbs) or VERBS)
+
+    def compact(self) -> None:
+        """Forgets the history: watches and lists from older versions get 410."""
+        self._store.compact()
+
+    def cut_watches(self, error: BaseException | None = None) -> None:
+        """Ends all open watches: `Watch.cut`."""
+        for watch in self.watches:
+            watch.cut(error)
+
+    def silence_watches(self) -> None:
+        """Makes all open watches half-open: `Watch.silence`. Later ones are sound."""
+        for watch in self.watches:
+            watch.silence()
+
+    def set_ready(self, name: str, *, namespace: str | None = None, **status: Any) -> None:
+        """Writes what the controller of agent-sandbox does once the pod is ready: podIPs,
+        serviceFQDN where the spec asks for a Service, and the Ready condition.
+
+        Args:
+            name: The Sandbox's name.
+            namespace: Its namespace; None: whichever has one of that name.
+            status: Fields of the status to set otherwise: ``podIPs=["10.0.0.7"]``.
+        """
+        self._controller.set_ready(self._existing(name, namespace), status)
+
+    def set_condition(
+        self,
+        name: str,
+        kind: str,
+        status: str,
+        reason: str = "Test",
+        message: str = "",
+        *,
+        namespace: str | None = None,
+    ) -> None:
+        """Writes one condition of the status: ``set_condition(name, "Ready", "False", "PodFailed")``."""
+        key = self._existing(name, namespace)
+        self._controller.set_condition(key, kind, status, reason, message)
+
+    def set_status(self, name: str, status: Object, *, namespace: str | None = None) -> None:
+        """Replaces the whole status."""
+        self._controller.set_status(self._existing(name, namespace), plain(status))
+
+    def delete_now(self, name: str, *, namespace: str | None = None) -> None:
+        """Takes an object away at once, finalizers or not, as if somebody else had deleted it."""
+        self._store.remove(*self._existing(name, namespace))
+
+    def finish_deletes(self) -> None:
+        """Takes away all objects that are being deleted, and ends `linger_deletes`."""
+        self.linger_deletes = False
+        for key, sandbox in list(self._store.objects.items()):
+            if "deletionTimestamp" in sandbox["metadata"]:
+                self._store.remove(*key)
+
+    def _watch_ended(self, watch: Watch) -> None:
+        self._watches.pop(watch, None)
+        self._poke()
+
+    def _changed(self, change: Change) -> None:
+        for watch in self.watches:
+            watch.offer(change)
+        kind: EventType = "DELETED" if change.new is None else "MODIFIED" if change.old else "ADDED"
+        for callback in list(self._subscribers):
+            callback(kind, self._copy(change.new or change.old or {}))
+        if kind == "ADDED":
+            self._controller.added(change.key)
+        self._poke()
+
+    def _poke(self) -> None:
+        while self._pokes:
+            poke = self._pokes.pop()
+            if not poke.done():
+                poke.set_result(None)
+
+    def _call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        def fire() -> None:
+            self._timers.discard(handle)
+            callback()
+
+        handle = asyncio.get_running_loop().call_later(delay, fire)
+        self._timers.add(handle)
+
+    def _copy(self, sandbox: Object) -> Object:
+        version = self._versions[0] if self._versions else API_VERSIONS[0]
+        return dict(copied(shown(sandbox, version)))
+
+    def _find(self, name: str, namespace: str | None) -> Key | None:
+        for key in self._store.objects:
+            if key[1] == name and namespace in (None, key[0]):
+                return key
+        return None
+
+    def _existing(self, name: str, namespace: str | None) -> Key:
+        key = self._find(name, namespace)
+        if key is None:
+            names = ", ".join(sorted(known for _, known in self._store.objects)) or "none"
+            raise KeyError(f"there is no Sandbox {name!r}; there are: {names}")
+        return key
