@@ -120,6 +120,7 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
     sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(standard_health, server)
     name = sandbox_pb2.DESCRIPTOR.services_by_name["SandboxService"].full_name
+    _reflect(server, [name, health.SERVICE_NAME])
     await standard_health.set(name, health_pb2.HealthCheckResponse.SERVING)
     target = _transport.bind(server, options)
     places.bound = True
@@ -139,6 +140,16 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
         await server.stop(_LAST_ANSWERS)
         await processes.close()
         containment.close()
+
+
+def _reflect(server: grpc.aio.Server, names: list[str]) -> None:
+    """Lets clients ask what is served, where the package for it is installed."""
+    try:
+        from grpc_reflection.v1alpha import reflection
+    except ImportError:
+        log.info("no reflection: grpcio-reflection is not installed")
+        return
+    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
 
 
 async def _drain(executions: Executions, grace: float, stop: _Stop) -> None:

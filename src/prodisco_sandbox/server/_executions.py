@@ -303,7 +303,7 @@ class _Run:
             return self._verdict or (State.FAILED, "its processes were killed from outside")
         if outcome.exit == 0:
             return State.COMPLETED, None
-        if outcome.report:
+        if outcome.report and self.execution.tests is None:
             return State.FAILED, outcome.report
         if outcome.exit > 0:
             return State.FAILED, f"exit status {outcome.exit}"

@@ -1,0 +1,143 @@
+"""A real server process, and ways to wait for what it does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import grpc
+
+from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.proto import sandbox_pb2_grpc
+
+START_TIMEOUT = 20.0
+END_TIMEOUT = 20.0
+
+
+class Server:
+    """``python -m prodisco_sandbox.server`` with everything of its own below one directory."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        env: Mapping[str, str] | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "prodisco_sandbox.server"),
+        address: Sequence[str] | None = None,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._log = directory / "log"
+        if address is None:
+            address = ["--socket", str(directory / "run" / "s")]
+        arguments = [*command, *address, "--cache-dir", str(directory / "cache"), *options]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "TMPDIR": str(directory), **(env or {})},
+            )
+        try:
+            self.target = self._target()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _target(self) -> str:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], START_TIMEOUT)
+        line = self.process.stdout.readline().decode() if ready else ""
+        if not line.startswith("listening on "):
+            raise AssertionError(f"the server did not start: {line!r}, log: {self.log()}")
+        return line.removeprefix("listening on ").strip()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Sends a signal and returns the exit status."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        status = self.process.wait(END_TIMEOUT)
+        self._close_pipes()
+        return status
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(END_TIMEOUT)
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    @contextlib.asynccontextmanager
+    async def connect(
+        self, credentials: grpc.ChannelCredentials | None = None, **options: str
+    ) -> AsyncIterator[sandbox_pb2_grpc.SandboxServiceStub]:
+        async with self.channel(credentials, **options) as channel:
+            yield sandbox_pb2_grpc.SandboxServiceStub(channel)
+
+    def channel(self, credentials: grpc.ChannelCredentials | None = None, **options: str) -> grpc.aio.Channel:
+        pairs = [
+            ("grpc.max_receive_message_length", 64 << 20),
+            ("grpc.max_send_message_length", 64 << 20),
+            *((f"grpc.{name}", value) for name, value in options.items()),
+        ]
+        if credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=pairs)
+        return grpc.aio.secure_channel(self.target, credentials, options=pairs)
+
+
+@contextlib.contextmanager
+def running(directory: Path, *options: str, **kind: object) -> Iterator[Server]:
+    """A server, ended by SIGTERM; that it ends cleanly is part of every test."""
+    server = Server(directory, *options, **kind)  # type: ignore[arg-type]
+    try:
+        yield server
+    except BaseException:
+        server.kill()
+        raise
+    if server.process.poll() is None:
+        assert server.stop() == 0, server.log()
+    else:
+        server.wait()
+
+
+async def until(condition: Callable[[], object], timeout: float = 5.0) -> None:
+    """Returns once the condition holds.
+
+    Raises:
+        AssertionError: It does not in time.
+    """
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} s: {condition}")
+        await asyncio.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process is there, a zombie counting as well."""
+    return Path("/proc", str(pid)).exists()
+
+
+def code(source: str, timeout_ms: int | None = None) -> pb.ExecuteRequest:
+    return pb.ExecuteRequest(code=source, timeout_ms=timeout_ms)

@@ -1,0 +1,111 @@
+"""ExecuteTest: plain test functions, structured results."""
+
+from __future__ import annotations
+
+from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.proto.sandbox_pb2_grpc import SandboxServiceStub
+
+CODE = "def add(a, b):\n    return a + b\n\nif __name__ == '__main__':\n    1/0\n"
+
+
+async def run(
+    stub: SandboxServiceStub, tests: str, code: str | None = CODE, timeout_ms: int | None = None
+) -> pb.ExecuteTestResponse:
+    return await stub.ExecuteTest(pb.ExecuteTestRequest(code=code, tests=tests, timeout_ms=timeout_ms))
+
+
+async def test_results_in_the_order_of_the_file(stub: SandboxServiceStub) -> None:
+    tests = """
+import unittest, asyncio
+def test_z_first(): assert add(1, 2) == 3
+def test_a_second():
+    print("in the test")
+    assert add(1, 2) == 4
+async def test_async(): await asyncio.sleep(0)
+def test_skipped(): raise unittest.SkipTest("not today")
+def helper(): raise RuntimeError
+def test_raises():
+    {}["key"]
+"""
+    answer = await run(stub, tests)
+    assert [(test.name, test.passed) for test in answer.tests] == [
+        ("test_z_first", True),
+        ("test_a_second", False),
+        ("test_async", True),
+        ("test_skipped", False),
+        ("test_raises", False),
+    ]
+    summary = answer.summary
+    assert (summary.total, summary.passed, summary.failed, summary.skipped) == (5, 2, 2, 1)
+    assert not answer.success
+    assert not answer.HasField("error")
+    assert answer.output == "in the test\n"
+    assert not answer.tests[0].HasField("error")
+    # As pytest's rewriting explains it: with the values.
+    assert "assert 3 == 4" in answer.tests[1].error
+    assert answer.tests[3].error == "not today"
+    assert "KeyError: 'key'" in answer.tests[4].error
+    assert '{}["key"]' in answer.tests[4].error
+    assert "_testing" not in answer.tests[4].error
+
+
+async def test_all_passing_is_success(stub: SandboxServiceStub) -> None:
+    answer = await run(stub, "def test_one():\n    assert True\n", code=None)
+    assert answer.success
+    assert answer.summary.passed == answer.summary.total == 1
+    assert answer.execution_time_ms > 0
+
+
+async def test_pytest_marks_and_skips(stub: SandboxServiceStub) -> None:
+    tests = """
+import pytest
+@pytest.mark.skip(reason="later")
+def test_marked(): assert False
+def test_called(): pytest.skip("now")
+def test_raises():
+    with pytest.raises(ZeroDivisionError): 1 / 0
+"""
+    answer = await run(stub, tests)
+    assert answer.success
+    assert [test.error for test in answer.tests] == ["later", "now", ""]
+    assert answer.summary.skipped == 2
+
+
+async def test_fixtures_are_no_plain_functions(stub: SandboxServiceStub) -> None:
+    answer = await run(stub, "def test_it(tmp_path): pass")
+    assert not answer.success
+    assert "nothing to pass as tmp_path" in answer.tests[0].error
+
+
+async def test_what_does_not_come_to_tests_is_an_error(stub: SandboxServiceStub) -> None:
+    for tests, code, error in (
+        ("def test_x(): pass", "1/0", "ZeroDivisionError: division by zero"),
+        ("import nothing_like_it", CODE, "ModuleNotFoundError"),
+        ("def test_x(:", CODE, "SyntaxError"),
+        ("x = 1", CODE, "no function whose name begins with test_"),
+    ):
+        answer = await run(stub, tests, code)
+        assert not answer.success
+        assert error in answer.error
+        assert answer.summary.total == 0
+
+
+async def test_tests_before_a_timeout_or_a_crash_count(stub: SandboxServiceStub) -> None:
+    tests = "def test_good(): pass\ndef test_stuck():\n    while True: pass\n"
+    answer = await run(stub, tests, timeout_ms=1000)
+    assert [test.name for test in answer.tests] == ["test_good"]
+    assert answer.error == "timed out after 1000 ms"
+    assert not answer.success
+    answer = await run(
+        stub, "def test_good(): pass\ndef test_gone():\n    import os; os.kill(os.getpid(), 9)\n"
+    )
+    assert [test.name for test in answer.tests] == ["test_good"]
+    assert "killed by signal 9" in answer.error
+
+
+async def test_code_that_writes_into_the_report_is_no_success(stub: SandboxServiceStub) -> None:
+    junk = b'[1]\n{"name": 1}\n{"name": "x", "error": null, "outcome": "good"}\njunk\n'
+    answer = await run(stub, f"def test_it():\n    import os; os.write(3, {junk!r})\n")
+    assert [test.name for test in answer.tests] == ["test_it"]
+    assert not answer.success
+    assert "disturbed" in answer.error

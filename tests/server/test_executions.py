@@ -1,0 +1,204 @@
+"""ExecuteAsync, GetExecution, CancelExecution, ListExecutions: queued, running, finished."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.proto.sandbox_pb2_grpc import SandboxServiceStub
+
+from .support import Server, alive, code, running
+
+SLEEP = "import time; time.sleep(1000)"
+
+
+def get(execution_id: str, **more: object) -> pb.GetExecutionRequest:
+    return pb.GetExecutionRequest(execution_id=execution_id, **more)  # type: ignore[arg-type]
+
+
+async def test_async_returns_at_once_and_wait_waits(stub: SandboxServiceStub) -> None:
+    source = "import time, sys; print('é'); print('e', file=sys.stderr); time.sleep(0.2); print('b')"
+    started = await stub.ExecuteAsync(code(source))
+    assert started.state == pb.EXECUTION_STATE_RUNNING
+    answer = await stub.GetExecution(get(started.execution_id, wait=True))
+    assert (answer.output, answer.error_output) == ("é\nb\n", "e\n")
+    assert (answer.output_length, answer.error_output_length) == (4, 2)
+    assert answer.state == answer.result.state == pb.EXECUTION_STATE_COMPLETED
+    assert answer.result.success
+    assert answer.result.execution_time_ms >= 200
+    rest = await stub.GetExecution(get(started.execution_id, output_offset=2))
+    assert (rest.output, rest.error_output, rest.output_length) == ("b\n", "", 4)
+
+
+async def test_get_while_it_runs(stub: SandboxServiceStub) -> None:
+    started = await stub.ExecuteAsync(code(f"print('x'); {SLEEP}"))
+    async with asyncio.timeout(5):
+        while not (answer := await stub.GetExecution(get(started.execution_id))).output:
+            await asyncio.sleep(0.01)
+    assert answer.state == pb.EXECUTION_STATE_RUNNING
+    assert not answer.HasField("result")
+    await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=started.execution_id))
+
+
+async def test_leaving_a_get_that_waits_leaves_the_execution(stub: SandboxServiceStub) -> None:
+    started = await stub.ExecuteAsync(code(SLEEP))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetExecution(get(started.execution_id, wait=True), timeout=0.1)
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert (await stub.GetExecution(get(started.execution_id))).state == pb.EXECUTION_STATE_RUNNING
+    await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=started.execution_id))
+
+
+async def test_cancel_answers_when_all_is_gone(stub: SandboxServiceStub) -> None:
+    started = await stub.ExecuteAsync(
+        code(f"import os; print(os.getpid()); os.fork(); print(os.getpid()); {SLEEP}")
+    )
+    output = ""
+    async with asyncio.timeout(5):
+        while output.count("\n") < 3:
+            output = (await stub.GetExecution(get(started.execution_id))).output
+    request = pb.CancelExecutionRequest(execution_id=started.execution_id)
+    answer = await stub.CancelExecution(request)
+    assert (answer.success, answer.state) == (True, pb.EXECUTION_STATE_CANCELLED)
+    assert not any(alive(int(pid)) for pid in output.split())
+    assert (await stub.GetExecution(get(started.execution_id))).result.error == "cancelled"
+    again = await stub.CancelExecution(request)
+    assert (again.success, again.state) == (True, pb.EXECUTION_STATE_CANCELLED)
+
+
+async def test_cancel_comes_too_late(stub: SandboxServiceStub) -> None:
+    started = await stub.ExecuteAsync(code("pass"))
+    await stub.GetExecution(get(started.execution_id, wait=True))
+    answer = await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=started.execution_id))
+    assert (answer.success, answer.state) == (False, pb.EXECUTION_STATE_COMPLETED)
+    assert "COMPLETED" in answer.message
+
+
+async def test_a_failure_has_its_result(stub: SandboxServiceStub) -> None:
+    started = await stub.ExecuteAsync(code("1/0"))
+    result = (await stub.GetExecution(get(started.execution_id, wait=True))).result
+    assert (result.success, result.state) == (False, pb.EXECUTION_STATE_FAILED)
+    assert result.error == "ZeroDivisionError: division by zero"
+
+
+async def test_unknown_ids_are_not_found(stub: SandboxServiceStub) -> None:
+    for call in (
+        stub.GetExecution(get("nobody")),
+        stub.CancelExecution(pb.CancelExecutionRequest(execution_id="")),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_negative_offset_is_refused(stub: SandboxServiceStub) -> None:
+    started = await stub.ExecuteAsync(code("pass"))
+    with pytest.raises(grpc.aio.AioRpcError, match="output_offset is -1") as caught:
+        await stub.GetExecution(get(started.execution_id, output_offset=-1))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_list_is_newest_first_and_filters(stub: SandboxServiceStub) -> None:
+    ids = []
+    for number in range(3):
+        started = await stub.ExecuteAsync(code(f"# {number}\n" + "x = 1\n" * 40))
+        await stub.GetExecution(get(started.execution_id, wait=True))
+        ids.append(started.execution_id)
+    failed = await stub.ExecuteAsync(code("1/0"))
+    await stub.GetExecution(get(failed.execution_id, wait=True))
+
+    newest = (await stub.ListExecutions(pb.ListExecutionsRequest(limit=4))).executions
+    assert [e.execution_id for e in newest] == [failed.execution_id, *reversed(ids)]
+    assert newest[1].code_preview == ("# 2\n" + "x = 1\n" * 40)[:100]
+    assert newest[1].started_at_ms <= newest[1].finished_at_ms
+    assert not newest[1].is_cached
+    completed = pb.ListExecutionsRequest(states=[pb.EXECUTION_STATE_COMPLETED], limit=2)
+    assert [e.execution_id for e in (await stub.ListExecutions(completed)).executions] == ids[:0:-1]
+    await asyncio.sleep(0.05)
+    recent = pb.ListExecutionsRequest(include_completed_within_ms=40)
+    assert not (await stub.ListExecutions(recent)).executions
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    limits = ("--max-concurrent", "1", "--max-queued", "1", "--retain-for", "0.2")
+    with running(tmp_path_factory.mktemp("small"), *limits) as server:
+        yield server
+
+
+async def test_queue_is_bounded_and_in_order(small: Server) -> None:
+    async with small.connect() as stub:
+        first = await stub.ExecuteAsync(code(SLEEP))
+        second = await stub.ExecuteAsync(code("print('second')"))
+        assert second.state == pb.EXECUTION_STATE_PENDING
+        with pytest.raises(grpc.aio.AioRpcError, match="--max-queued") as caught:
+            await stub.Execute(code("print('third')"))
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        waiting = asyncio.ensure_future(stub.GetExecution(get(second.execution_id, wait=True)))
+        await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=first.execution_id))
+        assert (await waiting).output == "second\n"
+
+
+async def test_a_queued_execution_is_cancelled_without_having_run(small: Server) -> None:
+    async with small.connect() as stub:
+        first = await stub.ExecuteAsync(code(SLEEP))
+        queued = stub.Execute(code("open('ran', 'w')"))
+        listed: list[int] = []
+
+        async def states() -> list[int]:
+            answer = await stub.ListExecutions(pb.ListExecutionsRequest())
+            listed[:] = [e.state for e in answer.executions]
+            return listed
+
+        async with asyncio.timeout(5):
+            while pb.EXECUTION_STATE_PENDING not in await states():
+                await asyncio.sleep(0.01)
+        queued.cancel()
+        async with asyncio.timeout(5):
+            while pb.EXECUTION_STATE_PENDING in await states():
+                await asyncio.sleep(0.01)
+        assert pb.EXECUTION_STATE_CANCELLED in listed
+        await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=first.execution_id))
+        assert (await stub.Execute(code("import os; print(os.path.exists('ran'))"))).output == "False\n"
+
+
+async def test_finished_executions_are_forgotten_by_age(small: Server) -> None:
+    async with small.connect() as stub:
+        started = await stub.ExecuteAsync(code("pass"))
+        await stub.GetExecution(get(started.execution_id, wait=True))
+        async with asyncio.timeout(5):
+            while (await stub.ListExecutions(pb.ListExecutionsRequest())).executions:
+                await asyncio.sleep(0.02)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetExecution(get(started.execution_id))
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_finished_executions_are_forgotten_by_size(tmp_path: Path) -> None:
+    with running(tmp_path, "--retain-limit-mb", "1") as server:
+        async with server.connect() as stub:
+            ids = []
+            for _ in range(4):
+                started = await stub.ExecuteAsync(code("print('x' * 400_000)"))
+                await stub.GetExecution(get(started.execution_id, wait=True))
+                ids.append(started.execution_id)
+            kept = (await stub.ListExecutions(pb.ListExecutionsRequest())).executions
+            assert [e.execution_id for e in kept] == [ids[3], ids[2]]
+
+
+async def test_everything_but_language_servers_is_there(stub: SandboxServiceStub) -> None:
+    for call in (
+        stub.LspWorkspaceSymbol(pb.LspWorkspaceSymbolRequest(query="x")),
+        stub.LspHover(pb.LspPositionRequest()),
+        stub.LspGoToDefinition(pb.LspPositionRequest()),
+        stub.LspFindReferences(pb.LspReferencesRequest()),
+        stub.LspDocumentSymbol(pb.LspDocumentRequest()),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match="no language server") as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
