@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
-from prodisco_sandbox.proto.sandbox_pb2_grpc import SandboxServiceStub
-
-from .support import Server, running
+from .support import Server, Stub, running
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +17,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest_asyncio.fixture
-async def stub(server: Server) -> AsyncIterator[SandboxServiceStub]:
+async def stub(server: Server) -> AsyncIterator[Stub]:
     async with server.connect() as stub:
         yield stub

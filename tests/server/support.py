@@ -12,11 +12,17 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.proto import sandbox_pb2_grpc
+
+if TYPE_CHECKING:
+    Stub = sandbox_pb2_grpc.SandboxServiceAsyncStub
+else:
+    Stub = sandbox_pb2_grpc.SandboxServiceStub
 
 START_TIMEOUT = 20.0
 END_TIMEOUT = 20.0
@@ -91,9 +97,9 @@ class Server:
     @contextlib.asynccontextmanager
     async def connect(
         self, credentials: grpc.ChannelCredentials | None = None, **options: str
-    ) -> AsyncIterator[sandbox_pb2_grpc.SandboxServiceStub]:
+    ) -> AsyncIterator[Stub]:
         async with self.channel(credentials, **options) as channel:
-            yield sandbox_pb2_grpc.SandboxServiceStub(channel)
+            yield Stub(channel)  # type: ignore[call-arg]
 
     def channel(self, credentials: grpc.ChannelCredentials | None = None, **options: str) -> grpc.aio.Channel:
         pairs = [

@@ -9,12 +9,11 @@ import grpc
 import pytest
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
-from prodisco_sandbox.proto.sandbox_pb2_grpc import SandboxServiceStub
 
-from .support import Server, alive, code, until
+from .support import Server, Stub, alive, code, until
 
 
-async def test_output_and_success(stub: SandboxServiceStub) -> None:
+async def test_output_and_success(stub: Stub) -> None:
     answer = await stub.Execute(code("print(6 * 7)"))
     assert answer.success
     assert answer.output == "42\n"
@@ -22,7 +21,7 @@ async def test_output_and_success(stub: SandboxServiceStub) -> None:
     assert answer.execution_time_ms >= 0
 
 
-async def test_empty_code_is_valid_and_not_cached(stub: SandboxServiceStub) -> None:
+async def test_empty_code_is_valid_and_not_cached(stub: Stub) -> None:
     answer = await stub.Execute(code(""))
     assert answer.success
     assert not answer.HasField("cached")
@@ -41,25 +40,25 @@ async def test_empty_code_is_valid_and_not_cached(stub: SandboxServiceStub) -> N
         ("x = '\0'", "SyntaxError"),
     ],
 )
-async def test_failure_is_no_rpc_error(stub: SandboxServiceStub, source: str, error: str) -> None:
+async def test_failure_is_no_rpc_error(stub: Stub, source: str, error: str) -> None:
     answer = await stub.Execute(code(source))
     assert not answer.success
     assert error in answer.error
     assert not answer.HasField("cached")
 
 
-async def test_traceback_shows_the_line_and_none_of_the_server(stub: SandboxServiceStub) -> None:
+async def test_traceback_shows_the_line_and_none_of_the_server(stub: Stub) -> None:
     answer = await stub.Execute(code("def f():\n    return 1 / 0  # here\nf()\n"))
     assert "return 1 / 0  # here" in answer.output
     assert "_supervisor" not in answer.output
 
 
-async def test_source_lines_are_there_for_logging_and_inspect(stub: SandboxServiceStub) -> None:
+async def test_source_lines_are_there_for_logging_and_inspect(stub: Stub) -> None:
     source = "import inspect\ndef f():\n    return 41  # mine\nprint(inspect.getsource(f))"
     assert "return 41  # mine" in (await stub.Execute(code(source))).output
 
 
-async def test_is_main_and_runs_exit_handlers_and_threads(stub: SandboxServiceStub) -> None:
+async def test_is_main_and_runs_exit_handlers_and_threads(stub: Stub) -> None:
     source = """
 import atexit, threading, time
 atexit.register(print, "exit handler")
@@ -70,29 +69,29 @@ if __name__ == "__main__":
     assert (await stub.Execute(code(source))).output == "main\nthread\nexit handler\n"
 
 
-async def test_outputs_are_merged_in_order(stub: SandboxServiceStub) -> None:
+async def test_outputs_are_merged_in_order(stub: Stub) -> None:
     source = "import sys\nfor i in range(50):\n    print(i, file=(sys.stdout, sys.stderr)[i % 2])"
     assert (await stub.Execute(code(source))).output.split() == [str(i) for i in range(50)]
 
 
-async def test_a_file_is_there_for_the_next_execution_and_importable(stub: SandboxServiceStub) -> None:
+async def test_a_file_is_there_for_the_next_execution_and_importable(stub: Stub) -> None:
     assert (await stub.Execute(code("open('mine.py', 'w').write('x = 5')"))).success
     assert (await stub.Execute(code("import mine; print(mine.x)"))).output == "5\n"
 
 
-async def test_interpreters_are_fresh(stub: SandboxServiceStub) -> None:
+async def test_interpreters_are_fresh(stub: Stub) -> None:
     source = "import sys, os; print(hasattr(sys, 'left'), os.getpid()); sys.left = 1"
     answers = [(await stub.Execute(code(source))).output.split() for _ in range(4)]
     assert [answer[0] for answer in answers] == ["False"] * 4
     assert len({answer[1] for answer in answers}) == 4
 
 
-async def test_unicode_and_bytes_that_are_no_text(stub: SandboxServiceStub) -> None:
+async def test_unicode_and_bytes_that_are_no_text(stub: Stub) -> None:
     source = "import os\nprint('é\U0001f40d\\udc80')\nos.write(1, b'a\\xffb\\xe2\\x82')"
     assert (await stub.Execute(code(source))).output == "é\U0001f40d\\udc80\na\ufffdb\ufffd"
 
 
-async def test_stream_prints_as_it_happens(stub: SandboxServiceStub) -> None:
+async def test_stream_prints_as_it_happens(stub: Stub) -> None:
     source = "import time, os\nprint('one')\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('two')"
     call = stub.ExecuteStream(code(source))
     chunks = aiter(call)
@@ -109,7 +108,7 @@ async def test_stream_prints_as_it_happens(stub: SandboxServiceStub) -> None:
     assert all(abs(chunk.timestamp_ms - time.time() * 1000) < 60_000 for chunk in rest)
 
 
-async def test_stream_separates_outputs_and_tells_the_failure(stub: SandboxServiceStub) -> None:
+async def test_stream_separates_outputs_and_tells_the_failure(stub: Stub) -> None:
     source = "import sys; print('out'); print('err', file=sys.stderr); raise ValueError('no')"
     chunks = [chunk async for chunk in stub.ExecuteStream(code(source))]
     assert "".join(chunk.output for chunk in chunks) == "out\n"
@@ -126,7 +125,7 @@ async def test_stream_separates_outputs_and_tells_the_failure(stub: SandboxServi
 @pytest.mark.parametrize(
     "request_", [pb.ExecuteRequest(), pb.ExecuteRequest(cached="nobody"), pb.ExecuteRequest(cached="")]
 )
-async def test_no_source_is_an_answer(stub: SandboxServiceStub, request_: pb.ExecuteRequest) -> None:
+async def test_no_source_is_an_answer(stub: Stub, request_: pb.ExecuteRequest) -> None:
     answer = await stub.Execute(request_)
     assert not answer.success
     assert "cached script" in answer.error
@@ -140,7 +139,7 @@ async def test_no_source_is_an_answer(stub: SandboxServiceStub, request_: pb.Exe
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_timeout_is_clamped_and_keeps_the_output(stub: SandboxServiceStub) -> None:
+async def test_timeout_is_clamped_and_keeps_the_output(stub: Stub) -> None:
     began = time.monotonic()
     chunks = [c async for c in stub.ExecuteStream(code("print('before')\nwhile True: pass", timeout_ms=-5))]
     assert 0.9 < time.monotonic() - began < 3.0
@@ -150,14 +149,14 @@ async def test_timeout_is_clamped_and_keeps_the_output(stub: SandboxServiceStub)
     assert result.error == "timed out after 1000 ms"
 
 
-async def test_output_is_cut_visibly(stub: SandboxServiceStub) -> None:
+async def test_output_is_cut_visibly(stub: Stub) -> None:
     answer = await stub.Execute(code("print('x' * 19_990)\nprint('y' * 19_990)"))
     assert answer.success
     assert answer.output.startswith("x" * 19_990 + "\nyyyyyyyyy\n[output cut")
     assert answer.output.endswith("more than 20,000 characters]\n")
 
 
-async def test_leaving_a_stream_ends_its_processes(stub: SandboxServiceStub, server: Server) -> None:
+async def test_leaving_a_stream_ends_its_processes(stub: Stub, server: Server) -> None:
     source = """
 import os, subprocess, time
 child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
@@ -174,7 +173,7 @@ time.sleep(1000)
     assert ended.state == pb.EXECUTION_STATE_CANCELLED
 
 
-async def test_giving_up_on_execute_ends_its_processes(stub: SandboxServiceStub, server: Server) -> None:
+async def test_giving_up_on_execute_ends_its_processes(stub: Stub, server: Server) -> None:
     source = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(1000)"
     call = stub.Execute(code(source))
     seen: list[str] = []
@@ -191,7 +190,7 @@ async def test_giving_up_on_execute_ends_its_processes(stub: SandboxServiceStub,
     await until(lambda: not alive(int(seen[-1])))
 
 
-async def test_health_stays_quick_while_eight_busy_loops_run(stub: SandboxServiceStub) -> None:
+async def test_health_stays_quick_while_eight_busy_loops_run(stub: Stub) -> None:
     calls = [stub.Execute(code("while True: pass", timeout_ms=1000)) for _ in range(8)]
     slowest = 0.0
     while not all(call.done() for call in calls):

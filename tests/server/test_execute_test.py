@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
-from prodisco_sandbox.proto.sandbox_pb2_grpc import SandboxServiceStub
+
+from .support import Stub
 
 CODE = "def add(a, b):\n    return a + b\n\nif __name__ == '__main__':\n    1/0\n"
 
 
 async def run(
-    stub: SandboxServiceStub, tests: str, code: str | None = CODE, timeout_ms: int | None = None
+    stub: Stub, tests: str, code: str | None = CODE, timeout_ms: int | None = None
 ) -> pb.ExecuteTestResponse:
     return await stub.ExecuteTest(pb.ExecuteTestRequest(code=code, tests=tests, timeout_ms=timeout_ms))
 
 
-async def test_results_in_the_order_of_the_file(stub: SandboxServiceStub) -> None:
+async def test_results_in_the_order_of_the_file(stub: Stub) -> None:
     tests = """
 import unittest, asyncio
 def test_z_first(): assert add(1, 2) == 3
@@ -49,14 +50,14 @@ def test_raises():
     assert "_testing" not in answer.tests[4].error
 
 
-async def test_all_passing_is_success(stub: SandboxServiceStub) -> None:
+async def test_all_passing_is_success(stub: Stub) -> None:
     answer = await run(stub, "def test_one():\n    assert True\n", code=None)
     assert answer.success
     assert answer.summary.passed == answer.summary.total == 1
     assert answer.execution_time_ms > 0
 
 
-async def test_pytest_marks_and_skips(stub: SandboxServiceStub) -> None:
+async def test_pytest_marks_and_skips(stub: Stub) -> None:
     tests = """
 import pytest
 @pytest.mark.skip(reason="later")
@@ -71,13 +72,13 @@ def test_raises():
     assert answer.summary.skipped == 2
 
 
-async def test_fixtures_are_no_plain_functions(stub: SandboxServiceStub) -> None:
+async def test_fixtures_are_no_plain_functions(stub: Stub) -> None:
     answer = await run(stub, "def test_it(tmp_path): pass")
     assert not answer.success
     assert "nothing to pass as tmp_path" in answer.tests[0].error
 
 
-async def test_what_does_not_come_to_tests_is_an_error(stub: SandboxServiceStub) -> None:
+async def test_what_does_not_come_to_tests_is_an_error(stub: Stub) -> None:
     for tests, code, error in (
         ("def test_x(): pass", "1/0", "ZeroDivisionError: division by zero"),
         ("import nothing_like_it", CODE, "ModuleNotFoundError"),
@@ -90,7 +91,7 @@ async def test_what_does_not_come_to_tests_is_an_error(stub: SandboxServiceStub)
         assert answer.summary.total == 0
 
 
-async def test_tests_before_a_timeout_or_a_crash_count(stub: SandboxServiceStub) -> None:
+async def test_tests_before_a_timeout_or_a_crash_count(stub: Stub) -> None:
     tests = "def test_good(): pass\ndef test_stuck():\n    while True: pass\n"
     answer = await run(stub, tests, timeout_ms=1000)
     assert [test.name for test in answer.tests] == ["test_good"]
@@ -103,7 +104,7 @@ async def test_tests_before_a_timeout_or_a_crash_count(stub: SandboxServiceStub)
     assert "killed by signal 9" in answer.error
 
 
-async def test_code_that_writes_into_the_report_is_no_success(stub: SandboxServiceStub) -> None:
+async def test_code_that_writes_into_the_report_is_no_success(stub: Stub) -> None:
     junk = b'[1]\n{"name": 1}\n{"name": "x", "error": null, "outcome": "good"}\njunk\n'
     answer = await run(stub, f"def test_it():\n    import os; os.write(3, {junk!r})\n")
     assert [test.name for test in answer.tests] == ["test_it"]

@@ -10,9 +10,8 @@ import grpc
 import pytest
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
-from prodisco_sandbox.proto.sandbox_pb2_grpc import SandboxServiceStub
 
-from .support import Server, alive, code, running
+from .support import Server, Stub, alive, code, running
 
 SLEEP = "import time; time.sleep(1000)"
 
@@ -21,7 +20,7 @@ def get(execution_id: str, **more: object) -> pb.GetExecutionRequest:
     return pb.GetExecutionRequest(execution_id=execution_id, **more)  # type: ignore[arg-type]
 
 
-async def test_async_returns_at_once_and_wait_waits(stub: SandboxServiceStub) -> None:
+async def test_async_returns_at_once_and_wait_waits(stub: Stub) -> None:
     source = "import time, sys; print('é'); print('e', file=sys.stderr); time.sleep(0.2); print('b')"
     started = await stub.ExecuteAsync(code(source))
     assert started.state == pb.EXECUTION_STATE_RUNNING
@@ -35,7 +34,7 @@ async def test_async_returns_at_once_and_wait_waits(stub: SandboxServiceStub) ->
     assert (rest.output, rest.error_output, rest.output_length) == ("b\n", "", 4)
 
 
-async def test_get_while_it_runs(stub: SandboxServiceStub) -> None:
+async def test_get_while_it_runs(stub: Stub) -> None:
     started = await stub.ExecuteAsync(code(f"print('x'); {SLEEP}"))
     async with asyncio.timeout(5):
         while not (answer := await stub.GetExecution(get(started.execution_id))).output:
@@ -45,7 +44,7 @@ async def test_get_while_it_runs(stub: SandboxServiceStub) -> None:
     await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=started.execution_id))
 
 
-async def test_leaving_a_get_that_waits_leaves_the_execution(stub: SandboxServiceStub) -> None:
+async def test_leaving_a_get_that_waits_leaves_the_execution(stub: Stub) -> None:
     started = await stub.ExecuteAsync(code(SLEEP))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.GetExecution(get(started.execution_id, wait=True), timeout=0.1)
@@ -54,7 +53,7 @@ async def test_leaving_a_get_that_waits_leaves_the_execution(stub: SandboxServic
     await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=started.execution_id))
 
 
-async def test_cancel_answers_when_all_is_gone(stub: SandboxServiceStub) -> None:
+async def test_cancel_answers_when_all_is_gone(stub: Stub) -> None:
     started = await stub.ExecuteAsync(
         code(f"import os; print(os.getpid()); os.fork(); print(os.getpid()); {SLEEP}")
     )
@@ -71,7 +70,7 @@ async def test_cancel_answers_when_all_is_gone(stub: SandboxServiceStub) -> None
     assert (again.success, again.state) == (True, pb.EXECUTION_STATE_CANCELLED)
 
 
-async def test_cancel_comes_too_late(stub: SandboxServiceStub) -> None:
+async def test_cancel_comes_too_late(stub: Stub) -> None:
     started = await stub.ExecuteAsync(code("pass"))
     await stub.GetExecution(get(started.execution_id, wait=True))
     answer = await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=started.execution_id))
@@ -79,14 +78,14 @@ async def test_cancel_comes_too_late(stub: SandboxServiceStub) -> None:
     assert "COMPLETED" in answer.message
 
 
-async def test_a_failure_has_its_result(stub: SandboxServiceStub) -> None:
+async def test_a_failure_has_its_result(stub: Stub) -> None:
     started = await stub.ExecuteAsync(code("1/0"))
     result = (await stub.GetExecution(get(started.execution_id, wait=True))).result
     assert (result.success, result.state) == (False, pb.EXECUTION_STATE_FAILED)
     assert result.error == "ZeroDivisionError: division by zero"
 
 
-async def test_unknown_ids_are_not_found(stub: SandboxServiceStub) -> None:
+async def test_unknown_ids_are_not_found(stub: Stub) -> None:
     for call in (
         stub.GetExecution(get("nobody")),
         stub.CancelExecution(pb.CancelExecutionRequest(execution_id="")),
@@ -96,14 +95,14 @@ async def test_unknown_ids_are_not_found(stub: SandboxServiceStub) -> None:
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_negative_offset_is_refused(stub: SandboxServiceStub) -> None:
+async def test_a_negative_offset_is_refused(stub: Stub) -> None:
     started = await stub.ExecuteAsync(code("pass"))
     with pytest.raises(grpc.aio.AioRpcError, match="output_offset is -1") as caught:
         await stub.GetExecution(get(started.execution_id, output_offset=-1))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_list_is_newest_first_and_filters(stub: SandboxServiceStub) -> None:
+async def test_list_is_newest_first_and_filters(stub: Stub) -> None:
     ids = []
     for number in range(3):
         started = await stub.ExecuteAsync(code(f"# {number}\n" + "x = 1\n" * 40))
@@ -191,7 +190,7 @@ async def test_finished_executions_are_forgotten_by_size(tmp_path: Path) -> None
             assert [e.execution_id for e in kept] == [ids[3], ids[2]]
 
 
-async def test_everything_but_language_servers_is_there(stub: SandboxServiceStub) -> None:
+async def test_everything_but_language_servers_is_there(stub: Stub) -> None:
     for call in (
         stub.LspWorkspaceSymbol(pb.LspWorkspaceSymbolRequest(query="x")),
         stub.LspHover(pb.LspPositionRequest()),

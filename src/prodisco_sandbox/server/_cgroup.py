@@ -21,14 +21,14 @@ class PidsCgroups:
     """Makes cgroups below a directory of its own in the cgroup file system."""
 
     def __init__(self, parent: Path) -> None:
-        self._base = parent / f"{_PREFIX}{os.getpid()}"
+        self.base = parent / f"{_PREFIX}{os.getpid()}"
         self._count = 0
         _remove_stale(parent)
-        self._base.mkdir()
+        self.base.mkdir()
         try:
-            if not (self._base / "pids.max").exists():  # version 2: not passed on by itself
-                _delegate_pids(parent, self._base)
-                (self._base / "cgroup.subtree_control").write_text("+pids")
+            if not (self.base / "pids.max").exists():  # version 2: not passed on by itself
+                _delegate_pids(parent, self.base)
+                (self.base / "cgroup.subtree_control").write_text("+pids")
             self.make(1).remove()
         except OSError:
             self.remove()
@@ -37,14 +37,14 @@ class PidsCgroups:
     def make(self, limit: int) -> Cgroup:
         """A new cgroup for at most `limit` processes and threads."""
         self._count += 1
-        path = self._base / str(self._count)
+        path = self.base / str(self._count)
         path.mkdir()
         (path / "pids.max").write_text(str(limit))
         return Cgroup(path)
 
     def remove(self) -> None:
         """Removes all of them, which must be empty."""
-        _remove_tree(self._base)
+        _remove_tree(self.base)
 
 
 class Cgroup:
