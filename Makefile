@@ -40,7 +40,8 @@ unit: $(VENV)/.installed $(PROTO_VENV)
 	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 lowest: ## the unit tests with the lowest versions that pyproject.toml allows
-	@$(MAKE) --no-print-directory unit VENV=.venv-lowest BOUNDS=--lowest
+	@$(MAKE) --no-print-directory unit VENV=.venv-lowest BOUNDS=--lowest \
+	    PYTHON="$${PYTHON:-$$(tools/find-python 11 2>/dev/null || tools/find-python 13)}"
 
 coverage: test ## the unit tests, with a coverage report in htmlcov/
 	@$(PY) -m coverage html --quiet

@@ -52,11 +52,11 @@ def test_is_frozen_and_keyword_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.max_sessions = 3
     with pytest.raises(TypeError):
-        SandboxManagerConfig("multi")  # type: ignore[misc]
+        SandboxManagerConfig("multi")  # type: ignore[call-arg]
 
 
 SECONDS = "a finite number of seconds above 0"
-NO_SECONDS = (0, 0.0, -1, math.nan, math.inf, -math.inf, "60", True, [])
+NO_SECONDS: tuple[object, ...] = (0, 0.0, -1, math.nan, math.inf, -math.inf, "60", True, [])
 BAD: list[tuple[str, str, tuple[object, ...]]] = [
     ("mode", '"single" or "multi"', ("Multi", "", None, [])),
     (
