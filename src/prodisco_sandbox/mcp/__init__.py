@@ -1,0 +1,30 @@
+"""Sandboxes for an MCP server: the extra ``prodisco-sandbox[mcp]``.
+
+::
+
+    manager = SandboxManager(SandboxManagerConfig.from_env(mode="multi"))
+    server = MCPServer("my-server", lifespan=sandbox_lifespan(manager))
+    add_sandbox_tools(server, manager)
+    server.run("streamable-http")
+
+``python -m prodisco_sandbox.mcp`` is a complete server.
+"""
+
+try:
+    from mcp.server import MCPServer as _MCPServer
+except ImportError as error:
+    if error.name is not None and error.name.partition(".")[0] != "mcp":
+        raise  # The SDK is there, and something that it needs is not.
+    raise ImportError(
+        "prodisco_sandbox.mcp needs the official MCP SDK, version 2.3 or newer:"
+        " pip install 'prodisco-sandbox[mcp]'",
+        name="mcp",
+    ) from error
+
+from ._identity import principal, session_key
+from ._lifespan import sandbox_lifespan
+from ._tool import SandboxTools, add_sandbox_tools
+
+__all__ = ["SandboxTools", "add_sandbox_tools", "principal", "sandbox_lifespan", "session_key"]
+
+del _MCPServer

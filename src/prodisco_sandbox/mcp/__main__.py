@@ -1,0 +1,166 @@
+"""``python -m prodisco_sandbox.mcp``: an MCP server that runs code in sandboxes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+from ..config import SandboxManagerConfig, env_int
+from ..errors import SandboxError
+from ..manager import SandboxManager
+from ._serve import make_server, serve_http, serve_stdio
+
+log = logging.getLogger("prodisco_sandbox.mcp")
+
+HANDLE_SECRET = "SANDBOX_HANDLE_SECRET"  # noqa: S105 - the variable's name
+
+EPILOG = f"""\
+Settings come from the environment: SANDBOX_NAMESPACE, SANDBOX_IMAGE, SANDBOX_MAX_SESSIONS,
+SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, and SANDBOX_TRANSPORT_MODE with the SANDBOX_TLS_*
+variables; KUBECONFIG and K8S_CONTEXT outside a cluster; {HANDLE_SECRET} (at least 16
+random characters) for handles that outlive the process. With --local, only
+SANDBOX_MAX_SESSIONS and {HANDLE_SECRET} count.
+
+Callers are not authenticated: put something in front of it that does it before it listens
+anywhere but on loopback.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    # To standard error; standard output belongs to the protocol.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("prodisco_sandbox").setLevel(args.log_level.upper())
+    # It logs session ids, which are as good as credentials.
+    logging.getLogger("mcp.server.streamable_http_manager").setLevel(logging.ERROR)
+    try:
+        asyncio.run(_run(args))
+    except KeyboardInterrupt:
+        return 130
+    except (SandboxError, ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prodisco-sandbox-mcp",
+        description="An MCP server whose sessions each have a sandbox to run code in.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--local",
+        action="store_true",
+        help="sandboxes are processes on this machine: for code that you would run yourself",
+    )
+    where.add_argument("--kubernetes", action="store_true", help="sandboxes are pods of agent-sandbox")
+    parser.add_argument("--transport", choices=("stdio", "http"), default="stdio", help="default: stdio")
+    parser.add_argument("--host", default="127.0.0.1", help="http: where to listen; default: %(default)s")
+    parser.add_argument("--port", type=_port, default=8000, help="http: 0 picks one; default: %(default)s")
+    parser.add_argument("--path", type=_path, default="/mcp", help="http: default: %(default)s")
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="http: refuse requests whose Host header is another one, such as mcp.example.com or"
+        " localhost:*; may be repeated; default: local names where --host is loopback, else any",
+    )
+    parser.add_argument(
+        "--language", help="what the sandboxes run, for the model; default: Python, on Kubernetes TypeScript"
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long calls may go on after SIGTERM; default: %(default)g",
+    )
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    return parser
+
+
+async def _run(args: argparse.Namespace) -> None:
+    # Taken first: that the port is in use should be known before sandboxes are started.
+    with _listener(args) as listener:
+        async with _manager(args) as manager:
+            server, tools = make_server(
+                manager,
+                language=args.language or ("Python" if args.local else "TypeScript"),
+                handle_secret=os.environ.get(HANDLE_SECRET) or None,
+            )
+            if listener is None:
+                await serve_stdio(server, tools, drain_timeout=args.drain_timeout)
+            else:
+                await serve_http(
+                    server,
+                    tools,
+                    listener=listener,
+                    path=args.path,
+                    allowed_hosts=args.allowed_host,
+                    drain_timeout=args.drain_timeout,
+                )
+
+
+@contextlib.contextmanager
+def _listener(args: argparse.Namespace) -> Iterator[socket.socket | None]:
+    if args.transport == "stdio":
+        yield None
+        return
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
+        if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            log.warning("%s is no loopback address, and callers are not authenticated here", args.host)
+        yield listener
+
+
+@contextlib.asynccontextmanager
+async def _manager(args: argparse.Namespace) -> AsyncIterator[SandboxManager]:
+    """The manager, not started: that is the server's lifespan's to do."""
+    if args.kubernetes:
+        yield SandboxManager(SandboxManagerConfig.from_env(mode="multi"))
+        return
+    from ..local import LocalCluster
+
+    async with LocalCluster() as cluster:
+        settings = {}
+        if os.environ.get("SANDBOX_MAX_SESSIONS"):
+            settings["max_sessions"] = env_int(os.environ, "SANDBOX_MAX_SESSIONS")
+        yield SandboxManager(cluster.config(**settings), custom_objects_api=cluster.custom_objects_api)
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is no port: give 0 to 65535")
+    return port
+
+
+def _path(text: str) -> str:
+    if not text.startswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: it must begin with '/'")
+    return text
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds of at least 0")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""What the tool returns, and how huge output is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..client import CacheEntry, ExecutionInfo, ExecutionOutcome, TestReport
+
+MOST_ERROR = 8_000
+"""Characters of an error's text that are returned."""
+MOST_TESTS = 200
+"""How many tests are reported one by one."""
+
+
+def _shorten(schema: dict[str, Any]) -> None:
+    """Fields without a value are left out, never null."""
+    for field in schema["properties"].values():
+        for kind in field.pop("anyOf", ()):
+            if kind != {"type": "null"}:
+                field.update(kind)
+        field.pop("default", None)
+        field.pop("title", None)
+
+
+class _Output(BaseModel):
+    model_config = ConfigDict(json_schema_extra=_shorten)
+
+
+class CachedScript(_Output):
+    name: str = Field(description="What `cached` takes")
+    description: str = ""
+
+
+class Execution(_Output):
+    execution_id: str
+    state: str
+    started_at_ms: int = Field(description="Since the Unix epoch")
+    finished_at_ms: int | None = None
+    code_preview: str
+    cached_name: str | None = None
+
+
+class Test(_Output):
+    name: str
+    passed: bool
+    error: str | None = None
+    duration_ms: int
+
+
+class Summary(_Output):
+    total: int
+    passed: int
+    failed: int
+    skipped: int
+
+
+class SandboxOutput(_Output):
+    """What a call of the tool gives; fields without a value are left out."""
+
+    sandbox: Annotated[str | None, Field(description="Handle: pass it as `sandbox` to come back here")] = None
+    note: Annotated[str | None, Field(description="Read this first")] = None
+    success: Annotated[
+        bool | None, Field(description="Whether the code, the tests or the cancel succeeded")
+    ] = None
+    state: Annotated[
+        str | None,
+        Field(
+            description="PENDING, RUNNING, COMPLETED, FAILED, CANCELLED or TIMEOUT; the last four are final"
+        ),
+    ] = None
+    execution_id: Annotated[str | None, Field(description="For the modes status and cancel")] = None
+    output: Annotated[
+        str | None, Field(description="Standard output; in mode execute with standard error in it")
+    ] = None
+    error_output: Annotated[str | None, Field(description="Standard error")] = None
+    error: Annotated[str | None, Field(description="Why it failed")] = None
+    truncated: Annotated[
+        bool | None, Field(description="Whether there is more output; `note` says how to get it")
+    ] = None
+    output_offset: Annotated[int | None, Field(description="Where further output begins")] = None
+    error_output_offset: Annotated[int | None, Field(description="Where further error output begins")] = None
+    execution_time_ms: int | None = None
+    cached: Annotated[
+        CachedScript | None, Field(description="The script was added to the sandbox's cache")
+    ] = None
+    executions: Annotated[list[Execution] | None, Field(description="Newest first")] = None
+    summary: Summary | None = None
+    tests: list[Test] | None = None
+
+    def add_note(self, note: str) -> None:
+        self.note = note if self.note is None else f"{self.note}\n\n{note}"
+
+    def end(self, outcome: ExecutionOutcome) -> None:
+        """Takes over how an execution ended."""
+        self.success = outcome.success
+        self.state = outcome.state.name
+        self.error = None if outcome.error is None else shorten(outcome.error)
+        self.execution_time_ms = outcome.execution_time_ms
+        self.cached = read_cached(outcome.cached)
+
+
+class Clip:
+    """The beginning of an output that comes in pieces; the rest is only counted."""
+
+    def __init__(self, limit: int) -> None:
+        self._room = limit
+        self._kept: list[str] = []
+        self.total = 0
+
+    def add(self, text: str) -> int:
+        """Adds a piece; returns how many characters of it are kept."""
+        self.total += len(text)
+        if len(text) > self._room:
+            text = text[: self._room]
+        if text:
+            self._kept.append(text)
+            self._room -= len(text)
+        return len(text)
+
+    @property
+    def text(self) -> str:
+        return "".join(self._kept)
+
+    @property
+    def left_out(self) -> int:
+        return self.total - sum(map(len, self._kept))
+
+
+def shorten(text: str, most: int = MOST_ERROR) -> str:
+    """Cuts out the middle of a text: an error's beginning and its end say most."""
+    if len(text) <= most:
+        return text
+    head = most // 4
+    return f"{text[:head]}\n[... {len(text) - most:,} characters left out ...]\n{text[head - most :]}"
+
+
+def read_cached(entry: CacheEntry | None) -> CachedScript | None:
+    return None if entry is None else CachedScript(name=entry.name, description=entry.description)
+
+
+def read_executions(found: Iterable[ExecutionInfo], limit: int) -> list[Execution]:
+    """The newest executions, whatever order the server has."""
+    newest = sorted(found, key=lambda info: info.started_at_ms, reverse=True)[:limit]
+    return [
+        Execution(
+            execution_id=info.execution_id,
+            state=info.state.name,
+            started_at_ms=info.started_at_ms,
+            finished_at_ms=info.finished_at_ms,
+            code_preview=info.code_preview,
+            cached_name=info.cached_name,
+        )
+        for info in newest
+    ]
+
+
+def read_report(report: TestReport, most_output: int) -> SandboxOutput:
+    summary = report.summary
+    clip = Clip(most_output)
+    clip.add(report.output)
+    # What failed first, where there are too many.
+    shown = sorted(report.tests, key=lambda test: test.passed)[:MOST_TESTS]
+    result = SandboxOutput(
+        success=report.success,
+        output=clip.text,
+        error=None if report.error is None else shorten(report.error),
+        execution_time_ms=report.execution_time_ms,
+        summary=Summary(
+            total=summary.total, passed=summary.passed, failed=summary.failed, skipped=summary.skipped
+        ),
+        tests=[
+            Test(
+                name=test.name,
+                passed=test.passed,
+                error=None if test.error is None else shorten(test.error, MOST_ERROR // 4),
+                duration_ms=test.duration_ms,
+            )
+            for test in shown
+        ],
+    )
+    if len(shown) < len(report.tests):
+        result.add_note(
+            f"Only {len(shown)} of {len(report.tests):,} tests are shown, those that failed first."
+        )
+    if clip.left_out:
+        result.truncated = True
+        result.add_note(
+            f"The output is cut: {clip.left_out:,} more characters are lost. Run fewer tests, print less,"
+            " or write to a file and print parts of it."
+        )
+    return result

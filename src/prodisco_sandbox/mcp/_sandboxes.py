@@ -1,0 +1,179 @@
+"""Which sandbox a call gets, and what it must be told about it."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+from mcp.server.mcpserver import Context
+
+from .._log import get_logger
+from ..client import SandboxClient, SandboxRef
+from ..manager import SandboxManager
+from . import _texts as texts
+from ._identity import Handles, connection_with_key
+
+log = get_logger("mcp")
+
+Policy = Callable[[Context[Any, Any]], str | None]
+
+REMEMBERED = 4096
+"""How many sessions are remembered beyond those that there are, to tell a return from a first use."""
+CLEANUP_TIMEOUT = 5.0
+"""How long a cancelled call may go on to clean up behind itself, in seconds."""
+
+
+class RefusedError(Exception):
+    """The call gets no sandbox; the message is for the model."""
+
+
+@dataclass(slots=True)
+class Use:
+    """One call's use of a sandbox."""
+
+    client: SandboxClient
+    handle: str | None
+    """What the model needs to come back; None where its session says it."""
+    note: str | None
+    """What the model must know about the sandbox."""
+    told: bool = False
+    """Whether handle and note are on their way to the model."""
+
+
+@dataclass(slots=True)
+class _Memory:
+    sandbox: SandboxRef | None
+    note: str | None
+
+
+class Sandboxes:
+    """The sandboxes of a manager, by session or by handle.
+
+    Args:
+        manager: Makes and keeps them.
+        session_key: The session of a request; None: it needs a handle.
+        principal: Who asks; None: nobody knows.
+        max_per_principal: How many sandboxes a known principal may have.
+        handles: Makes and reads handles.
+    """
+
+    def __init__(
+        self,
+        manager: SandboxManager,
+        *,
+        session_key: Policy,
+        principal: Policy,
+        max_per_principal: int,
+        handles: Handles,
+    ) -> None:
+        self._manager = manager
+        self._session_key = session_key
+        self._principal = principal
+        self._max_per_principal = max_per_principal
+        self._handles = handles
+        self._shared = manager._config.mode == "single"
+        self._uses: Counter[str] = Counter()
+        self._owners: dict[str, str] = {}
+        self._memories: OrderedDict[str, _Memory] = OrderedDict()
+
+    @asynccontextmanager
+    async def use(self, ctx: Context[Any, Any], handle: str | None, *, make: bool) -> AsyncIterator[Use]:
+        """The sandbox that a call means, kept from being reaped meanwhile.
+
+        Args:
+            ctx: The call.
+            handle: What it gave.
+            make: Whether a call that names no sandbox gets a new one.
+
+        Raises:
+            RefusedError: It may not have it.
+            SandboxError: There is none to be had.
+        """
+        if self._shared:
+            async with self._manager.session() as client:
+                yield Use(client, None, None)
+            return
+        who = self._principal(ctx)
+        key, handle, known = self._resolve(ctx, handle, who, make=make)
+        self._admit(key, who)
+        if handle is None:
+            self._close_with_connection(ctx, key)
+        use: Use | None = None
+        self._uses[key] += 1
+        try:
+            async with self._manager.session(key) as client:
+                memory = self._recall(key, client.sandbox, known=known)
+                use = Use(client, handle, memory.note)
+                yield use
+                if use.told:
+                    memory.note = None
+        finally:
+            self._uses[key] -= 1
+            if not self._uses[key]:
+                del self._uses[key]
+            if handle is not None and not known and (use is None or not use.told):
+                await self._abandon(key)
+
+    def _resolve(
+        self, ctx: Context[Any, Any], handle: str | None, who: str | None, *, make: bool
+    ) -> tuple[str, str | None, bool]:
+        """Session key, handle, and whether the caller came with that handle."""
+        if handle is not None:
+            key = self._handles.read(handle, who)
+            if key is None:
+                raise RefusedError(texts.UNKNOWN_HANDLE)
+            return key, handle, True
+        key = self._session_key(ctx)
+        if key is not None:
+            return key, None, False
+        if not make:
+            raise RefusedError(texts.HANDLE_NEEDED)
+        handle, key = self._handles.make(who)
+        return key, handle, False
+
+    def _admit(self, key: str, who: str | None) -> None:
+        """Counts the sandbox as the principal's, before anything is awaited."""
+        if who is None or self._lives(key):
+            return
+        self._owners = {other: owner for other, owner in self._owners.items() if self._lives(other)}
+        if sum(owner == who for owner in self._owners.values()) >= self._max_per_principal:
+            idle = self._manager._config.session_idle_timeout
+            raise RefusedError(texts.too_many(self._max_per_principal, idle))
+        self._owners[key] = who
+
+    def _lives(self, key: str) -> bool:
+        return key in self._manager._current or self._uses[key] > 0
+
+    def _recall(self, key: str, sandbox: SandboxRef | None, *, known: bool) -> _Memory:
+        memory = self._memories.get(key)
+        if memory is None:
+            # Only a handle can be older than what is remembered.
+            memory = self._memories[key] = _Memory(sandbox, texts.MAYBE_REPLACED if known else None)
+        elif memory.sandbox != sandbox:
+            memory.sandbox, memory.note = sandbox, texts.REPLACED
+        self._memories.move_to_end(key)
+        if len(self._memories) > REMEMBERED + self._manager._config.max_sessions:
+            self._memories.popitem(last=False)
+        return memory
+
+    def _close_with_connection(self, ctx: Context[Any, Any], key: str) -> None:
+        connection = connection_with_key(ctx, key)
+        mark = f"prodisco_sandbox.closes.{id(self)}"
+        if connection is not None and mark not in connection.state:
+            connection.state[mark] = True
+            connection.exit_stack.push_async_callback(self._connection_closed, key)
+
+    async def _connection_closed(self, key: str) -> None:
+        self._memories.pop(key, None)
+        await self._manager.on_session_closed(key)
+
+    async def _abandon(self, key: str) -> None:
+        """Closes a sandbox whose handle nobody got, so that nobody can ever come back to it."""
+        self._memories.pop(key, None)
+        # The close goes on in the manager however long it takes.
+        with anyio.move_on_after(CLEANUP_TIMEOUT, shield=True):
+            await self._manager.on_session_closed(key)

@@ -1,0 +1,142 @@
+"""What the model is told: what happened, and what to do next.
+
+Details of the cluster go to the log instead: who calls a tool need not know them.
+"""
+
+from __future__ import annotations
+
+from ..errors import (
+    SandboxCapacityError,
+    SandboxError,
+    SandboxFailedError,
+    SandboxManagerClosedError,
+    SandboxPermissionError,
+    SandboxTimeoutError,
+    SandboxUnavailableError,
+)
+
+UNKNOWN_HANDLE = (
+    "There is no sandbox with this handle: it is mistyped, not yours, or from before the server was"
+    " restarted. Check that you passed it on exactly as you got it. Else call again without `sandbox` to"
+    " get a new, empty one; files of the old one are gone."
+)
+HANDLE_NEEDED = (
+    "This mode needs `sandbox`: the handle from the result of the call that started the execution."
+)
+REPLACED = (
+    "This is a new sandbox: the one of your last call was closed (after some time without use) or failed."
+    " Its files, cached scripts and executions are gone; make again what you need."
+)
+MAYBE_REPLACED = (
+    "The server was restarted since your last call, or that is long ago: this may be a new, empty sandbox."
+    " Check which of your files are there before you rely on them."
+)
+DRAINING = "The server is shutting down. Nothing was run. Call again in a minute."
+
+
+def description(language: str, idle: float) -> str:
+    """Of the tool."""
+    return f"""\
+Runs {language} code in a sandbox, which nobody else uses.
+
+Modes:
+- execute: run `code` (or a `cached` script) and return its output.
+- stream: the same, with standard output and standard error apart.
+- async: start it and return an `execution_id` at once.
+- status: state and output of an execution; with `wait`, once it has ended.
+- cancel: stop an execution.
+- list: executions that run, or ran lately.
+- test: run `tests` against `code`.
+
+Each execution is a new process: variables and imports do not stay. Files in the working directory do, as \
+long as the sandbox lives. It is closed after {duration(idle)} without use, and its files are gone then.
+
+If a result has a `sandbox` handle, pass that in every further call: without it, a call gets another, empty \
+sandbox. If a result has a `note`, act on it."""
+
+
+def too_many(limit: int, idle: float) -> str:
+    return (
+        f"You have {limit} sandboxes, as many as one caller may. Nothing was run. Go on in one of them by"
+        f" passing its handle as `sandbox`; one is closed when it has not been used for {duration(idle)}."
+    )
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:g} seconds"
+    return f"{seconds / 60:.0f} minutes"
+
+
+def timed_out(milliseconds: int, longest_ms: int) -> str:
+    text = (
+        f"The code was stopped: it ran longer than {milliseconds:,} ms. Files that it had written are there."
+        " Do the work in smaller steps"
+    )
+    if milliseconds < longest_ms:
+        text += f", or give it more time with `timeout_ms` (at most {longest_ms:,})"
+    return text + "."
+
+
+def no_sandbox(error: SandboxError) -> str:
+    """Why the call got no sandbox."""
+    if isinstance(error, SandboxManagerClosedError):
+        return DRAINING
+    if isinstance(error, SandboxCapacityError):
+        return (
+            "All sandboxes are taken. Nothing was run. If you have the handle of a sandbox, go on in that one"
+            " by passing it as `sandbox`. Otherwise try again in a minute or later."
+        )
+    if isinstance(error, SandboxTimeoutError):
+        return (
+            "The sandbox was not ready in time. Nothing was run. Try again once; if that fails too, tell the"
+            " user that sandboxes do not start."
+        )
+    if isinstance(error, SandboxUnavailableError):
+        return "Sandboxes cannot be reached at present. Nothing was run. Try again in a minute."
+    if isinstance(error, SandboxPermissionError | SandboxFailedError):
+        return (
+            "The sandbox could not be started, and trying again will hardly help. Nothing was run. Tell the"
+            " user that the sandbox server's operator has to look into its log."
+        )
+    return "The sandbox could not be had. Nothing was run. Try again once."
+
+
+def failed_call(error: SandboxError, mode: str) -> str:
+    """Why a sandbox did not do what it was asked to."""
+    if error.status == "NOT_FOUND":
+        return (
+            "The sandbox has no execution with that `execution_id`: it ended too long ago, or the sandbox was"
+            " replaced. Mode 'list' shows which ones there are."
+        )
+    if error.status == "UNIMPLEMENTED":
+        return f"This sandbox does not offer the mode {mode!r}. Use another one."
+    if error.status == "INVALID_ARGUMENT":
+        return f"The sandbox refused the call: {str(error).partition('INVALID_ARGUMENT: ')[2]}"
+    if isinstance(error, SandboxCapacityError):
+        return (
+            "The sandbox is busy: too many executions run or wait in it. Nothing was run. Wait for one to end"
+            " (mode 'list' shows them), or cancel one."
+        )
+    if isinstance(error, SandboxTimeoutError):
+        return (
+            "The sandbox gave no answer in time; how far the code came is unknown. Look at the files before"
+            " you run it again."
+        )
+    if isinstance(error, SandboxUnavailableError):
+        return (
+            "The sandbox was lost during the call; how far the code came is unknown. Call again: if there had"
+            " to be a new sandbox, the result says so, and the files are gone."
+        )
+    return "The call failed in an unexpected way; how far the code came is unknown. Try again once."
+
+
+def rest(left_out: int, execution_id: str, offset: int, error_offset: int) -> str:
+    """How to get what a cut output lacks."""
+    if not execution_id:
+        return f"The output is cut: {left_out:,} more characters are lost. Print less."
+    return (
+        f"The output is cut: {left_out:,} more characters are left out. To go on reading, soon: mode"
+        f" 'status', execution_id {execution_id!r}, output_offset {offset},"
+        f" error_output_offset {error_offset}. Better print less, or write to a file and print parts of it."
+    )

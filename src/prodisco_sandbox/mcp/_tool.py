@@ -1,0 +1,320 @@
+"""The tool that runs code in a sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from typing import Annotated, Any
+
+import anyio
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+from mcp_types import CallToolResult, TextContent, ToolAnnotations
+
+from .._log import get_logger
+from ..client import ExecutionState, SandboxClient
+from ..errors import SandboxError
+from ..manager import SandboxManager
+from . import _parameters as p
+from . import _texts as texts
+from ._identity import Handles
+from ._identity import principal as default_principal
+from ._identity import session_key as default_session_key
+from ._output import Clip, SandboxOutput, read_executions, read_report
+from ._progress import Progress
+from ._sandboxes import CLEANUP_TIMEOUT, Policy, RefusedError, Sandboxes, Use
+
+log = get_logger("mcp")
+
+NEED_NO_SANDBOX = ("execute", "stream", "async", "test")
+"""Modes that get a new sandbox where none is named; the others ask about executions in one."""
+
+
+def add_sandbox_tools(
+    server: MCPServer[Any],
+    manager: SandboxManager,
+    *,
+    name: str = "run_sandbox",
+    language: str = "Python",
+    session_key: Policy = default_session_key,
+    principal: Policy = default_principal,
+    max_per_principal: int | None = None,
+    max_output: int = 30_000,
+    handle_secret: str | bytes | None = None,
+) -> SandboxTools:
+    """Adds the tool that runs code in sandboxes to a server.
+
+    Args:
+        server: The server.
+        manager: Where the sandboxes come from. `sandbox_lifespan` ties its life to the
+            server's.
+        name: The tool's name.
+        language: What the sandboxes run; for the tool's description.
+        session_key: The session of a request, None where it has none: then the model is
+            given a handle. What is returned is the manager's session id as it is, so
+            ``manager.get_client(session_key(ctx))`` in a tool of your own is the same
+            sandbox. Sessions of the default policy end with their connection; those of
+            another, when the manager reaps them.
+        principal: Who asks, None if that is not known. Handles are bound to it.
+        max_per_principal: How many sandboxes a known principal may have at a time; None:
+            half of ``max_sessions``, at least one. Callers without authentication cannot
+            be told apart, and are not limited.
+        max_output: How many characters of an output one result holds.
+        handle_secret: At least 16 random characters, for handles that are to outlive the
+            process or to be valid in others; None: random.
+
+    Returns:
+        What is needed to shut down gracefully.
+
+    Raises:
+        ValueError: An argument is wrong; the message names it.
+    """
+    if max_per_principal is None:
+        max_per_principal = max(1, manager._config.max_sessions // 2)
+    for argument, value in (("max_per_principal", max_per_principal), ("max_output", max_output)):
+        if value < 1:
+            raise ValueError(f"{argument} is {value!r}: it must be an integer of at least 1")
+    sandboxes = Sandboxes(
+        manager,
+        session_key=session_key,
+        principal=principal,
+        max_per_principal=max_per_principal,
+        handles=Handles(handle_secret),
+    )
+    tools = SandboxTools(sandboxes, max_output)
+    server.add_tool(
+        tools.run_sandbox,
+        name=name,
+        title="Run code in a sandbox",
+        description=texts.description(language, manager._config.session_idle_timeout),
+        annotations=ToolAnnotations(read_only_hint=False, idempotent_hint=False, open_world_hint=True),
+        structured_output=True,
+    )
+    return tools
+
+
+class SandboxTools:
+    """The tool that `add_sandbox_tools` has added."""
+
+    def __init__(self, sandboxes: Sandboxes, max_output: int) -> None:
+        self._sandboxes = sandboxes
+        self._max_output = max_output
+        self._calls = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._draining = False
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` has been called."""
+        return self._draining
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuses new calls from now on, and waits for those that are under way.
+
+        Idempotent; safe to cancel: calls stay refused.
+
+        Args:
+            timeout: How long to wait, in seconds.
+
+        Returns:
+            Whether all of them have ended.
+        """
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout):
+                await self._quiet.wait()
+        except TimeoutError:
+            log.warning("drain_incomplete", calls=self._calls, timeout=timeout)
+            return False
+        return True
+
+    async def run_sandbox(
+        self,
+        ctx: Context[Any, Any],
+        mode: p.ModeParameter = "execute",
+        code: p.Code = p.ABSENT,
+        cached: p.Cached = p.ABSENT,
+        timeout_ms: p.TimeoutMs = p.ABSENT,
+        execution_id: p.ExecutionId = p.ABSENT,
+        wait: p.Wait = p.ABSENT,
+        output_offset: p.OutputOffset = p.ABSENT,
+        error_output_offset: p.ErrorOutputOffset = p.ABSENT,
+        states: p.States = p.ABSENT,
+        limit: p.Limit = p.ABSENT,
+        include_completed_within_ms: p.Within = p.ABSENT,
+        tests: p.Tests = p.ABSENT,
+        sandbox: p.Sandbox = p.ABSENT,
+    ) -> Annotated[CallToolResult, SandboxOutput]:
+        """The tool itself; its description is in _texts.py."""
+        call = p.Call(
+            mode=mode,
+            code=code,
+            cached=cached,
+            timeout_ms=timeout_ms,
+            execution_id=execution_id,
+            wait=wait,
+            output_offset=output_offset,
+            error_output_offset=error_output_offset,
+            states=states,
+            limit=limit,
+            include_completed_within_ms=include_completed_within_ms,
+            tests=tests,
+        )
+        if problem := call.problem():
+            return _result(SandboxOutput(), problem)
+        if self._draining:
+            return _result(SandboxOutput(), texts.DRAINING)
+        self._calls += 1
+        self._quiet.clear()
+        try:
+            return await self._answer(ctx, call, sandbox or None)
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._quiet.set()
+
+    async def _answer(self, ctx: Context[Any, Any], call: p.Call, handle: str | None) -> CallToolResult:
+        make = call.mode in NEED_NO_SANDBOX
+        try:
+            async with Progress(ctx) as progress, self._sandboxes.use(ctx, handle, make=make) as use:
+                progress.doing = "running"
+                result = await self._in_sandbox(use, call, progress)
+                use.told = True
+                return result
+        except RefusedError as refusal:
+            return _result(SandboxOutput(), str(refusal))
+        except SandboxError as error:
+            log.warning("no_sandbox", error=str(error))
+            return _result(SandboxOutput(), texts.no_sandbox(error))
+
+    async def _in_sandbox(self, use: Use, call: p.Call, progress: Progress) -> CallToolResult:
+        problem = None
+        try:
+            output = await self._carry_out(use.client, call, progress)
+            if output.state == ExecutionState.TIMEOUT.name and call.mode in ("execute", "stream"):
+                problem = texts.timed_out(call.limit_ms, p.MAX_TIMEOUT_MS)
+        except ValueError as error:  # A wrong argument; the message names it.
+            output, problem = SandboxOutput(), str(error)
+        except SandboxError as error:
+            log.warning("call_failed", mode=call.mode, error=str(error))
+            output, problem = SandboxOutput(), texts.failed_call(error, call.mode)
+        output.sandbox = use.handle
+        if use.note is not None:
+            output.add_note(use.note)
+        return _result(output, problem)
+
+    async def _carry_out(self, client: SandboxClient, call: p.Call, progress: Progress) -> SandboxOutput:
+        match call.mode:
+            case "execute" | "stream":
+                return await self._run(client, call, progress)
+            case "async":
+                started = await client.execute_async(code=call.code, cached=call.cached, timeout=call.timeout)
+                return SandboxOutput(execution_id=started.execution_id, state=started.state.name)
+            case "status":
+                return await self._status(client, call)
+            case "cancel":
+                cancelled = await client.cancel_execution(call.execution_id)
+                return SandboxOutput(
+                    success=cancelled.success,
+                    state=cancelled.state.name,
+                    execution_id=call.execution_id,
+                    error=cancelled.message,
+                )
+            case "list":
+                # All of them: a server may take the limit for the oldest ones.
+                found = await client.list_executions(
+                    states=[ExecutionState[name] for name in call.states or ()],
+                    include_completed_within=(call.include_completed_within_ms or 0) / 1000,
+                )
+                return SandboxOutput(executions=read_executions(found, call.limit or p.DEFAULT_LIMIT))
+            case _:
+                report = await client.execute_test(tests=call.tests, code=call.code, timeout=call.timeout)
+                return read_report(report, self._max_output)
+
+    async def _run(self, client: SandboxClient, call: p.Call, progress: Progress) -> SandboxOutput:
+        merged = call.mode == "execute"
+        output = Clip(self._max_output)
+        errors = output if merged else Clip(self._max_output)
+        offset = error_offset = 0
+        result, execution_id = SandboxOutput(), ""
+        try:
+            async with client.execute_stream(
+                code=call.code, cached=call.cached, timeout=call.timeout
+            ) as stream:
+                async for chunk in stream:
+                    execution_id = chunk.execution_id
+                    if chunk.result is not None:
+                        result.end(chunk.result)
+                    elif chunk.kind == "output":
+                        offset += output.add(chunk.text)
+                    else:
+                        error_offset += errors.add(chunk.text)
+                    progress.feed(chunk.text)
+        except asyncio.CancelledError:
+            # Not every server stops the code because nobody listens any more.
+            await _cancel(client, execution_id)
+            raise
+        result.execution_id = execution_id or None
+        result.output = output.text
+        if not merged:
+            result.error_output = errors.text
+        clipped = output if output.left_out else errors
+        if clipped.left_out:
+            result.truncated = True
+            result.output_offset, result.error_output_offset = offset, error_offset
+            result.note = texts.rest(clipped.left_out, execution_id, offset, error_offset)
+        return result
+
+    async def _status(self, client: SandboxClient, call: p.Call) -> SandboxOutput:
+        if call.wait:
+            # The call's own deadline would pass for a sign that the sandbox is dead.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(call.limit_ms / 1000):
+                    await client.wait_for_execution(call.execution_id)
+        # From the beginning: in which units the server counts is its own affair.
+        status = await client.get_execution(call.execution_id)
+        result = SandboxOutput(execution_id=status.execution_id, state=status.state.name)
+        if status.result is not None:
+            result.end(status.result)
+        begin, error_begin = call.output_offset or 0, call.error_output_offset or 0
+        result.output = status.output[begin : begin + self._max_output]
+        result.error_output = status.error_output[error_begin : error_begin + self._max_output]
+        result.output_offset = begin + len(result.output)
+        result.error_output_offset = error_begin + len(result.error_output)
+        for text, end in (
+            (status.output, result.output_offset),
+            (status.error_output, result.error_output_offset),
+        ):
+            if end < len(text):
+                result.truncated = True
+                result.note = texts.rest(
+                    len(text) - end, call.execution_id, result.output_offset, result.error_output_offset
+                )
+        return result
+
+
+async def _cancel(client: SandboxClient, execution_id: str) -> None:
+    """Stops an execution whose caller has gone."""
+    if not execution_id:
+        return
+    with anyio.move_on_after(CLEANUP_TIMEOUT, shield=True):
+        try:
+            await client.cancel_execution(execution_id)
+        except SandboxError as error:
+            # It may have ended by itself, or the whole sandbox.
+            log.info("cancel_failed", execution=execution_id, error=str(error))
+
+
+def _result(output: SandboxOutput, problem: str | None = None) -> CallToolResult:
+    data = output.model_dump(mode="json", exclude_none=True)
+    blocks = [] if problem is None else [problem]
+    if data:
+        # For clients that do not look at structured content.
+        blocks.append(json.dumps(data, ensure_ascii=False))
+    return CallToolResult(
+        content=[TextContent(type="text", text=text) for text in blocks],
+        structured_content=data or None,
+        is_error=problem is not None,
+    )
