@@ -20,6 +20,8 @@ log = get_logger("leases")
 PROBE = "sandbox-lease-probe"
 """Name of a Sandbox that does not exist; patching it tells whether one may patch."""
 CONCURRENT_RENEWALS = 10
+TIMER_SLACK = 0.001
+"""A loop's timer may fire that much early; what is due by then is done, not waited for again."""
 RETRY_FIRST, RETRY_MOST = 1.0, 30.0
 REFUSAL_HOLDS = 300.0
 """How long a refused probe counts; an API server that starts refuses everything."""
@@ -97,7 +99,7 @@ class Leases:
         loop = asyncio.get_running_loop()
         while True:
             self._added.clear()
-            now = loop.time()
+            now = loop.time() + TIMER_SLACK
             due = [session for session, at in self._due.items() if at <= now]
             for start in range(0, len(due), CONCURRENT_RENEWALS):
                 batch = due[start : start + CONCURRENT_RENEWALS]
