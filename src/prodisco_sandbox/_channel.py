@@ -267,6 +267,9 @@ class Connection:
 
     def _connect(self) -> None:
         options: list[tuple[str, Any]] = list(_OPTIONS)
+        if self._address.startswith("unix:"):
+            # Else it is the path, which some servers refuse and no certificate names.
+            options.append(("grpc.default_authority", "localhost"))
         if self._credentials is None:
             channel = grpc.aio.insecure_channel(self._address, options=options)
         else:

@@ -102,7 +102,9 @@ class SandboxClient:
 
     Args:
         target: ``host:port``, ``[IPv6 address]:port`` or ``unix:PATH``.
-        tls: Speak TLS, or mTLS if it has a client certificate; None: plaintext.
+        tls: Speak TLS, or mTLS if it has a client certificate; None: plaintext. The name
+            that is verified is ``tls.server_name``, else the target's host, which for a
+            Unix socket is localhost.
         call_timeout: Deadline in seconds of every call that does not run code.
         deadline_margin: Seconds between an execution's timeout, which the server
             enforces, and the deadline of its call.

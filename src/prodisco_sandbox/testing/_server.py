@@ -37,6 +37,9 @@ Health = Literal["standard", "own"]
 NEVER: Final = object()
 """An answer, or an item of a stream, that never comes."""
 
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _OPTIONS = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -76,6 +79,7 @@ class FakeCall:
     Attributes:
         rpc: Its name, such as ``"Execute"``; ``"Check"`` is the standard health service's.
         request: The protobuf message that came.
+        timeout: Seconds that were left until the client's deadline; None: it set none.
         outcome: What became of it; "cancelled" by the client, by a broken connection, or
             by the end of the server.
         ended: Set once `outcome` is no longer "running".
@@ -83,6 +87,7 @@ class FakeCall:
 
     rpc: str
     request: Any
+    timeout: float | None = None
     outcome: Literal["running", "answered", "failed", "cancelled"] = "running"
     ended: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
@@ -252,12 +257,12 @@ class FakeSandboxServer:
 
     def _handler(self, method: MethodDescriptor) -> Any:
         async def unary(request: Any, context: Any) -> Any:
-            async with self._recorded(method.name, request):
+            async with self._recorded(method.name, request, context):
                 return await self._said(await self._answer(method.name, request), method, context)
 
         async def stream(request: Any, context: Any) -> None:
             async with (
-                self._recorded(method.name, request),
+                self._recorded(method.name, request, context),
                 _items(await self._answer(method.name, request)) as items,
             ):
                 async for item in items:
@@ -269,8 +274,8 @@ class FakeSandboxServer:
         return stream if method.server_streaming else unary
 
     @contextlib.asynccontextmanager
-    async def _recorded(self, rpc: str, request: Any) -> AsyncIterator[None]:
-        call = FakeCall(rpc, request)
+    async def _recorded(self, rpc: str, request: Any, context: Any) -> AsyncIterator[None]:
+        call = FakeCall(rpc, request, context.time_remaining())
         self.calls.append(call)
         arrived, self._arrived = self._arrived, asyncio.Event()
         arrived.set()
@@ -307,9 +312,8 @@ class FakeSandboxServer:
 
     def _default(self, rpc: str, request: Any) -> Any:
         done = ExecutionOutcome(success=True, state=ExecutionState.COMPLETED)
-        serving = health_pb2.HealthCheckResponse.SERVING
         return {
-            "Check": health_pb2.HealthCheckResponse(status=serving if self._serving else serving + 1),
+            "Check": HealthStatus(self._serving),
             "HealthCheck": HealthStatus(self._serving),
             "Execute": ExecutionResult(success=True),
             "ExecuteStream": [ExecutionChunk("execution-1", "result", result=done)],
@@ -348,11 +352,15 @@ def to_message(value: Any, descriptor: Any) -> Message:
     if isinstance(value, ExecutionChunk):
         fields: dict[str, Any] = {"execution_id": value.execution_id, "timestamp_ms": value.timestamp_ms}
         fields[value.kind] = value.text if value.result is None else value.result
+    elif isinstance(value, HealthStatus) and "status" in descriptor.fields_by_name:
+        fields = {"status": _SERVING if value.healthy else _NOT_SERVING}
     elif dataclasses.is_dataclass(value):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     elif len(descriptor.fields) == 1:  # A bare tuple or number, such as list_cache's.
         fields = {descriptor.fields[0].name: value}
     else:
+        fields = {"": value}
+    if set(fields) - set(descriptor.fields_by_name):
         raise TypeError(f"{value!r} is no answer for a {descriptor.name}")
     for name, item in fields.items():
         if item is not None:

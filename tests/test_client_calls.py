@@ -1,0 +1,373 @@
+"""SandboxClient's calls over time: deadlines, cancellation, closing, and the account of use."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from prodisco_sandbox import _channel
+from prodisco_sandbox.client import (
+    CancelResult,
+    ExecutionChunk,
+    ExecutionInfo,
+    ExecutionOutcome,
+    ExecutionResult,
+    ExecutionState,
+    ExecutionStatus,
+    SandboxClient,
+    StartedExecution,
+)
+from prodisco_sandbox.config import TlsConfig
+from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
+
+SOME = ExecutionChunk("e-1", "output", "some\n")
+END = ExecutionChunk("e-1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeSandboxServer]:
+    async with FakeSandboxServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: FakeSandboxServer) -> AsyncIterator[SandboxClient]:
+    async with SandboxClient(server.target, call_timeout=5, deadline_margin=0.05) as client:
+        yield client
+
+
+async def ended(server: FakeSandboxServer, rpc: str, count: int = 1) -> str:
+    """What became of a call on the server, once it has ended."""
+    call = await server.wait_for_call(rpc, count=count)
+    async with asyncio.timeout(5):
+        await call.ended.wait()
+    return call.outcome
+
+
+# Deadlines
+
+
+async def test_a_server_that_never_answers_is_given_up_at_the_deadline(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    for rpc in ("Execute", "ExecuteStream", "ExecuteTest", "GetExecution"):
+        server.script(rpc, NEVER)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    errors = await asyncio.gather(
+        client.execute(code="x", timeout=0.3),  # A server may make it a second, hence the wait.
+        anext(client.execute_stream(code="x", timeout=1)),
+        client.execute_test(tests="x", timeout=1),
+        client.get_execution("e", wait=True, timeout=0.2),
+        client.wait_for_execution("e", timeout=0.2),
+        return_exceptions=True,
+    )
+    assert 1.0 < loop.time() - started < 2.0
+    assert [type(error) for error in errors] == [SandboxTimeoutError] * 5
+    assert {error.status for error in errors if isinstance(error, SandboxError)} == {"DEADLINE_EXCEEDED"}
+    assert [await ended(server, rpc) for rpc in ("Execute", "ExecuteStream")] == ["cancelled"] * 2
+    assert client.in_flight == 0
+
+
+async def test_waiting_goes_on_where_a_server_cuts_the_long_poll_short(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    running = ExecutionStatus("e", ExecutionState.RUNNING)
+    done = ExecutionStatus("e", ExecutionState.COMPLETED, result=END.result)
+    server.script("GetExecution", running, running, done)
+    assert await client.wait_for_execution("e") == done
+    assert len(server.calls) == 3
+
+    server.script("GetExecution", running)
+    with pytest.raises(SandboxTimeoutError, match=r"execution e is still RUNNING after 0\.15 s"):
+        await client.wait_for_execution("e", timeout=0.15)
+    assert len(server.calls) <= 6
+
+
+# Cancellation
+
+
+async def test_cancelling_a_call_reaches_the_server(server: FakeSandboxServer, client: SandboxClient) -> None:
+    server.script("Execute", NEVER)
+    task = asyncio.create_task(client.execute(code="x"))
+    await server.wait_for_call("Execute")
+    assert client.in_flight == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert client.in_flight == 0
+    assert await ended(server, "Execute") == "cancelled"
+
+
+async def test_a_timeout_around_a_call_is_a_timeout(server: FakeSandboxServer, client: SandboxClient) -> None:
+    async with asyncio.timeout(5):
+        scope = asyncio.timeout(None)
+
+        def expire(request: object) -> object:
+            scope.reschedule(0)
+            return NEVER
+
+        server.script("Execute", expire)
+        with pytest.raises(TimeoutError):
+            async with scope:
+                await client.execute(code="x")
+        assert await ended(server, "Execute") == "cancelled"
+
+
+# Closing
+
+
+async def test_closing_cancels_what_is_in_flight(server: FakeSandboxServer, client: SandboxClient) -> None:
+    server.script("Execute", NEVER)
+    server.script("ExecuteStream", [SOME, NEVER])
+    server.script("Check", NEVER)
+    suspected: list[bool] = []
+    client.on_suspect = lambda: suspected.append(True)
+    await client.execute_async(code="x")
+    idle, read = client.execute_stream(code="x"), client.execute_stream(code="x")
+    for stream in (idle, read):
+        assert await anext(stream) == SOME
+    calls = client.execute(code="x"), anext(read), client.health_check(), client.wait_for_healthy(5)
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await server.wait_for_call("Execute")
+    await server.wait_for_call("Check", count=2)
+    assert client.in_flight == 4
+    await asyncio.gather(client.close(), client.close())
+    assert client.in_flight == 0
+    *errors, healthy = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(error) for error in errors] == [SandboxUnavailableError] * 3
+    assert "the client was closed meanwhile" in str(errors[0])
+    assert healthy is False
+    with pytest.raises(SandboxUnavailableError, match="the client was closed meanwhile"):
+        await anext(idle)
+    assert await ended(server, "Execute") == "cancelled"
+    assert await ended(server, "ExecuteStream") == "cancelled"
+    assert suspected == []
+    await client.close()
+
+
+async def test_a_cancelled_task_stays_cancelled_although_the_client_is_closed(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("Execute", NEVER)
+    server.script("ExecuteStream", NEVER)
+    calls = [client.execute(code="x"), anext(client.execute_stream(code="x"))]
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await server.wait_for_call("Execute")
+    await server.wait_for_call("ExecuteStream")
+    for task in tasks:
+        task.cancel()
+    await client.close()
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in done] == [asyncio.CancelledError] * 2
+
+
+CLOSED: list[Callable[[SandboxClient], Awaitable[Any]]] = [
+    lambda c: c.execute(code="x"),
+    lambda c: anext(c.execute_stream(code="x")),
+    lambda c: c.execute_stream(code="x").__aenter__(),
+    lambda c: c.list_cache(),
+    lambda c: c.health_check(),
+]
+
+
+@pytest.mark.parametrize("used", [False, True])
+async def test_calls_after_closing_say_so(client: SandboxClient, used: bool) -> None:
+    if used:
+        await client.execute(code="x")
+    await client.close()
+    for call in CLOSED:
+        with pytest.raises(SandboxError, match=r"the client of .* is closed") as caught:
+            await call(client)
+        assert type(caught.value) is SandboxError
+    assert await client.wait_for_healthy(5) is False
+    assert "is closed" in str(client.health_error)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Reading the TLS files takes until this is set."""
+    gate = threading.Event()
+    read = _channel.read_credentials
+
+    def slow(tls: TlsConfig) -> Any:
+        gate.wait(5)
+        return read(tls)
+
+    monkeypatch.setattr(_channel, "read_credentials", slow)
+    return gate
+
+
+async def test_closing_while_the_tls_files_are_read(gate: threading.Event) -> None:
+    client = SandboxClient("localhost:1", tls=TlsConfig())
+    calls = client.execute(code="x"), anext(client.execute_stream(code="x")), client.wait_for_healthy(9)
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    with pytest.raises(
+        SandboxTimeoutError, match=r"TLS files for localhost:1 could not be read within 0\.05 s"
+    ):
+        await client.health_check(timeout=0.05)
+    assert client.in_flight == 1
+    await client.close()
+    gate.set()
+    *errors, healthy = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [str(error) for error in errors] == ["the client of localhost:1 is closed"] * 2
+    assert healthy is False
+
+
+async def test_closing_a_stream_while_the_tls_files_are_read(gate: threading.Event) -> None:
+    async with SandboxClient("localhost:1", tls=TlsConfig()) as client:
+        stream = client.execute_stream(code="x")
+        reader = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        gate.set()
+        with pytest.raises(SandboxError, match="the stream was closed while it was being read"):
+            await reader
+        assert client.in_flight == 0
+
+
+# Event loops and processes
+
+
+async def test_a_call_from_another_event_loop_is_an_error(client: SandboxClient) -> None:
+    await client.execute(code="x")
+    stream = client.execute_stream(code="x")
+    for call in (client.execute(code="x"), client.health_check(), stream.__aenter__(), client.close()):
+        with pytest.raises(SandboxError, match="was first used in another event loop"):
+            await asyncio.to_thread(asyncio.run, call)
+    assert await asyncio.to_thread(asyncio.run, SandboxClient("localhost:1").close()) is None  # type: ignore[func-returns-value]
+    assert client.in_flight == 0
+
+
+async def test_a_call_after_a_fork_is_an_error(
+    client: SandboxClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.execute(code="x")
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(SandboxError, match=r"was first used in process \d+, before a fork"):
+            await client.execute(code="x")
+        await client.close()  # Must not touch the parent's channel.
+    assert client._connection._channel is not None
+    assert str(client._connection._channel.get_state()) != "ChannelConnectivity.SHUTDOWN"
+
+
+def test_making_a_client_needs_no_loop_and_closing_an_unused_one_does_nothing() -> None:
+    client = SandboxClient("localhost:1")
+    assert (client.in_flight, client.last_used) == (0, 0.0)
+    asyncio.run(client.close())
+    assert (client.in_flight, client.last_used) == (0, 0.0)
+
+
+# The account of use
+
+
+async def test_the_end_of_every_use_is_noted(server: FakeSandboxServer, client: SandboxClient) -> None:
+    loop = asyncio.get_running_loop()
+    server.script("Execute", ExecutionResult(True), FakeStatus("INTERNAL"))
+    assert await client.wait_for_healthy(5)
+    await client.health_check()
+    assert client.last_used == 0.0
+
+    before = loop.time()
+    await client.execute(code="x")
+    used = client.last_used
+    assert before < used <= loop.time()
+    with pytest.raises(SandboxError):
+        await client.execute(code="x")
+    failed = client.last_used
+    assert used < failed
+    stream = client.execute_stream(code="x")
+    assert client.last_used == failed
+    await anext(stream)
+    assert (client.last_used, client.in_flight) == (failed, 1)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    assert client.last_used > failed
+    assert client.in_flight == 0
+
+
+ENDINGS: list[tuple[str, Any, Callable[[SandboxClient], Awaitable[Any]]]] = [
+    ("GetExecution", ExecutionStatus("e", ExecutionState.TIMEOUT), lambda c: c.get_execution("e")),
+    ("GetExecution", ExecutionStatus("e", ExecutionState.FAILED), lambda c: c.wait_for_execution("e")),
+    ("GetExecution", FakeStatus("NOT_FOUND"), lambda c: c.get_execution("e")),
+    ("CancelExecution", CancelResult(True, ExecutionState.CANCELLED), lambda c: c.cancel_execution("e")),
+    ("ListExecutions", (ExecutionInfo("e", ExecutionState.COMPLETED),), lambda c: c.list_executions()),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ENDINGS)))
+async def test_an_asynchronous_execution_counts_until_it_is_seen_ended(
+    server: FakeSandboxServer, client: SandboxClient, number: int
+) -> None:
+    running = ExecutionState.RUNNING
+    server.script("ExecuteAsync", StartedExecution("e", ExecutionState.PENDING))
+    await client.execute_async(code="x")
+    server.script("GetExecution", ExecutionStatus("e", running), FakeStatus("INTERNAL"))
+    server.script("ListExecutions", (ExecutionInfo("e", running), ExecutionInfo("f", ExecutionState.FAILED)))
+    server.script("CancelExecution", CancelResult(False, running))
+    await client.get_execution("e")
+    with pytest.raises(SandboxError):
+        await client.get_execution("e")
+    await client.list_executions()
+    await client.cancel_execution("e")
+    assert client.in_flight == 1
+
+    rpc, answer, call = ENDINGS[number]
+    server.script(rpc, answer)
+    await asyncio.gather(call(client), return_exceptions=True)
+    assert client.in_flight == 0
+
+
+async def test_an_asynchronous_execution_that_nobody_asks_about_counts_until_its_deadline(
+    client: SandboxClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    await client.execute_async(code="x", timeout=10)
+    started = loop.time()
+    used = client.last_used
+    assert used == pytest.approx(started, abs=0.1)
+    assert client.in_flight == 1
+    with monkeypatch.context() as later:
+        later.setattr(loop, "time", lambda: started + 9.9)
+        assert client.in_flight == 1
+        later.setattr(loop, "time", lambda: started + 50)
+        assert client.last_used == pytest.approx(started + 10.05, abs=0.1)
+        assert client.in_flight == 0
+
+
+async def test_an_execution_that_has_ended_at_once_does_not_count(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteAsync", StartedExecution("e", ExecutionState.FAILED))
+    await client.execute_async(code="x")
+    assert client.in_flight == 0
+
+
+async def test_calls_that_fail_as_on_a_dead_sandbox_make_the_client_suspect(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    suspected: list[bool] = []
+    client.on_suspect = lambda: suspected.append(True)
+    assert client.on_suspect is not None
+    for code, count in (("UNAVAILABLE", 2), ("DEADLINE_EXCEEDED", 4), ("INTERNAL", 4), ("NOT_FOUND", 4)):
+        for rpc in ("Execute", "ExecuteStream", "Check"):
+            server.script(rpc, FakeStatus(code))
+        for call in (
+            client.execute(code="x"),
+            anext(client.execute_stream(code="x")),
+            client.health_check(),
+        ):
+            with pytest.raises(SandboxError):
+                await call
+        assert len(suspected) == count
+    client.on_suspect = None
+    server.script("Execute", FakeStatus("UNAVAILABLE"))
+    with pytest.raises(SandboxUnavailableError):
+        await client.execute(code="x")

@@ -1,0 +1,266 @@
+"""Health: both protocols, and waiting for it at start, after a restart and in vain."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from prodisco_sandbox.client import ExecutionResult, HealthStatus, SandboxClient
+from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
+from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeSandboxServer]:
+    async with FakeSandboxServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: FakeSandboxServer) -> AsyncIterator[SandboxClient]:
+    async with SandboxClient(server.target) as client:
+        yield client
+
+
+def asked(server: FakeSandboxServer) -> list[str]:
+    return [call.rpc for call in server.calls]
+
+
+def count_channels(client: SandboxClient, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When a channel was made, from now on."""
+    made: list[float] = []
+    connect = client._connection._connect
+
+    def counted() -> None:
+        made.append(asyncio.get_running_loop().time())
+        connect()
+
+    monkeypatch.setattr(client._connection, "_connect", counted)
+    return made
+
+
+# One check
+
+
+async def test_the_standard_service_is_asked_first(server: FakeSandboxServer, client: SandboxClient) -> None:
+    assert await client.health_check() == HealthStatus(True)
+    server.set_serving(False)
+    assert await client.health_check() == HealthStatus(False)
+    assert asked(server) == ["Check", "Check"]
+
+
+async def test_the_servers_own_service_is_asked_where_it_has_no_other() -> None:
+    async with FakeSandboxServer(health="own") as server, SandboxClient(server.target) as client:
+        server.script("HealthCheck", HealthStatus(True, "kind-kind"), HealthStatus(False))
+        assert await client.health_check() == HealthStatus(True, "kind-kind")
+        assert await client.health_check() == HealthStatus(False)
+
+
+async def test_that_the_standard_service_is_missing_is_remembered(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("Check", FakeStatus("UNIMPLEMENTED"))
+    assert (await client.health_check()).healthy
+    assert (await client.health_check()).healthy
+    assert asked(server) == ["Check", "HealthCheck", "HealthCheck"]
+
+
+async def test_a_server_without_any_health_service_is_an_error(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    for rpc in ("Check", "HealthCheck"):
+        server.script(rpc, FakeStatus("UNIMPLEMENTED"))
+    with pytest.raises(SandboxError, match="UNIMPLEMENTED") as caught:
+        await client.health_check()
+    assert caught.value.status == "UNIMPLEMENTED"
+
+
+async def test_one_check_has_one_deadline_over_both_services(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    async def slow(request: Any) -> FakeStatus:
+        await asyncio.sleep(0.1)
+        return FakeStatus("UNIMPLEMENTED")
+
+    server.script("Check", slow)
+    await client.health_check(timeout=0.9)
+    assert [call.timeout for call in server.calls] == [
+        pytest.approx(0.9, abs=0.05),
+        pytest.approx(0.8, abs=0.05),
+    ]
+
+
+async def test_a_check_that_fails_otherwise_does_not_fall_back(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("Check", FakeStatus("UNAVAILABLE"))
+    with pytest.raises(SandboxUnavailableError):
+        await client.health_check()
+    assert asked(server) == ["Check"]
+
+
+# Waiting
+
+
+async def test_waiting_for_a_healthy_server_is_one_call(
+    server: FakeSandboxServer, client: SandboxClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = count_channels(client, monkeypatch)
+    assert await client.wait_for_healthy(5)
+    assert client.health_error is None
+    assert await client.wait_for_healthy(5)
+    assert (asked(server), len(made)) == (["Check", "Check"], 1)
+
+
+async def test_waiting_asks_again_soon_until_the_server_is_healthy(
+    server: FakeSandboxServer, client: SandboxClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = count_channels(client, monkeypatch)
+    server.script(
+        "Check", HealthStatus(False), FakeStatus("INTERNAL"), HealthStatus(False), HealthStatus(True)
+    )
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    assert await client.wait_for_healthy(5)
+    assert loop.time() - started < 0.5  # Pauses of 10, 20 and 40 ms.
+    assert (len(server.calls), len(made)) == (4, 1)
+    assert client.health_error is None
+
+
+async def test_waiting_in_vain_says_why(server: FakeSandboxServer, client: SandboxClient) -> None:
+    server.set_serving(False)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    assert await client.wait_for_healthy(0.1) is False
+    assert loop.time() - started < 0.8
+    assert str(client.health_error) == f"{server.target} answers that it is unhealthy"
+    await server.kill()
+    assert await client.wait_for_healthy(0.1) is False
+    assert isinstance(client.health_error, SandboxUnavailableError)
+    assert client.health_error.status == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("timeout", [0, -1.5])
+async def test_no_time_to_wait_is_no(
+    server: FakeSandboxServer, client: SandboxClient, timeout: float
+) -> None:
+    assert await client.wait_for_healthy(timeout) is False
+    assert server.calls == []
+
+
+async def test_a_server_that_never_answers_does_not_hold_the_wait(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("Check", NEVER)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    assert await client.wait_for_healthy(0.1) is False
+    assert loop.time() - started < 0.8
+    server.script("Check", NEVER, HealthStatus(True))
+    assert await client.wait_for_healthy(5)
+    assert 1.0 < loop.time() - started < 2.5
+    assert [call.timeout for call in server.calls] == [pytest.approx(1, abs=0.2)] * 2 + [
+        pytest.approx(2, abs=0.2)
+    ]
+
+
+async def test_a_port_that_accepts_and_says_nothing_does_not_hold_the_wait() -> None:
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # The kernel accepts.
+        async with SandboxClient(f"127.0.0.1:{silent.getsockname()[1]}") as client:
+            started = loop.time()
+            assert await client.wait_for_healthy(0.2) is False
+            assert loop.time() - started < 0.8
+            silent.settimeout(1)
+            silent.accept()[0].close()
+
+
+async def test_cancelling_the_wait_cancels_the_check(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("Check", NEVER)
+    task = asyncio.create_task(client.wait_for_healthy(5))
+    call = await server.wait_for_call("Check")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(call.ended.wait(), 5)
+    assert call.outcome == "cancelled"
+
+
+async def test_a_server_that_comes_up_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FakeSandboxServer() as server:
+        await server.kill()
+        async with SandboxClient(server.target) as client:
+            made = count_channels(client, monkeypatch)
+            waiting = asyncio.create_task(client.wait_for_healthy(5))
+            async with asyncio.timeout(5):
+                while len(made) < 4:  # Each attempt connects at once, whatever gRPC's backoff.
+                    await asyncio.sleep(0.001)
+            assert isinstance(client.health_error, SandboxUnavailableError)
+            await server.start()
+            assert await asyncio.wait_for(waiting, 1)
+
+
+async def test_a_channel_with_a_call_on_it_is_not_replaced(
+    server: FakeSandboxServer, client: SandboxClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script("Execute", NEVER)
+    server.script("ExecuteStream", NEVER)
+    made = count_channels(client, monkeypatch)
+    task = asyncio.create_task(client.execute(code="x"))
+    await server.wait_for_call("Execute")
+    # As if the connection were lost: what counts is that the channel is in use.
+    monkeypatch.setattr(type(client._connection._channel), "get_state", lambda self: None)
+    await client._connection.renew()
+    task.cancel()
+    await asyncio.wait([task])
+    async with client.execute_stream(code="x"):
+        await client._connection.renew()
+    assert len(made) == 1
+    await client._connection.renew()
+    await client._connection.renew()
+    assert (await client.health_check()).healthy
+    assert len(made) == 2
+
+
+async def test_a_server_that_is_restarted_is_reached_within_a_second(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("Execute", ExecutionResult(True, "42\n"))
+    assert (await client.execute(code="x")).success
+    await server.kill()
+    for _ in range(3):
+        with pytest.raises(SandboxUnavailableError):
+            await client.execute(code="x")
+        await asyncio.sleep(0.05)
+    await server.start()
+    async with asyncio.timeout(1):  # Mostly a tenth of it.
+        while True:
+            try:
+                assert (await client.execute(code="x")).output == "42\n"
+                break
+            except SandboxUnavailableError:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_new_client_does_not_inherit_the_backoff_of_an_old_one() -> None:
+    async with FakeSandboxServer() as server:
+        await server.kill()
+        async with SandboxClient(server.target) as old, SandboxClient(server.target) as new:
+            for _ in range(3):
+                with pytest.raises(SandboxUnavailableError):
+                    await old.execute(code="x")
+            await server.start()
+            assert (await new.execute(code="x")).success
+
+
+async def test_a_proxy_in_the_environment_is_not_used(
+    server: FakeSandboxServer, client: SandboxClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert (await client.execute(code="x")).success

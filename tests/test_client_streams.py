@@ -1,0 +1,217 @@
+"""Streams: cancelled however they are left, and never without a word cut short."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+
+import pytest
+
+from prodisco_sandbox.client import (
+    ExecutionChunk,
+    ExecutionOutcome,
+    ExecutionState,
+    ExecutionStream,
+    SandboxClient,
+)
+from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
+from prodisco_sandbox.testing import NEVER, FakeSandboxServer
+
+SOME = ExecutionChunk("e-1", "output", "some\n")
+END = ExecutionChunk("e-1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeSandboxServer]:
+    async with FakeSandboxServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: FakeSandboxServer) -> AsyncIterator[SandboxClient]:
+    async with SandboxClient(server.target, call_timeout=5, deadline_margin=0.05) as client:
+        yield client
+
+
+async def ended(server: FakeSandboxServer, rpc: str, count: int = 1) -> str:
+    """What became of a call on the server, once it has ended."""
+    call = await server.wait_for_call(rpc, count=count)
+    async with asyncio.timeout(5):
+        await call.ended.wait()
+    return call.outcome
+
+
+# Leaving one
+
+
+async def test_cancelling_the_task_that_reads_a_stream_reaches_the_server(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", [SOME, NEVER])
+    stream = client.execute_stream(code="x")
+    first = asyncio.Event()
+
+    async def read() -> None:
+        async for _ in stream:
+            first.set()
+
+    task = asyncio.create_task(read())
+    await first.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert client.in_flight == 0
+    assert await ended(server, "ExecuteStream") == "cancelled"
+    assert [chunk async for chunk in stream] == []
+
+
+async def test_leaving_the_context_of_a_stream_cancels_it(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", [SOME, NEVER])
+    async with client.execute_stream(code="x") as stream:
+        async for chunk in stream:
+            assert chunk == SOME
+            break
+        assert client.in_flight == 1
+    assert client.in_flight == 0
+    await stream.aclose()
+    assert await ended(server, "ExecuteStream") == "cancelled"
+
+    async with client.execute_stream(code="x"):
+        await server.wait_for_call("ExecuteStream", count=2)
+        assert client.in_flight == 1
+    assert await ended(server, "ExecuteStream", 2) == "cancelled"
+
+
+async def test_breaking_out_of_a_stream_that_nothing_holds_cancels_it(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", [SOME, NEVER])
+    gc.disable()  # The collector must not be what does it.
+    try:
+        async for _ in client.execute_stream(code="x"):
+            assert client.in_flight == 1
+            break
+        assert client.in_flight == 0
+        assert await ended(server, "ExecuteStream") == "cancelled"
+    finally:
+        gc.enable()
+
+
+async def test_a_stream_that_is_held_stays_open_until_it_is_dropped(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", [SOME, NEVER])
+    held = {1: client.execute_stream(code="x"), 2: client.execute_stream(code="x")}
+    for stream in held.values():
+        async for _ in stream:
+            break
+    del stream
+    assert client.in_flight == 2
+    del held[1]
+    assert client.in_flight == 1
+    assert await ended(server, "ExecuteStream", 1) == "cancelled"
+    # The collector may run in any thread.
+    await asyncio.to_thread(held.clear)
+    assert client.in_flight == 0
+    assert client.last_used > 0
+    assert await ended(server, "ExecuteStream", 2) == "cancelled"
+
+
+async def test_a_stream_dropped_before_the_server_said_anything_is_cancelled(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", NEVER)
+    stream = await client.execute_stream(code="x").__aenter__()
+    await server.wait_for_call("ExecuteStream")
+    assert client.in_flight == 1
+    del stream
+    assert client.in_flight == 0
+    assert await ended(server, "ExecuteStream") == "cancelled"
+
+
+def test_a_stream_may_be_dropped_after_its_loop_is_closed() -> None:
+    async def main() -> ExecutionStream:
+        async with FakeSandboxServer() as server:
+            server.script("ExecuteStream", [SOME, NEVER])
+            client = SandboxClient(server.target)
+            stream = client.execute_stream(code="x")
+            await anext(stream)
+            return stream
+
+    with asyncio.Runner() as runner:
+        stream = runner.run(main())
+    connection = stream._connection
+    assert connection.in_flight == 1
+    del stream
+    assert connection.in_flight == 0
+    asyncio.run(connection.close())
+    assert connection.closed
+
+
+# What a stream may be asked for
+
+
+async def test_a_stream_is_read_by_one_task_at_a_time(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    gate = asyncio.Event()
+    server.script("ExecuteStream", [gate, SOME, END])
+    stream = client.execute_stream(code="x")
+    reader = asyncio.ensure_future(anext(stream))
+    await server.wait_for_call("ExecuteStream")
+    with pytest.raises(SandboxError, match="already being read by another task"):
+        await anext(stream)
+    with pytest.raises(SandboxError, match="already being read by another task"):
+        await stream.__aenter__()
+    gate.set()
+    assert await reader == SOME
+    assert await anext(stream) == END
+
+
+async def test_closing_a_stream_ends_the_task_that_reads_it_with_an_error(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", NEVER)
+    stream = client.execute_stream(code="x")
+    reader = asyncio.ensure_future(anext(stream))
+    await server.wait_for_call("ExecuteStream")
+    await stream.aclose()
+    with pytest.raises(SandboxError, match="the stream was closed while it was being read"):
+        await reader
+    async with stream:
+        assert [chunk async for chunk in stream] == []
+
+
+async def test_a_stream_without_a_result_is_an_error(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", [SOME])
+    stream = client.execute_stream(code="x")
+    assert await anext(stream) == SOME
+    with pytest.raises(SandboxError, match=r"ExecuteStream on .*: ended without a result"):
+        await anext(stream)
+    assert client.in_flight == 0
+
+
+async def test_a_server_that_dies_under_a_stream_makes_it_unavailable(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", [SOME, NEVER])
+    stream = client.execute_stream(code="x")
+    assert await anext(stream) == SOME
+    await server.kill()
+    with pytest.raises(SandboxUnavailableError):
+        await anext(stream)
+    assert client.in_flight == 0
+
+
+async def test_a_slow_reader_loses_nothing(server: FakeSandboxServer, client: SandboxClient) -> None:
+    chunks = [ExecutionChunk("e", "output", str(n) * 50_000) for n in range(9)] + [END]
+    server.script("ExecuteStream", chunks)
+    stream = client.execute_stream(code="x")
+    assert await anext(stream) == chunks[0]
+    await asyncio.sleep(0.1)  # Meanwhile the server may have ended the call.
+    assert [chunk async for chunk in stream] == chunks[1:]
