@@ -1,0 +1,288 @@
+"""Any order of calls, faults, deaths and cancellations keeps the manager's promises.
+
+The manager runs on the fake API in virtual time; each rule makes one move, lets a little
+or much time pass, and the invariants are checked after each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from typing import Any
+
+import aiohttp
+import looptime
+from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
+from prodisco_sandbox._sessions import Session
+from prodisco_sandbox.manifest import LABEL_SESSION, is_deleting, labels, session_hash, uid
+from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
+
+from .support import StubClient, conditions
+
+CAP = 3
+IDS = st.sampled_from(["a", "b", "c", "d", "e"])
+PAUSES = st.sampled_from([0.0, 0.0, 0.01, 0.3, 2.0, 12.0, 45.0])
+VERBS = st.sampled_from(["create", "get", "list", "watch", "delete", "patch", "discovery"])
+ERRORS = st.sampled_from([429, 500, 503, 504, aiohttp.ServerDisconnectedError, TimeoutError])
+
+
+class Machine(RuleBasedStateMachine):
+    """The moves that are tried, and what must hold after each."""
+
+    moves: Counter[str] = Counter()
+
+    @initialize(seed=st.integers(0, 2**16), polling=st.booleans(), leases=st.booleans())
+    def begin(self, seed: int, polling: bool, leases: bool) -> None:
+        random.seed(seed)
+        self.loop = looptime.new_event_loop(start=1000.0)
+        self.api = FakeCustomObjectsApi(auto_ready=self.readiness, now=self.loop.time)
+        if polling:
+            self.api.forbid("watch")
+        if not leases:
+            self.api.forbid("patch")
+        self.readying: list[Any] = []
+        self.clients: list[StubClient] = []
+        self.sick: set[str] = set()
+        self.callers: list[asyncio.Task[Any]] = []
+        self.busy_when_reaped: list[str] = []
+        self.strays = 0
+        config = SandboxManagerConfig(
+            mode="multi",
+            instance_id="me",
+            max_sessions=CAP,
+            capacity_timeout=5.0,
+            ready_timeout=20.0,
+            session_idle_timeout=30.0,
+            idle_check_interval=10.0,
+            lease_duration=60.0,
+            shutdown_timeout=120.0,
+        )
+        self.manager = SandboxManager(
+            config, custom_objects_api=self.api, client_factory=self.client, wall_clock=self.loop.time
+        )
+        self.run(self.manager.start())
+        engine = self.manager._engine
+        assert engine is not None
+        self.engine = engine
+        end = engine._end
+
+        def watched_end(session: Session, reason: str, error: SandboxError | None) -> None:
+            if reason == "reaped" and session.idle_since() is None:
+                self.busy_when_reaped.append(session.name)
+            end(session, reason, error)
+
+        engine._end = watched_end  # type: ignore[method-assign]
+
+    # The world
+
+    def readiness(self, sandbox: dict[str, Any]) -> Any:
+        return self.readying.pop(0) if self.readying else 0.2
+
+    def client(self, target: str) -> StubClient:
+        client = StubClient(target, healthy=target not in self.sick)
+        self.clients.append(client)
+        return client
+
+    def run(self, awaitable: Any) -> Any:
+        return self.loop.run_until_complete(awaitable)
+
+    def move(self, name: str, pause: float) -> None:
+        self.moves[name] += 1
+        self.run(asyncio.sleep(pause))
+        for _ in range(random.randrange(6)):
+            self.run(asyncio.sleep(0))
+
+    async def use(self, session_id: str, hold: float | None) -> None:
+        """What a request handler does; it checks what it gets."""
+        with contextlib.suppress(SandboxError):
+            if hold is None:
+                self.check(session_id, await self.manager.get_client(session_id))
+                return
+            async with self.manager.session(session_id) as client:
+                self.check(session_id, client)
+                await asyncio.sleep(hold)
+
+    def check(self, session_id: str, client: SandboxClient) -> None:
+        assert isinstance(client, StubClient)
+        assert client.sandbox is not None
+        assert not client.closed, "a client that was handed out had been closed"
+        session = self.engine.table.current[session_id]
+        assert session.client is client
+        assert (session.name, session.uid) == (client.sandbox.name, client.sandbox.uid)
+        found = self.api.get(client.sandbox.name)
+        if found is not None and uid(found) == client.sandbox.uid:
+            assert labels(found)[LABEL_SESSION] == session_hash(session_id), "somebody else's sandbox"
+
+    # Moves
+
+    @rule(session_id=IDS, hold=st.sampled_from([None, None, 0.0, 1.0, 50.0]), pause=PAUSES)
+    def ask(self, session_id: str, hold: float | None, pause: float) -> None:
+        self.callers.append(self.loop.create_task(self.use(session_id, hold)))
+        self.move("ask", pause)
+
+    @rule(session_id=IDS, count=st.integers(2, 5))
+    def ask_together(self, session_id: str, count: int) -> None:
+        self.callers += [self.loop.create_task(self.use(session_id, None)) for _ in range(count)]
+        self.move("ask", 0)
+
+    @rule(session_id=IDS, pause=PAUSES)
+    def close(self, session_id: str, pause: float) -> None:
+        self.callers.append(self.loop.create_task(self.manager.on_session_closed(session_id)))
+        self.move("close", pause)
+
+    @rule(which=st.integers(0, 100), times=st.integers(1, 3), pause=PAUSES)
+    def cancel(self, which: int, times: int, pause: float) -> None:
+        pending = [task for task in self.callers if not task.done()]
+        if pending:
+            for _ in range(times):  # anyio does it at every await
+                pending[which % len(pending)].cancel()
+                self.run(asyncio.sleep(0))
+            self.move("cancel", pause)
+
+    @rule(pause=PAUSES)
+    def clean_up(self, pause: float) -> None:
+        async def clean_up() -> None:
+            with contextlib.suppress(SandboxError):
+                await self.manager.cleanup_orphaned_sandboxes()
+
+        self.callers.append(self.loop.create_task(clean_up()))
+        self.move("clean up", pause)
+
+    @rule(pause=PAUSES)
+    def wait(self, pause: float) -> None:
+        self.move("wait", pause)
+
+    @rule(verb=VERBS, error=ERRORS, times=st.integers(1, 4))
+    def fault(self, verb: Any, error: Any, times: int) -> None:
+        if error == 429:
+            error = api_error(429, retry_after=random.choice([0, 1, 3]))
+        self.api.faults.add(verb, error=error, times=times)
+        self.move("fault", 0)
+
+    @rule(verb=VERBS, times=st.integers(1, 3))
+    def lose_answers(self, verb: Any, times: int) -> None:
+        self.api.faults.add(verb, lost=True, times=times)
+        self.move("lost answer", 0)
+
+    @rule(verb=VERBS, latency=st.sampled_from([0.1, 3.0, 15.0]), lands=st.booleans())
+    def delay(self, verb: Any, latency: float, lands: bool) -> None:
+        # A create that lands after its caller has given up may be one too many for a while.
+        self.strays += lands and verb == "create"
+        self.api.faults.add(verb, latency=latency, lands=lands, times=2)
+        self.move("delay", 0)
+
+    @rule(how=st.sampled_from(["cut", "silence", "compact"]), pause=PAUSES)
+    def disturb_the_watch(self, how: str, pause: float) -> None:
+        if how == "silence":
+            self.api.silence_watches()
+        else:
+            if how == "compact":
+                self.api.compact()
+            self.api.cut_watches()
+        self.move("watch disturbed", pause)
+
+    @rule(
+        which=st.integers(0, 100),
+        how=st.sampled_from(["deleted", "failed", "finished", "replaced", "unready", "ready"]),
+        pause=PAUSES,
+    )
+    def befall(self, which: int, how: str, pause: float) -> None:
+        names = [o["metadata"]["name"] for o in self.api.objects if not is_deleting(o)]
+        if not names:
+            return
+        name = names[which % len(names)]
+        match how:
+            case "deleted":
+                self.api.delete_now(name)
+            case "failed":
+                self.api.set_status(name, conditions("PodFailed"))
+            case "finished":
+                self.api.set_condition(name, "Finished", "True", "PodSucceeded")
+            case "unready":
+                self.api.set_condition(name, "Ready", "False", "DependenciesNotReady")
+            case _:
+                self.api.set_ready(name)  # with another pod IP each time
+        self.move("death", pause)
+
+    @rule(which=st.integers(0, 100), gets_well=st.booleans(), pause=PAUSES)
+    def break_a_connection(self, which: int, gets_well: bool, pause: float) -> None:
+        if self.clients:
+            client = self.clients[which % len(self.clients)]
+            client.healthy = gets_well
+            client.fail()
+            self.move("broken connection", pause)
+
+    @rule(outcomes=st.lists(st.sampled_from([True, 1.0, 15.0, 30.0, False]), min_size=1, max_size=4))
+    def be_slow(self, outcomes: list[Any]) -> None:
+        self.readying = outcomes
+        self.move("slow pod", 0)
+
+    @rule(lingers=st.booleans())
+    def linger(self, lingers: bool) -> None:
+        if lingers:
+            self.api.linger_deletes = True
+        else:
+            self.api.finish_deletes()
+        self.move("slow delete", 0)
+
+    # What must hold
+
+    @invariant()
+    def a_session_has_at_most_one_living_sandbox(self) -> None:
+        owners = Counter(labels(o)[LABEL_SESSION] for o in self.api.objects if not is_deleting(o))
+        assert all(count == 1 for count in owners.values()), owners
+
+    @invariant()
+    def the_cap_holds(self) -> None:
+        stats = self.manager.stats()
+        assert stats.creating + stats.ready + stats.closing <= CAP
+        living = [o for o in self.api.objects if not is_deleting(o)]
+        assert len(living) <= CAP + self.strays
+
+    @invariant()
+    def the_busy_are_not_reaped(self) -> None:
+        assert self.busy_when_reaped == []
+
+    @invariant()
+    def no_caller_meets_what_it_should_not(self) -> None:
+        for task in [task for task in self.callers if task.done()]:
+            self.callers.remove(task)
+            if not task.cancelled():
+                task.result()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "loop"):
+            return
+        try:
+            self.api.faults.clear()
+            self.api.finish_deletes()
+            self.api.allow("watch", "patch")
+            # Nobody waits for ever: what is slow has its deadline within this.
+            self.run(asyncio.sleep(300))
+            assert not [task for task in self.callers if not task.done()]
+            self.no_caller_meets_what_it_should_not()
+            self.run(self.manager.shutdown())
+            assert self.api.objects == []
+            assert all(client.closed for client in self.clients)
+            left = asyncio.all_tasks(self.loop)
+            assert not left, left
+        finally:
+            self.run(self.api.aclose())
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+            self.run(asyncio.sleep(0))
+            self.loop.close()
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
