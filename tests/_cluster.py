@@ -13,7 +13,7 @@ import pytest
 from kubernetes_asyncio.client import ApiException
 
 # Before they are imported, so that their assertions say what they found.
-pytest.register_assert_rewrite("_conform_requests", "_conform_watches")
+pytest.register_assert_rewrite("_conform_lists", "_conform_requests", "_conform_watches")
 
 GROUP, PLURAL = "agents.x-k8s.io", "sandboxes"
 MERGE = "application/merge-patch+json"

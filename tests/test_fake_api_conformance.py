@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from _apiserver import ApiServer, assets
 from _cluster import MERGE, PLURAL, QUOTA, Cluster, body
+from _conform_lists import Lists
 from _conform_requests import Requests
 from _conform_watches import Watches
 from _sandbox_crd import real_crd, sandbox_crd
@@ -19,7 +20,7 @@ from prodisco_sandbox.testing._faults import VERBS
 
 
 @pytest.mark.looptime
-class TestFake(Requests, Watches):
+class TestFake(Requests, Lists, Watches):
     @pytest.fixture
     async def cluster(self) -> AsyncIterator[Cluster]:
         async with (
@@ -54,7 +55,7 @@ def server() -> Iterator[ApiServer]:
 
 @pytest.mark.envtest
 @pytest.mark.slow
-class TestReal(Requests, Watches):
+class TestReal(Requests, Lists, Watches):
     @pytest.fixture
     async def cluster(self, server: ApiServer) -> AsyncIterator[Cluster]:
         async with server.api_client() as admin, server.api_client("nobody") as nobody:

@@ -48,15 +48,14 @@ class FakeCustomObjectsApi(FakeCluster):
     """`kubernetes_asyncio.client.CustomObjectsApi` for Sandboxes, in memory, for tests::
 
         async def test_a_lost_answer_makes_no_second_sandbox() -> None:
-            async with FakeCustomObjectsApi(auto_ready=True) as api:
-                config = SandboxManagerConfig(mode="multi")
+            async with FakeSandboxServer() as server, FakeCustomObjectsApi(auto_ready=True) as api:
                 api.faults.add("create", lost=True, times=1)
-                async with SandboxManager(
-                    config, custom_objects_api=api, client_factory=my_fake_client
-                ) as manager:
+                config = SandboxManagerConfig(mode="multi", endpoint=lambda sandbox: server.target)
+                async with SandboxManager(config, custom_objects_api=api) as manager:
                     await manager.get_client("session")
                     assert len(api.objects) == 1
-                assert api.objects == [] and not api.watches
+                assert not api.objects
+                assert not api.watches
 
     Methods, answers and refusals are those of a real API server with the Sandbox
     definition installed: resourceVersions, generation, finalizers, the status
@@ -195,7 +194,7 @@ class FakeCustomObjectsApi(FakeCluster):
                 return Response.of_refusal(refusal)
             raise
         if raw and not isinstance(answer, Response):
-            return Response.of(201 if call.verb == "create" else 200, answer)
+            return Response.of(201 if call.verb == "create" else 200, plain(answer))
         return answer
 
     async def _carried_out(self, call: Call, request: Request, operation: Callable[[], Any]) -> Any:

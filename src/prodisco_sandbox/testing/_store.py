@@ -20,7 +20,7 @@ from ..manifest import GROUP, KIND, PLURAL, Object
 from . import _status
 from ._patches import check_content_type, patched
 from ._selectors import Selector
-from ._validation import check_sandbox, check_status, check_type
+from ._validation import check_patched, check_sandbox, check_status, check_type
 
 Key = tuple[str, str]
 EventType = Literal["ADDED", "MODIFIED", "DELETED"]
@@ -138,7 +138,8 @@ class Store:
         check_content_type(kind)
         current = self.find(namespace, name)
         wanted = patched(shown(current, version), body, kind)
-        given = _metadata_of(wanted)
+        check_patched(wanted)
+        given = _without_null(wanted.get("metadata"))
         if not given.get("name"):
             raise _status.bad_request(
                 f"the name of the object ({name} based on URL) was undeterminable: name must be provided"
@@ -159,7 +160,7 @@ class Store:
     ) -> Object:
         check_type(body, version)
         _check_kind(name, body["kind"])
-        given = _metadata_of(body)
+        given = _without_null(body.get("metadata"))
         _check_address(given, namespace, name)
         current = self.find(namespace, name)
         if not given.get("resourceVersion"):
@@ -382,10 +383,6 @@ def plain(value: Any) -> Any:
         fields = {name: getattr(value, name) for name in value.openapi_types}
         return {value.attribute_map[name]: plain(item) for name, item in fields.items() if item is not None}
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
-
-
-def _metadata_of(body: Any) -> Object:
-    return _without_null(body.get("metadata")) if isinstance(body, dict) else {}
 
 
 def _without_null(metadata: Any) -> Object:

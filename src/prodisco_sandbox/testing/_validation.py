@@ -55,8 +55,6 @@ def check_type(body: Any, version: str) -> None:
     """
     if not isinstance(body, dict):
         raise bad_request(f"the object provided is unrecognized (must be of type {KIND})")
-    if not isinstance(body.get("metadata", {}), dict):
-        raise bad_request(f'{KIND} in version "{version}" cannot be handled as a {KIND}: metadata')
     if not body.get("kind"):
         raise bad_request(
             f"{KIND} in version \"{version}\" cannot be handled as a {KIND}: Object 'Kind' is missing"
@@ -67,9 +65,28 @@ def check_type(body: Any, version: str) -> None:
             f"the API version in the data ({body.get('apiVersion', '')})"
             f" does not match the expected API version ({expected})"
         )
-    labels = (body.get("metadata") or {}).get("labels") or {}
+    if field := _undecodable(body):
+        raise bad_request(f'{KIND} in version "{version}" cannot be handled as a {KIND}: {field}')
+
+
+def check_patched(body: Any) -> None:
+    """Checks that what a patch has made can still be read as an object.
+
+    Raises:
+        ApiException: 422.
+    """
+    if not isinstance(body, dict) or _undecodable(body):
+        raise invalid("", [("FieldValueInvalid", "patch", f"Invalid value: {body!r}: cannot be handled")])
+
+
+def _undecodable(body: Object) -> str | None:
+    metadata = body.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        return "metadata"
+    labels = metadata.get("labels") or {}
     if not isinstance(labels, dict) or not all(isinstance(value, str) for value in labels.values()):
-        raise bad_request(f'{KIND} in version "{version}" cannot be handled as a {KIND}: metadata.labels')
+        return "metadata.labels"
+    return None
 
 
 def check_sandbox(sandbox: Object) -> None:
