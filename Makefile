@@ -3,7 +3,7 @@
 # PATH), VENV=.venv-3.12 another environment.
 
 VENV ?= .venv
-EXTRAS ?= dev server
+EXTRAS ?= dev mcp server
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PROTO_PY := .venv-proto/bin/python
