@@ -93,8 +93,13 @@ class LocalCluster:
         if not _is_int(max_starting) or max_starting < 1:
             raise ValueError(f"max_starting is {max_starting!r}: it must be an integer of at least 1")
         self._python = _interpreter(python)
-        self._server_args = _server_args(server_args)
-        self._env = {name: os.environ[name] for name in pass_env if name in os.environ}
+        self._server_args = _strings("server_args", server_args)
+        for arg in self._server_args:
+            if arg.partition("=")[0] in _OWN_OPTIONS:
+                own = ", ".join(_OWN_OPTIONS)
+                raise ValueError(f"server_args has {arg!r}: the cluster itself sets {own}")
+        passed = _strings("pass_env", pass_env)
+        self._env = {name: os.environ[name] for name in passed if name in os.environ}
         _check_seconds("poll_interval", poll_interval)
         self._poll_interval = poll_interval
         self._config = SandboxManagerConfig(mode="multi", namespace=namespace, api_version=api_version)
@@ -243,13 +248,11 @@ def _interpreter(python: str | os.PathLike[str] | None) -> str:
     return str(Path(found).absolute())
 
 
-def _server_args(args: object) -> list[str]:
-    if isinstance(args, str) or not isinstance(args, Sequence) or not all(isinstance(a, str) for a in args):
-        raise ValueError(f"server_args is {args!r}: it must be a sequence of strings")
-    for arg in args:
-        if arg.partition("=")[0] in _OWN_OPTIONS:
-            raise ValueError(f"server_args has {arg!r}: the cluster itself sets {', '.join(_OWN_OPTIONS)}")
-    return list(args)
+def _strings(name: str, value: object) -> list[str]:
+    found = [] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    if isinstance(value, str) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{name} is {value!r}: it must be a sequence of strings")
+    return found
 
 
 def _base(directory: str | os.PathLike[str] | None) -> Path:

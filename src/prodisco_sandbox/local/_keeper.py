@@ -149,6 +149,8 @@ class Keeper:
     def _start(self, order: dict[str, Any]) -> None:
         server = Server(order["server"], self._root / order["server"])
         log = theirs = out = -1
+        # A child that is told to end before it is a server must not miss it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             server.directory.mkdir(0o700)
             (server.directory / "tmp").mkdir(0o700)
@@ -163,6 +165,7 @@ class Keeper:
             return
         finally:
             _close(log, theirs, out)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.set_blocking(server.output, False)
         self._servers[server.key] = server
         self._selector.register(server.output, selectors.EVENT_READ, lambda: self._read_output(server))
@@ -245,12 +248,15 @@ def _become_server(argv: list[str], env: dict[str, str], directory: Path, stdio:
     """Turns the child of a fork into a server."""
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         # Out of the terminal's reach: Ctrl-C is the cluster's to handle.
         os.setsid()
         for number, descriptor in enumerate(stdio):
             os.dup2(descriptor, number)
         keeper = os.getppid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # So that what it leaves behind stays below it, and not below other servers' keeper.
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         if os.getppid() == keeper:
             os.chdir(directory)
             os.execve(argv[0], argv, env)  # noqa: S606

@@ -1,0 +1,117 @@
+"""`make demo`: it runs, and ends well however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from _traces import traces, until_gone
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
+
+MILESTONES = [
+    r"alice +has sandbox-\w{8}\.\.\., ready after",
+    r"bob +\| 2 3 5 7 11",
+    r"alice +\| page 4 of 4",
+    r"alice +sees diary.txt",
+    r"bob +sees primes.txt",
+    r"carol +5 callers share 1 sandbox, 1 was made",
+    r"dave +is refused: all 3 sandbox slots are taken",
+    r"2 idle sandboxes have been reaped",
+    r"bob +has another sandbox",
+    r"bob +sees nothing",
+    r"alice +has left, and her sandbox is deleted",
+    r"nothing left behind: 0 processes of \d\d+, 0 files",
+    r"created 4, recreated 1, reaped 2, lost 0, failed 0, delete_retries 0",
+    r"checks that failed: 0",
+]
+
+
+INTERRUPTED = {
+    # When, by a line of the output, and the exit status.
+    signal.SIGTERM: ("Two sessions begin", 143),
+    signal.SIGKILL: ("has sandbox", -signal.SIGKILL),
+    signal.SIGINT: ("page 2", 130),
+}
+
+
+class Run(threading.Thread):
+    """A demo with a directory for temporary files of its own, and perhaps a signal half-way."""
+
+    def __init__(self, directory: Path, number: signal.Signals | None = None, moment: str = "") -> None:
+        super().__init__()
+        directory.mkdir()
+        self.directory = directory
+        self.output = ""
+        self.then: list[str] = []
+        self._signal = number, moment
+        self.process = subprocess.Popen(
+            [sys.executable, str(DEMO)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd="/",
+            env={**os.environ, "TMPDIR": str(directory)},
+        )
+
+    def run(self) -> None:
+        number, moment = self._signal
+        with self.process as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                self.output += line
+                if number is not None and moment in line and not self.then:
+                    self.then = traces(self.directory)
+                    process.send_signal(number)
+
+
+@pytest.fixture(scope="module")
+def demos() -> Iterator[dict[str, Run]]:
+    """One that runs to its end and one for each signal; all at once, to save time."""
+    with tempfile.TemporaryDirectory(prefix="demo-") as base:
+        runs = {"whole": Run(Path(base, "whole"))}
+        for number, (moment, _) in INTERRUPTED.items():
+            runs[number.name] = Run(Path(base, number.name), number, moment)
+        for run in runs.values():
+            run.start()
+        yield runs
+        for run in runs.values():
+            run.process.kill()
+            run.join()
+
+
+@pytest.mark.parametrize("number", INTERRUPTED)
+async def test_it_ends_well_when_it_is_interrupted(demos: dict[str, Run], number: signal.Signals) -> None:
+    demo = demos[number.name]
+    await asyncio.to_thread(demo.join, 60)
+    assert demo.process.returncode == INTERRUPTED[number][1], demo.output
+    assert demo.then, "it had started nothing"
+    if number is signal.SIGKILL:
+        await until_gone(demo.directory, 3)
+        return
+    assert "Interrupted." in demo.output
+    assert "nothing left behind: 0 processes" in demo.output
+    assert "Traceback" not in demo.output
+    assert traces(demo.directory) == []
+
+
+def test_it_runs(demos: dict[str, Run]) -> None:
+    demo = demos["whole"]
+    demo.join(60)
+    assert demo.process.returncode == 0, demo.output
+    assert traces(demo.directory) == []
+    at = 0
+    for milestone in MILESTONES:
+        found = re.compile(milestone).search(demo.output, at)
+        assert found, f"{milestone} is not there, or not in its place:\n{demo.output}"
+        # What two sessions say at the same time comes in any order.
+        at = found.start() if milestone.startswith("dave") else at

@@ -1,0 +1,368 @@
+"""LocalCluster: what its controller does with Sandboxes, and whole lives on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import itertools
+import stat
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _traces import processes, traces, until_gone
+
+from prodisco_sandbox import SandboxFailedError, SandboxManager, manifest
+from prodisco_sandbox.errors import SandboxError
+from prodisco_sandbox.local import LocalCluster
+from prodisco_sandbox.testing import FakeCustomObjectsApi
+
+Object = dict[str, Any]
+AT = ("agents.x-k8s.io", "v1beta1", "prodisco", "sandboxes")
+
+# In place of Python: a server that is there at once, and ends when its input does.
+STUB = """\
+#!/bin/sh
+echo "listening on unix:$6"
+read -r _
+exit 0
+"""
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a program to run in place of the servers' interpreter."""
+    names = itertools.count()
+
+    def make(script: str = STUB) -> Path:
+        path = tmp_path.parent / f"{tmp_path.name}-stub{next(names)}"
+        path.write_text(script)
+        path.chmod(0o700)
+        return path
+
+    return make
+
+
+@contextlib.asynccontextmanager
+async def running(cluster: LocalCluster, **settings: Any) -> AsyncIterator[SandboxManager]:
+    settings = {"ready_timeout": 20.0, **settings}
+    async with (
+        cluster,
+        SandboxManager(cluster.config(**settings), custom_objects_api=cluster.custom_objects_api) as manager,
+    ):
+        yield manager
+
+
+async def create(cluster: LocalCluster, name: str, version: str = "v1beta1", **spec: Any) -> Object:
+    body = manifest.sandbox_body(cluster.config(), version, name, manifest.session_hash(name))
+    body["spec"] |= spec
+    at = (AT[0], version, *AT[2:])
+    made: Object = await cluster.custom_objects_api.create_namespaced_custom_object(*at, body)
+    return made
+
+
+def condition(sandbox: Object | None, kind: str = "Ready") -> Object:
+    conditions = ((sandbox or {}).get("status") or {}).get("conditions") or []
+    return next((c for c in conditions if c["type"] == kind), {})
+
+
+def reason(sandbox: Object | None) -> str | None:
+    return condition(sandbox).get("reason")
+
+
+def in_seconds(seconds: float) -> str:
+    return (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")
+
+
+# Whole lives, on real servers
+
+
+async def test_two_sessions_from_their_first_calls_to_the_end(tmp_path: Path) -> None:
+    cluster = LocalCluster(directory=tmp_path)
+    async with running(cluster) as manager:
+        one, two = await asyncio.gather(manager.get_client("one"), manager.get_client("two"))
+        assert stat.S_IMODE(cluster.directory.stat().st_mode) == 0o700
+        assert len({one.target, two.target}) == 2
+        written = await one.execute(code="open('mine', 'w').write('x'); print(6 * 7)")
+        assert (written.success, written.output) == (True, "42\n")
+        listing = "import os; print(os.listdir())"
+        results = await asyncio.gather(one.execute(code=listing), two.execute(code=listing))
+        assert [result.output for result in results] == ["['mine']\n", "[]\n"]
+
+        closed = Path(one.target.removeprefix("unix:")).parent
+        await manager.on_session_closed("one")
+        await until_gone(closed)
+        assert (await two.execute(code="")).success
+        assert processes(cluster.directory)
+    assert traces(tmp_path) == []
+
+
+async def test_a_killed_server_is_noticed_and_made_again(tmp_path: Path) -> None:
+    cluster = LocalCluster(directory=tmp_path)
+    seen: list[Object] = []
+    cluster.custom_objects_api.subscribe(lambda _, sandbox: seen.append(sandbox))
+    async with running(cluster) as manager:
+        old = await manager.get_client("session")
+        await old.execute(code="open('mine', 'w')")
+        cluster.kill(manager.sandbox_name("session"))
+        async with asyncio.timeout(5):
+            while not manager.stats().lost:
+                await asyncio.sleep(0.01)
+        new = await manager.get_client("session")
+        assert old.sandbox is not None
+        assert new.sandbox is not None
+        assert new.sandbox.uid != old.sandbox.uid
+        assert (await new.execute(code="import os; print(os.listdir())")).output == "[]\n"
+    failed = next(sandbox for sandbox in seen if reason(sandbox) == "PodFailed")
+    assert condition(failed)["message"] == "The server was killed with SIGKILL"
+    assert condition(failed, "Finished")["status"] == "True"
+    assert traces(tmp_path) == []
+
+
+async def test_a_reaped_session_comes_back(tmp_path: Path) -> None:
+    cluster = LocalCluster(directory=tmp_path)
+    async with running(cluster, session_idle_timeout=0.1, idle_check_interval=0.05) as manager:
+        old = await manager.get_client("session")
+        await until_gone(Path(old.target.removeprefix("unix:")).parent)
+        assert manager.stats().reaped == 1
+        async with manager.session("session") as new:
+            assert new.sandbox != old.sandbox
+            assert (await new.execute(code="print('back')")).output == "back\n"
+    assert traces(tmp_path) == []
+
+
+async def test_a_server_that_does_not_start_fails_its_session_at_once(tmp_path: Path) -> None:
+    cluster = LocalCluster(directory=tmp_path, server_args=["--memory-limit-mb", "lots"])
+    async with running(cluster) as manager:
+        with pytest.raises(SandboxFailedError, match=r"PodFailed.*--memory-limit-mb is 'lots'"):
+            await manager.get_client("session")
+
+
+# The controller
+
+
+async def test_the_status_is_what_agent_sandbox_writes(stub: Callable[[], Path]) -> None:
+    seen: list[Object] = []
+    async with LocalCluster(python=stub()) as cluster:
+        api = cluster.custom_objects_api
+        api.subscribe(lambda _, sandbox: seen.append(sandbox))
+        sandbox = await create(cluster, "s")
+        assert cluster.endpoint(sandbox) is None
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        assert cluster.endpoint(sandbox) == f"unix:{cluster.directory}/1/socket"
+        assert cluster.endpoint({**sandbox, "metadata": {"uid": "another"}}) is None
+        await api.delete_namespaced_custom_object(*AT, "s")
+        await until_gone(cluster.directory / "1")
+        assert cluster.endpoint(sandbox) is None
+    reasons = [reason(sandbox) for sandbox in seen]
+    assert reasons == [None, "DependenciesNotReady", "DependenciesReady", "DependenciesReady"]
+    status = seen[2]["status"]
+    assert status["serviceFQDN"] == "s.prodisco.svc.cluster.local"
+    assert condition(seen[1])["status"] == "False"
+    assert condition(seen[2]) == {
+        "type": "Ready",
+        "status": "True",
+        "reason": "DependenciesReady",
+        "message": "The server is ready",
+        "observedGeneration": 1,
+        "lastTransitionTime": condition(seen[2])["lastTransitionTime"],
+    }
+
+
+async def test_the_shutdown_time_is_honoured_and_can_be_put_off(stub: Callable[[], Path]) -> None:
+    async with LocalCluster(python=stub()) as cluster:
+        api = cluster.custom_objects_api
+        at = in_seconds(0.4)
+        await create(cluster, "deleted", shutdownTime=at, shutdownPolicy="Delete")
+        await create(cluster, "retained", shutdownTime=at)
+        await create(cluster, "renewed", shutdownTime=at, shutdownPolicy="Delete")
+        await create(cluster, "over", shutdownTime=in_seconds(-60), shutdownPolicy="Delete")
+        await api.until(lambda: api.get("over") is None)
+        patch = {"spec": {"shutdownTime": in_seconds(60)}}
+        merge = "application/merge-patch+json"
+        await api.patch_namespaced_custom_object(*AT, "renewed", patch, _content_type=merge)
+        await api.until(lambda: reason(api.get("retained")) == "SandboxExpired")
+        await api.until(lambda: api.get("deleted") is None)
+        assert reason(api.get("renewed")) == "DependenciesReady"
+        assert sorted(path.name for path in cluster.directory.iterdir()) != []
+        with pytest.raises(KeyError):
+            cluster.kill("retained")
+        cluster.kill("renewed")
+        await api.until(lambda: reason(api.get("renewed")) == "PodFailed")
+
+
+async def test_so_many_servers_start_at_once_and_no_more(tmp_path: Path, stub: Callable[[str], Path]) -> None:
+    log = tmp_path / "log"
+    script = STUB.replace("echo", f"echo start >>{log}; sleep 0.05; echo end >>{log}; echo", 1)
+    async with LocalCluster(python=stub(script), max_starting=1) as cluster:
+        api = cluster.custom_objects_api
+        for name in ("a", "b", "c"):
+            await create(cluster, name)
+        await api.until(lambda: all(reason(sandbox) == "DependenciesReady" for sandbox in api.objects))
+    assert log.read_text().split() == ["start", "end"] * 3
+
+
+async def test_a_sandbox_deleted_while_it_waits_or_starts_gives_its_place_back(
+    stub: Callable[[str], Path],
+) -> None:
+    # The first one never gets as far as serving.
+    script = STUB.replace("echo", 'case "$6" in */1/socket) sleep 60;; esac\necho', 1)
+    async with LocalCluster(python=stub(script), max_starting=1) as cluster:
+        api = cluster.custom_objects_api
+        for name in ("a", "b", "c"):
+            await create(cluster, name)
+        await api.until(lambda: all(reason(sandbox) for sandbox in api.objects))
+        await api.delete_namespaced_custom_object(*AT, "b")
+        assert reason(api.get("c")) == "DependenciesNotReady"
+        await api.delete_namespaced_custom_object(*AT, "a")
+        await api.until(lambda: reason(api.get("c")) == "DependenciesReady")
+
+
+async def test_servers_get_only_the_environment_that_is_passed(
+    monkeypatch: pytest.MonkeyPatch, stub: Callable[[str], Path]
+) -> None:
+    monkeypatch.setenv("SECRET", "x")
+    monkeypatch.setenv("WANTED", "y")
+    script = STUB.replace("read", "env >env; read", 1)
+    async with LocalCluster(python=stub(script), pass_env=["PATH", "WANTED", "NOT_THERE"]) as cluster:
+        await create(cluster, "s")
+        server = cluster.directory / "1"
+        async with asyncio.timeout(5):
+            while not (server / "env").exists() or "WANTED=y" not in (server / "env").read_text():
+                await asyncio.sleep(0.01)
+        lines = (server / "env").read_text().splitlines()
+        names = {line.partition("=")[0] for line in lines} - {"PWD", "OLDPWD", "SHLVL", "_"}
+        assert names == {"PATH", "WANTED", "TMPDIR"}
+        assert f"TMPDIR={server}/tmp" in lines
+
+
+async def test_a_server_that_says_much_is_not_blocked(stub: Callable[[str], Path]) -> None:
+    script = STUB.replace("read", "head -c 300000 /dev/zero; touch said; read", 1)
+    async with LocalCluster(python=stub(script)) as cluster:
+        await create(cluster, "s")
+        async with asyncio.timeout(5):
+            while not (cluster.directory / "1" / "said").exists():
+                await asyncio.sleep(0.01)
+
+
+class Unwatchable(FakeCustomObjectsApi):
+    """As plain fakes are: lists, and nothing more."""
+
+    async def list_namespaced_custom_object(  # type: ignore[override]
+        self, group: str, version: str, namespace: str, plural: str, label_selector: str = ""
+    ) -> Any:
+        return await super().list_namespaced_custom_object(
+            group, version, namespace, plural, label_selector=label_selector
+        )
+
+
+@pytest.mark.parametrize("version", ["v1alpha1", "v1beta1"])
+async def test_where_it_cannot_watch_it_lists(version: str, stub: Callable[[], Path]) -> None:
+    async with Unwatchable(versions=[version]) as api:
+        async with LocalCluster(custom_objects_api=api, python=stub(), poll_interval=0.02) as cluster:
+            sandbox = await create(cluster, "s", version)
+            await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+            with api.faults.add("list", error=500, times=2):
+                count = api.count("list")
+                await api.until(lambda: api.count("list") > count + 3)
+            assert cluster.endpoint(sandbox) is not None
+            api.delete_now("s")
+            async with asyncio.timeout(5):
+                while cluster.endpoint(sandbox) is not None:
+                    await asyncio.sleep(0.01)
+        # An API object that was passed in stays open.
+        assert await api.get_api_resources(AT[0], version)
+
+
+async def test_faults_of_the_api_are_survived(stub: Callable[[], Path]) -> None:
+    async with LocalCluster(python=stub()) as cluster:
+        api = cluster.custom_objects_api
+        await create(cluster, "before")
+        await api.until(lambda: reason(api.get("before")) == "DependenciesReady")
+        api.faults.add("patch_status", error=503, times=2)
+        api.compact()
+        api.cut_watches()
+        await create(cluster, "after")
+        api.delete_now("before")
+        await api.until(lambda: reason(api.get("after")) == "DependenciesReady")
+        await until_gone(cluster.directory / "1")
+
+
+async def test_a_later_cluster_runs_what_is_there_and_not_what_is_over(stub: Callable[[], Path]) -> None:
+    async with FakeCustomObjectsApi() as api:
+        first = LocalCluster(custom_objects_api=api, python=stub())
+        async with first:
+            await create(first, "alive")
+            await create(first, "dead")
+            await api.until(lambda: {reason(sandbox) for sandbox in api.objects} == {"DependenciesReady"})
+            first.kill("dead")
+            await api.until(lambda: reason(api.get("dead")) == "PodFailed")
+        async with LocalCluster(custom_objects_api=api, python=stub()) as second:
+            count = api.count("patch_status", "dead")
+            alive, dead = api.get("alive"), api.get("dead")
+            assert alive is not None
+            assert dead is not None
+            await api.until(lambda: second.endpoint(alive) is not None)
+            assert second.endpoint(dead) is None
+            assert api.count("patch_status", "dead") == count
+
+
+# Misuse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"max_starting": 0}, "max_starting is 0: it must be an integer of at least 1"),
+        ({"max_starting": True}, "max_starting is True"),
+        ({"python": "/no/such/python"}, "python is '/no/such/python': there is no such program"),
+        ({"server_args": "--max-output 5"}, "server_args is '--max-output 5'"),
+        ({"server_args": [1]}, r"server_args is \[1\]"),
+        ({"server_args": ["--socket=/tmp/s"]}, "server_args has '--socket=/tmp/s': the cluster itself sets"),
+        ({"server_args": ["--port", "1"]}, "server_args has '--port'"),
+        ({"directory": "/no/such/directory"}, "directory is '/no/such/directory': there is no such"),
+        ({"directory": "/" + "d" * 80}, "directory is '/ddd.*must have at most 75 bytes"),
+        ({"namespace": "Not A Label"}, "namespace is 'Not A Label'"),
+        ({"api_version": "v2"}, "api_version is 'v2'"),
+        ({"poll_interval": 0}, "poll_interval is 0"),
+        ({"pass_env": "PATH"}, "pass_env is 'PATH'"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        LocalCluster(**arguments)
+
+
+def test_a_temporary_directory_with_a_long_name_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/" + "d" * 80)
+    assert LocalCluster()._keeper._base == Path("/tmp")
+
+
+async def test_a_cluster_is_started_once() -> None:
+    cluster = LocalCluster()
+    with pytest.raises(SandboxError, match="has not been started"):
+        _ = cluster.directory
+    with pytest.raises(KeyError):
+        cluster.kill("s")
+    async with cluster:
+        with pytest.raises(SandboxError, match="make a new one"):
+            await cluster.start()
+    await cluster.aclose()
+    with pytest.raises(SandboxError, match="make a new one"):
+        await cluster.start()
+
+
+async def test_a_cluster_that_was_never_started_closes() -> None:
+    cluster = LocalCluster()
+    await cluster.aclose()
+    await cluster.aclose()
+
+
+def test_the_settings_fit_the_cluster() -> None:
+    cluster = LocalCluster(namespace="mine", api_version="v1alpha1")
+    config = cluster.config(max_sessions=3)
+    assert (config.mode, config.namespace, config.api_version) == ("multi", "mine", "v1alpha1")
+    assert (config.max_sessions, config.endpoint) == (3, cluster.endpoint)
+    assert cluster.config(namespace="other").namespace == "other"

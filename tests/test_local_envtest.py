@@ -1,0 +1,74 @@
+"""LocalCluster on a real API server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from _apiserver import ApiServer, assets
+from _sandbox_crd import sandbox_crd
+from _traces import traces
+from kubernetes_asyncio.client import ApiClient, Configuration, CoreV1Api, CustomObjectsApi
+from test_local import condition, in_seconds
+
+from prodisco_sandbox import SandboxManager
+from prodisco_sandbox.local import LocalCluster
+
+pytestmark = [pytest.mark.envtest, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ApiServer]:
+    binaries = assets()
+    assert binaries is not None
+    with ApiServer(binaries) as server:
+        server.install_crd(sandbox_crd("v1beta1", "v1alpha1"))
+        yield server
+
+
+@pytest.mark.parametrize("version", ["v1alpha1", "v1beta1"])
+async def test_a_session_lives_dies_and_expires(
+    server: ApiServer, version: Literal["v1alpha1", "v1beta1"], tmp_path: Path
+) -> None:
+    namespace = f"local-{version}"
+    at = ("agents.x-k8s.io", version, namespace, "sandboxes")
+    configuration = Configuration(host=server.url)
+    configuration.ssl_ca_cert = str(server.directory / "ca.crt")
+    configuration.api_key["BearerToken"] = f"Bearer {server.token()}"
+    async with ApiClient(configuration) as client:
+        await CoreV1Api(client).create_namespace({"metadata": {"name": namespace}})
+        api = CustomObjectsApi(client)
+        cluster = LocalCluster(
+            custom_objects_api=api, namespace=namespace, api_version=version, directory=tmp_path
+        )
+        async with cluster, SandboxManager(cluster.config(), custom_objects_api=api) as manager:
+            first = await manager.get_client("session")
+            assert (await first.execute(code="print(6 * 7)")).output == "42\n"
+            name = manager.sandbox_name("session")
+            sandbox = await api.get_namespaced_custom_object(*at, name)
+            assert condition(sandbox)["reason"] == "DependenciesReady"
+            assert sandbox["status"]["serviceFQDN"] == f"{name}.{namespace}.svc.cluster.local"
+
+            cluster.kill(name)
+            async with asyncio.timeout(10):
+                while not manager.stats().lost:
+                    await asyncio.sleep(0.02)
+            second = await manager.get_client("session")
+            assert second.sandbox != first.sandbox
+
+            spec = {"spec": {"shutdownTime": in_seconds(0.5), "shutdownPolicy": "Delete"}}
+            name = manager.sandbox_name("session")
+            await api.patch_namespaced_custom_object(
+                *at, name, spec, _content_type="application/merge-patch+json"
+            )
+            async with asyncio.timeout(10):
+                while manager.stats().lost < 2:
+                    await asyncio.sleep(0.02)
+            third = await manager.get_client("session")
+            assert third.sandbox != second.sandbox
+            assert (await third.execute(code="print('again')")).output == "again\n"
+        assert (await api.list_namespaced_custom_object(*at))["items"] == []
+    assert traces(tmp_path) == []

@@ -1,0 +1,274 @@
+"""LocalCluster leaves nothing behind, whichever way it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from _traces import processes, traces, until_gone
+from test_local import AT, STUB, condition, create, reason, stub
+
+from prodisco_sandbox import SandboxUnavailableError
+from prodisco_sandbox.local import LocalCluster, _keeper
+
+__all__ = ["stub"]  # A fixture.
+
+# Leaves a process in a session of its own; the first one also locks files, and does not end
+# when it is asked to.
+STUBBORN = """\
+#!/bin/sh
+setsid -f sleep 60
+case "$6" in */1/socket)
+    mkdir -p tmp/locked/inner
+    chmod 000 tmp/locked/inner tmp/locked
+    trap '' TERM
+    echo "listening on unix:$6"
+    while :; do sleep 60; done
+esac
+echo "listening on unix:$6"
+read -r _
+"""
+
+
+def keeper_of(directory: Path) -> int:
+    return next(pid for pid, arguments in processes(directory).items() if "_keeper.py" in arguments)
+
+
+async def sleepers(directory: Path, count: int) -> None:
+    """Waits for that many: a process has no arguments for a moment while it is made."""
+    async with asyncio.timeout(5):
+        while list(processes(directory).values()).count("sleep 60") != count:
+            await asyncio.sleep(0.01)
+
+
+async def ready(cluster: LocalCluster, *names: str) -> None:
+    for name in names:
+        await create(cluster, name)
+    api = cluster.custom_objects_api
+    await api.until(lambda: all(reason(api.get(name)) == "DependenciesReady" for name in names))
+
+
+async def test_what_is_stuck_hidden_or_locked_goes_too(tmp_path: Path, stub: Callable[[str], Path]) -> None:
+    async with LocalCluster(directory=tmp_path, python=stub(STUBBORN)) as cluster:
+        await ready(cluster, "deleted", "kept")
+        await sleepers(tmp_path, 3)
+        await cluster.custom_objects_api.delete_namespaced_custom_object(*AT, "deleted")
+        await until_gone(cluster.directory / "1")
+        await sleepers(tmp_path, 1)
+    assert traces(tmp_path) == []
+
+
+async def test_a_cluster_that_is_cancelled_while_it_starts(tmp_path: Path) -> None:
+    async def cancelled_after(turns: int) -> None:
+        (directory := tmp_path / str(turns)).mkdir()
+        starting = asyncio.create_task(LocalCluster(directory=directory).start(), name=f"start-{turns}")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        begun.append(bool(processes(directory)))
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert traces(directory) == []
+
+    begun: list[bool] = []
+    await asyncio.gather(*(cancelled_after(turns) for turns in range(1, 7)))
+    assert sum(begun) >= 4
+
+
+async def test_leaving_waits_however_often_it_is_cancelled(
+    tmp_path: Path, stub: Callable[[str], Path]
+) -> None:
+    inside = asyncio.Event()
+
+    async def body() -> None:
+        async with LocalCluster(directory=tmp_path, python=stub(STUB)) as cluster:
+            await ready(cluster, "s")
+            inside.set()
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(body(), name="body")
+    await inside.wait()
+    while not task.done():
+        task.cancel()
+        await asyncio.sleep(0)
+    assert task.cancelled()
+    assert traces(tmp_path) == []
+
+
+async def test_closing_goes_on_when_its_caller_is_cancelled(
+    tmp_path: Path, stub: Callable[[str], Path]
+) -> None:
+    cluster = LocalCluster(directory=tmp_path, python=stub(STUB))
+    await cluster.start()
+    await ready(cluster, "s")
+    closing = asyncio.create_task(cluster.aclose(), name="close")
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await cluster.aclose()
+    assert traces(tmp_path) == []
+
+
+async def test_an_error_inside_comes_through(tmp_path: Path, stub: Callable[[str], Path]) -> None:
+    async def fails() -> None:
+        async with LocalCluster(directory=tmp_path, python=stub(STUB)) as cluster:
+            await create(cluster, "starting")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fails()
+    assert traces(tmp_path) == []
+
+
+async def test_many_clusters_one_after_another_and_at_once(
+    tmp_path: Path, stub: Callable[[str], Path]
+) -> None:
+    async with LocalCluster(directory=tmp_path, python=stub(STUB)) as first:
+        await ready(first, "s")
+        for _ in range(2):
+            async with LocalCluster(directory=tmp_path, python=stub(STUB)) as other:
+                await ready(other, "s")
+                assert other.directory != first.directory
+            assert not other.directory.exists()
+        assert first.directory.exists()
+        assert reason(first.custom_objects_api.get("s")) == "DependenciesReady"
+    assert traces(tmp_path) == []
+
+
+async def test_signals_of_the_terminal_do_not_reach_the_keeper(
+    tmp_path: Path, stub: Callable[[str], Path]
+) -> None:
+    async with LocalCluster(directory=tmp_path, python=stub(STUB)) as cluster:
+        keeper = keeper_of(tmp_path)
+        assert os.getsid(keeper) == keeper
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(keeper, number)
+        await ready(cluster, "s")
+        server = next(pid for pid, arguments in processes(tmp_path).items() if "socket" in arguments)
+        assert os.getsid(server) == server
+
+
+async def test_a_killed_keeper_takes_the_servers_along(
+    tmp_path: Path, stub: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with LocalCluster(directory=tmp_path, python=stub(STUB)) as cluster:
+        api = cluster.custom_objects_api
+        sandbox = await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        os.kill(keeper_of(tmp_path), signal.SIGKILL)
+        await api.until(lambda: reason(api.get("s")) == "PodFailed")
+        assert cluster.endpoint(sandbox) is None
+        await create(cluster, "later")
+        await api.until(lambda: reason(api.get("later")) == "PodFailed")
+        async with asyncio.timeout(5):
+            while processes(tmp_path):
+                await asyncio.sleep(0.01)
+    assert "keeper_lost" in caplog.text
+    assert traces(tmp_path) == []
+
+
+async def test_a_keeper_that_cannot_start_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    cluster = LocalCluster(directory=gone)
+    gone.rmdir()
+    with pytest.raises(SandboxUnavailableError, match=r"did not start(.|\n)*No such file or directory"):
+        await cluster.start()
+    cluster = LocalCluster(directory=tmp_path)
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(SandboxUnavailableError, match="cannot be started") as caught:
+        await cluster.start()
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    assert traces(tmp_path) == []
+
+
+async def test_a_server_that_cannot_be_run_says_so(tmp_path: Path, stub: Callable[[str], Path]) -> None:
+    async with LocalCluster(directory=tmp_path, python=stub("#!/no/such/program\n")) as cluster:
+        api = cluster.custom_objects_api
+        await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")) == "PodFailed")
+        assert "ended with status 127: cannot run" in condition(api.get("s"))["message"]
+        await until_gone(cluster.directory / "1")
+        # A directory that is taken: the same, and the server that has it is left alone.
+        (cluster.directory / "2").mkdir()
+        await create(cluster, "t")
+        await api.until(lambda: reason(api.get("t")) == "PodFailed")
+        assert "could not be started: " in condition(api.get("t"))["message"]
+
+
+PARENT = """\
+import asyncio, os, subprocess, sys, time
+from prodisco_sandbox import SandboxManager
+from prodisco_sandbox.local import LocalCluster
+
+CODE = '''
+import subprocess, time
+subprocess.Popen(["sleep", "60"], start_new_session=True)
+print("running", flush=True)
+time.sleep(60)
+'''
+
+async def use(cluster):
+    manager = SandboxManager(cluster.config(), custom_objects_api=cluster.custom_objects_api)
+    stream = (await manager.get_client("session")).execute_stream(code=CODE)
+    async for chunk in stream:
+        print(chunk.text, end="", flush=True)
+
+async def main(directory):
+    async with LocalCluster(directory=directory) as one, LocalCluster(directory=directory) as two:
+        # Children with copies of whatever descriptor they can get; both outlive this.
+        if not (pid := os.fork()):
+            time.sleep(60)
+            os._exit(0)
+        other = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+        print(pid, other.pid, flush=True)
+        await asyncio.gather(use(one), use(two))
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as parent:
+        try:
+            assert parent.stdout is not None
+            forked, other = map(int, parent.stdout.readline().split())
+            assert [parent.stdout.readline() for _ in range(2)] == ["running\n"] * 2
+            await sleepers(tmp_path, 2)
+        finally:
+            parent.kill()
+            # Or the end of its output would not come.
+            os.kill(forked, signal.SIGSTOP)
+        try:
+            os.kill(other, 0)
+            async with asyncio.timeout(5):
+                while processes(tmp_path).keys() - {forked} or any(tmp_path.iterdir()):
+                    await asyncio.sleep(0.01)
+        finally:
+            os.kill(forked, signal.SIGKILL)
+            os.kill(other, signal.SIGKILL)
+    assert traces(tmp_path) == []
+
+
+def test_what_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = tmp_path / "locked" / "inner"
+    locked.mkdir(parents=True)
+    (locked / "file").touch()
+    (locked / "link").symlink_to(tmp_path)
+    locked.chmod(0)
+    locked.parent.chmod(0)
+    assert _keeper.remove(tmp_path / "locked")
+    assert not (tmp_path / "locked").exists()
+    (tmp_path / "busy").mkdir()
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    assert not _keeper.remove(tmp_path / "busy")
