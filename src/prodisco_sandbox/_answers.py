@@ -22,7 +22,7 @@ class RetryableError(SandboxUnavailableError):
     """A fault that may pass: 429, 5xx, a broken connection, no answer.
 
     Attributes:
-        ambiguous: The request may have been carried out all the same.
+        ambiguous: The request may have been carried out all the same, or still be.
         retry_after: The pause that the server asked for, in seconds.
     """
 
@@ -51,7 +51,13 @@ class UnsupportedError(SandboxError):
 
 
 class UnexpectedError(SandboxError):
-    """The API object raised what no Kubernetes client raises; the request may have been sent."""
+    """The API object raised what no Kubernetes client raises.
+
+    Attributes:
+        ambiguous: As for `RetryableError`.
+    """
+
+    ambiguous = True
 
 
 class VersionGoneError(SandboxUnavailableError):
@@ -87,6 +93,8 @@ def translate(
             return UnsupportedError(text, status=code)
         case 409 if verb == "create" and status.get("reason", "AlreadyExists") == "AlreadyExists":
             return AlreadyExistsError(text, status=code)
+        case 409 if verb == "create":  # Not about the object: a ResourceQuota that others count on.
+            return retryable(code, text, headers, ambiguous=False)
         case 409:
             return PreconditionError(text, status=code)
         case 410:

@@ -104,9 +104,8 @@ class Closing:
             if found is None or not self._may_delete(found, session.session_hash):
                 return
             uid = uid or manifest.uid(found)
-        if uid is not None:
-            await self._resources.delete(session.name, uid)
-            log.info("sandbox_deleted", sandbox=session.name, uid=uid)
+        await self._resources.delete(session.name, uid)
+        log.info("sandbox_deleted", sandbox=session.name, uid=uid)
 
     def _may_delete(self, sandbox: Object, session_hash: str) -> bool:
         labels = manifest.labels(sandbox)

@@ -13,7 +13,6 @@ from ._answers import (
     NotFoundError,
     PreconditionError,
     RetryableError,
-    UnexpectedError,
     UnsupportedError,
 )
 from ._leases import Leases
@@ -120,8 +119,7 @@ class Creation:
             created = await self._resources.create(body)
         except SandboxError as e:
             # Only a clear refusal says that nothing is there, unless an earlier answer was lost.
-            unclear = isinstance(e, UnexpectedError) or (isinstance(e, RetryableError) and e.ambiguous)
-            session.ambiguous = session.ambiguous or unclear
+            session.ambiguous = session.ambiguous or getattr(e, "ambiguous", False)
             session.leftover = session.ambiguous
             raise
         if created is not None:
@@ -171,9 +169,7 @@ class Creation:
         alive = [sandbox for sandbox in found if not manifest.is_deleting(sandbox)]
         for sandbox in alive:
             if manifest.readiness(sandbox, self._config).state == "terminal":
-                uid = manifest.uid(sandbox)
-                if uid is not None:
-                    await self._resources.delete(manifest.name(sandbox), uid, deadline)
+                await self._resources.delete(manifest.name(sandbox), manifest.uid(sandbox), deadline)
                 self._next_name(session)
                 return False
         if alive:

@@ -19,6 +19,7 @@ from kubernetes_asyncio.client.exceptions import ApiException
 
 from . import manifest
 from ._answers import (
+    AlreadyExistsError,
     ExpiredError,
     NotFoundError,
     PreconditionError,
@@ -40,6 +41,8 @@ log = get_logger("kubernetes")
 
 REQUEST_TIMEOUT = 10.0
 """Bound on one request: kubernetes_asyncio itself has none."""
+OPEN_TIMEOUT = 30.0
+"""Bound on loading the configuration, which may run a credential plugin."""
 WATCH_TIMEOUT = 120
 """Seconds after which the server ends a watch."""
 WATCH_GRACE = 10.0
@@ -71,6 +74,7 @@ class SandboxResources:
         self._open = SingleFlight("kubernetes-config", open_custom_objects_api)
         self._discover = SingleFlight("kubernetes-discovery", self._discover_version)
         self._version_was_served = False
+        self._assumed_until: float | None = None
         self._refused_since: dict[str, float] = {}
         self._worked: set[str] = set()
         self._requests = asyncio.Semaphore(CONCURRENT_REQUESTS)
@@ -94,7 +98,14 @@ class SandboxResources:
         """
         if self._config.api_version != "auto":
             return self._config.api_version
-        return await self.retry("discover", self._discover, deadline)
+        if self._assumed_until is not None and asyncio.get_running_loop().time() >= self._assumed_until:
+            self._assumed_until = None
+            self._discover.forget()
+        try:
+            return await self.retry("discover", self._discover, deadline)
+        except (RetryableError, UnexpectedError) as e:
+            e.ambiguous = False  # Whatever it was asked for has not been sent.
+            raise
 
     async def _discover_version(self) -> str:
         api = await self._api()
@@ -106,6 +117,8 @@ class SandboxResources:
             except (VersionGoneError, NotFoundError):
                 continue
             except (SandboxPermissionError, UnsupportedError):
+                # Not an answer to keep: a server that is starting refuses this too.
+                self._assumed_until = asyncio.get_running_loop().time() + STARTING_SERVER
                 return "v1alpha1"
             resources = getattr(served, "resources", None)
             if not isinstance(resources, list):  # A plain fake: it cannot say.
@@ -178,10 +191,13 @@ class SandboxResources:
                 error = e  # A continue token lives for minutes only: begin again.
         raise error
 
-    async def delete(self, name: str, uid: str, deadline: float | None = None) -> None:
-        """Deletes the Sandbox that has this uid; one that is gone, or another, is fine."""
+    async def delete(self, name: str, uid: str | None, deadline: float | None = None) -> None:
+        """Deletes the Sandbox that has this uid; one that is gone, or another, is fine.
+
+        A uid of None is for API objects that give none: it deletes whatever has the name.
+        """
         # The camelCase dict is the wire's own form of V1DeleteOptions.
-        body = {"preconditions": {"uid": uid}}
+        body = {} if uid is None else {"preconditions": {"uid": uid}}
         with contextlib.suppress(NotFoundError, PreconditionError):
             await self._call("delete", "delete_namespaced_custom_object", name, deadline=deadline, body=body)
 
@@ -225,9 +241,6 @@ class SandboxResources:
         if not inspect.iscoroutinefunction(readline):
             raise UnsupportedError("this CustomObjectsApi does not stream: it cannot watch")
         try:
-            if getattr(response, "status", 200) != 200:
-                text = (await response.read()).decode("utf-8", "replace")
-                raise self._translated("watch", response.status, text, getattr(response, "headers", None))
             yield "OPEN", {}
             while line := await self._read(readline):
                 yield self._event(line)
@@ -282,13 +295,13 @@ class SandboxResources:
             raise NotFoundError(str(error), status=404) from error.__cause__
         self._discover.forget()
         version = await self.api_version()
-        if isinstance(target[-1], dict) and "apiVersion" in target[-1]:
-            target = (*target[:-1], {**target[-1], "apiVersion": f"{GROUP}/{version}"})
-        try:
-            return await self._once(verb, bound, (target[0], version, *target[2:]), kwargs)
-        except VersionGoneError as e:
-            text = f"{e} (does the API server serve {GROUP}/{version}? see api_version)"
-            raise RetryableError(text, status=404) from e.__cause__
+        if verb != "create":  # Its body is made for one version: whoever made it makes another.
+            try:
+                return await self._once(verb, bound, (target[0], version, *target[2:]), kwargs)
+            except VersionGoneError as e:
+                error = e
+        text = f"{error} (does the API server serve {GROUP}/{version}? see api_version)"
+        raise retryable(404, text, None, ambiguous=False) from error.__cause__
 
     async def retry(self, verb: str, once: Callable[[], Awaitable[T]], deadline: float | None) -> T:
         """Repeats what fails for a reason that may pass, until the deadline."""
@@ -306,7 +319,15 @@ class SandboxResources:
                 await asyncio.sleep(pause)
 
     async def _api(self) -> Any:
-        return self._given if self._given is not None else await self._open()
+        if self._given is not None:
+            return self._given
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                return await self._open()
+        except TimeoutError as e:
+            raise SandboxUnavailableError(
+                f"the Kubernetes configuration has not been loaded within {OPEN_TIMEOUT:g} s"
+            ) from e
 
     async def _once(self, verb: str, bound: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         limit: object = REQUEST_TIMEOUT
@@ -317,19 +338,29 @@ class SandboxResources:
             # The wait for a turn is no part of the bound: nothing has been sent yet.
             async with self._requests, asyncio.timeout(REQUEST_TIMEOUT):
                 result = await bound(*args, **kwargs)
+                if verb == "watch":
+                    await _check_stream(result)
         except ApiException as e:
-            raise self._translated(verb, e.status or 0, e.body, e.headers) from e
+            error = self._translated(verb, e.status or 0, e.body, e.headers)
+            if isinstance(error, NotFoundError | AlreadyExistsError | PreconditionError):
+                self._allowed(verb)  # Who may not ask is not told what there is.
+            raise error from e
         except TimeoutError as e:
             raise RetryableError(
                 f"the API server did not answer a {verb} within {REQUEST_TIMEOUT:g} s"
             ) from e
         except (aiohttp.ClientError, OSError) as e:
-            raise RetryableError(f"the API server cannot be reached: {_described(e)}") from e
+            broken = RetryableError(f"the API server cannot be reached: {_described(e)}")
+            broken.ambiguous = not isinstance(e, aiohttp.ClientConnectorError)
+            raise broken from e
         except Exception as e:
             raise UnexpectedError(f"the CustomObjectsApi failed to {verb} a Sandbox: {_described(e)}") from e
+        self._allowed(verb)
+        return result
+
+    def _allowed(self, verb: str) -> None:
         self._worked.add(verb)
         self._refused_since.pop(verb, None)
-        return result
 
     def _accepted(self, bound: Any, kwargs: dict[str, object]) -> dict[str, object]:
         """Leaves out what the method's signature does not take, for plain fakes."""
@@ -355,6 +386,19 @@ class SandboxResources:
             if now - self._refused_since.setdefault(verb, now) < STARTING_SERVER:
                 return retryable(code, str(error), None, ambiguous=False)
         return error
+
+
+async def _check_stream(response: Any) -> None:
+    """Asked for a stream, kubernetes_asyncio does not look at the status."""
+    status = getattr(response, "status", 200)
+    if status == 200:
+        return
+    try:
+        refusal = ApiException(status=status)
+        refusal.body, refusal.headers = await response.text(), response.headers
+    finally:
+        response.close()
+    raise refusal
 
 
 def _can_discover(api: object) -> bool:

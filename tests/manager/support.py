@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from typing import Any
+
+from kubernetes_asyncio.client import ApiException
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.manifest import uid
@@ -101,6 +104,56 @@ def conditions(
             }
         ]
     }
+
+
+class PlainApi:
+    """A fake such as people write: create, get, list and delete, and neither uids nor watches."""
+
+    def __init__(self, status: dict[str, Any] | None = None) -> None:
+        self.objects: dict[str, dict[str, Any]] = {}
+        self.calls: list[str] = []
+        self.status = status
+
+    async def create_namespaced_custom_object(
+        self, group: str, version: str, namespace: str, plural: str, body: Any
+    ) -> Any:
+        self.calls.append("create")
+        await asyncio.sleep(0)
+        name = body["metadata"]["name"]
+        if name in self.objects:
+            raise ApiException(status=409)
+        status = self.status if self.status is not None else {"serviceFQDN": f"{name}.{namespace}.svc"}
+        self.objects[name] = {**deepcopy(body), "status": status}
+        return deepcopy(self.objects[name])
+
+    async def get_namespaced_custom_object(
+        self, group: str, version: str, namespace: str, plural: str, name: str
+    ) -> Any:
+        self.calls.append("get")
+        await asyncio.sleep(0)
+        if name not in self.objects:
+            raise ApiException(status=404)
+        return deepcopy(self.objects[name])
+
+    async def list_namespaced_custom_object(
+        self, group: str, version: str, namespace: str, plural: str
+    ) -> Any:
+        self.calls.append("list")
+        await asyncio.sleep(0)
+        return {"items": deepcopy(list(self.objects.values()))}
+
+    async def delete_namespaced_custom_object(
+        self, group: str, version: str, namespace: str, plural: str, name: str
+    ) -> Any:
+        self.calls.append("delete")
+        await asyncio.sleep(0)
+        if self.objects.pop(name, None) is None:
+            raise ApiException(status=404)
+        return {"status": "Success"}
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 async def settle() -> None:

@@ -1,0 +1,427 @@
+"""What goes wrong on the way to the API server and back, and what becomes of the Sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import aiohttp
+import pytest
+
+from prodisco_sandbox import (
+    SandboxCapacityError,
+    SandboxError,
+    SandboxFailedError,
+    SandboxPermissionError,
+    SandboxTimeoutError,
+    SandboxUnavailableError,
+)
+from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
+
+from .support import alive, managed, now, settle
+
+pytestmark = pytest.mark.looptime
+
+
+@pytest.fixture(autouse=True)
+def _no_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses of exactly 0.1, 0.2, 0.4 ... 5 seconds."""
+    monkeypatch.setattr("random.random", lambda: 1.0)
+
+
+# Create
+
+
+async def test_a_create_whose_answer_was_lost_is_resolved_by_a_get() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api) as manager:
+            api.faults.add("create", lost=True, times=1)
+            client = await manager.get_client("s")
+            assert (api.count("create"), api.count("get")) == (1, 1)
+            [sandbox] = api.objects
+            assert client.sandbox is not None
+            assert client.sandbox.uid == sandbox["metadata"]["uid"]
+            assert manager.stats().created == 1
+        assert api.objects == []
+
+
+async def test_a_create_that_lands_after_the_get_said_404_makes_no_second_sandbox() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api) as manager:
+            # Given up at 10 s, read at 10 s, carried out at 10.05 s, repeated at 10.1 s.
+            api.faults.add("create", latency=10.05, lands=True, times=1)
+            await manager.get_client("s")
+            assert now() == pytest.approx(10.1, abs=1e-3)
+            assert api.count("create") == 2
+            assert len(api.objects) == 1
+        assert api.objects == []
+
+
+async def test_a_late_landing_is_not_taken_from_the_session_that_came_back() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, idle_check_interval=20.0) as manager,
+    ):
+        api.faults.add("create", latency=15.0, lands=True, times=1)
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(1)
+        await manager.on_session_closed("s")
+        with pytest.raises(SandboxError):
+            await waiting
+        client = await manager.get_client("s")
+        await asyncio.sleep(100)
+        assert await manager.get_client("s") is client
+        assert len(alive(api)) == 1
+        assert manager.stats().lost == 0
+
+
+async def test_a_create_that_never_answers_is_bounded() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=25.0) as manager:
+        api.faults.add("create", latency=math.inf)
+        with pytest.raises(SandboxTimeoutError, match="its creation has not been answered"):
+            await manager.get_client("s")
+        assert now() == pytest.approx(25.0, abs=1e-3)
+        await manager.on_session_closed("s")
+        assert now() == pytest.approx(30.2, abs=0.11), "the last request has 10 s too"
+        assert manager.stats().closing == 0
+
+
+async def test_retry_after_is_honoured_to_the_second() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.faults.add("create", error=api_error(429, retry_after=7), times=2)
+        await manager.get_client("s")
+        assert now() == pytest.approx(14.0, abs=1e-3)
+        assert (api.count("create"), api.count("get")) == (3, 0), "a 429 has certainly made nothing"
+
+
+async def test_retry_after_is_honoured_on_429_only() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.faults.add("create", error=api_error(503, retry_after=7), times=1)
+        await manager.get_client("s")
+        assert now() == pytest.approx(0.1, abs=1e-3)
+
+
+async def test_a_retry_after_beyond_the_deadline_is_not_waited_for() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=5.0) as manager:
+        api.faults.add("create", error=api_error(429, retry_after=5))
+        with pytest.raises(SandboxUnavailableError, match="Too many requests|refused to create"):
+            await manager.get_client("s")
+        assert now() == pytest.approx(0.0, abs=1e-3)
+        assert api.count("create") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [500, 502, 503, 504, aiohttp.ServerDisconnectedError, ConnectionResetError, TimeoutError]
+)
+async def test_what_may_pass_is_retried(error: Any) -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.faults.add("create", error=error, times=3)
+        await manager.get_client("s")
+        assert now() == pytest.approx(0.1 + 0.2 + 0.4, abs=1e-3)
+        assert (api.count("create"), api.count("get")) == (4, 3)
+        assert len(api.objects) == 1
+
+
+@pytest.mark.parametrize("error", [400, 401, 403, 405, 410, 413, 422])
+async def test_a_clear_refusal_is_not_retried_and_frees_the_slot_at_once(error: int) -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, max_sessions=1, idle_check_interval=30.0) as manager,
+    ):
+        api.faults.add("create", error=error, times=1)
+        with pytest.raises(SandboxError) as caught:
+            await manager.get_client("s")
+        assert caught.value.status == error
+        assert caught.value.__cause__ is not None
+        assert now() == pytest.approx(0.0, abs=1e-3)
+        await settle()
+        assert manager.stats().closing == 0
+        await asyncio.sleep(70)
+        assert (api.count("create"), api.count("get"), api.count("delete")) == (1, 0, 0)
+        await manager.get_client("s")
+
+
+async def test_nothing_is_retried_beyond_the_deadline() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=10.0) as manager:
+        api.faults.add("create", error=503)
+        with pytest.raises(SandboxUnavailableError, match="unable to handle the request"):
+            await manager.get_client("s")
+        assert 5.0 < now() <= 10.0
+        made = api.count("create")
+        await asyncio.sleep(100)
+        assert api.count("create") == made
+        assert manager.stats().closing == 0
+
+
+async def test_a_connection_that_was_never_made_sent_no_create() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        key: Any = aiohttp.client_reqrep.ConnectionKey("h", 443, True, True, None, None, None)
+        refused = aiohttp.ClientConnectorError(key, ConnectionRefusedError(111, "refused"))
+        api.faults.add("create", error=refused, times=1)
+        await manager.get_client("s")
+        assert (api.count("create"), api.count("get")) == (2, 0)
+
+
+# What the server says
+
+
+async def test_a_quota_is_a_matter_of_capacity_in_the_servers_words() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.quota = 1
+        await manager.get_client("a")
+        with pytest.raises(SandboxCapacityError, match=r"exceeded quota.*requested: .*limited:") as caught:
+            await manager.get_client("b")
+        assert caught.value.status == 403
+        await manager.on_session_closed("a")
+        await manager.get_client("b")
+
+
+async def test_a_quota_that_is_being_counted_is_asked_again() -> None:
+    text = 'Operation cannot be fulfilled on resourcequotas "q": the object has been modified'
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.faults.add("create", error=api_error(409, text), times=1)
+        await manager.get_client("s")
+        assert (api.count("create"), api.count("get")) == (2, 0)
+
+
+async def test_what_is_not_allowed_names_verb_resource_and_rule() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.forbid("create")
+        rule = r'apiGroups \["agents.x-k8s.io"\], resources \["sandboxes"\], verbs \["create"\]'
+        with pytest.raises(SandboxPermissionError, match=rf"refused to create a Sandbox.*{rule}"):
+            await manager.get_client("s")
+        assert now() == pytest.approx(0.0, abs=1e-3)
+
+
+async def test_a_refusal_of_what_has_worked_passes_within_ten_seconds() -> None:
+    # An API server that starts answers 403 to everybody.
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("a")
+        api.forbid("create")
+        waiting = asyncio.create_task(manager.get_client("b"))
+        await asyncio.sleep(6)
+        assert not waiting.done()
+        api.allow()
+        await waiting
+        api.forbid("create")
+        begun = now()
+        with pytest.raises(SandboxPermissionError):
+            await manager.get_client("c")
+        assert 10 <= now() - begun <= 15.1
+
+
+async def test_a_validation_error_comes_in_the_servers_words() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        template = {"spec": {"containers": "none"}}
+        async with managed(api, pod_template_spec=template) as manager:
+            with pytest.raises(SandboxFailedError, match=r"is invalid: .*containers") as caught:
+                await manager.get_client("s")
+            assert caught.value.status == 422
+
+
+async def test_a_namespace_that_does_not_exist_is_named() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True, namespaces=["other"]) as api, managed(api) as manager:
+        with pytest.raises(SandboxFailedError, match='namespaces "prodisco" not found'):
+            await manager.get_client("s")
+        assert (api.count("create"), now()) == (1, pytest.approx(0.0, abs=1e-3))
+
+
+# Delete
+
+
+async def test_a_failing_delete_is_retried_holds_its_slot_and_never_makes_a_second_sandbox() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+        await manager.get_client("s")
+        fault = api.faults.add("delete", error=500)
+        await manager.on_session_closed("s")
+        assert now() == pytest.approx(0.0, abs=1e-3), "the rest is left to the background"
+        assert manager.stats().closing == 1
+        with pytest.raises(SandboxCapacityError):
+            await manager.get_client("t")
+        again = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(59)
+        # At 0, then after 0.2, 0.4, 0.8, 1.6 and 3.2 s, then at the reaper's tick.
+        assert [round(r.time, 1) for r in api.requests if r.verb == "delete"] == [0, 0.2, 0.6, 1.4, 3.0, 6.2]
+        assert not again.done()
+        fault.remove()
+        assert len(api.objects) == 1
+        await again
+        assert now() == pytest.approx(60.0, abs=1e-3)
+        assert manager.stats().delete_retries == 6
+        assert len(api.objects) == 1
+        assert api.count("create") == 2
+
+
+async def test_a_delete_is_never_given_up() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        fault = api.faults.add("delete", error=503)
+        await manager.on_session_closed("s")
+        await asyncio.sleep(7200)
+        assert manager.stats().closing == 1
+        fault.remove()
+        await asyncio.sleep(60)
+        assert api.objects == []
+        assert manager.stats().closing == 0
+
+
+async def test_a_delete_that_failed_is_retried_at_shutdown_until_it_succeeds() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api, shutdown_timeout=30.0) as manager:
+            await manager.get_client("s")
+            fault = api.faults.add("delete", error=503)
+            await manager.on_session_closed("s")
+            await asyncio.sleep(30)
+            asyncio.get_running_loop().call_later(12, fault.remove)
+        assert api.objects == []
+        assert 42 <= now() <= 47.1
+
+
+async def test_a_delete_answered_with_404_is_done() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        api.faults.add("delete", error=404, times=1)
+        await manager.on_session_closed("s")
+        assert (manager.stats().closing, manager.stats().delete_retries) == (0, 0)
+
+
+async def test_a_sandbox_that_others_have_made_under_the_name_is_not_deleted() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        api.silence_watches()
+        [sandbox] = api.objects
+        api.delete_now(sandbox["metadata"]["name"])
+        body = {**sandbox, "metadata": {k: sandbox["metadata"][k] for k in ("name", "namespace", "labels")}}
+        await api.create_namespaced_custom_object("agents.x-k8s.io", "v1beta1", "prodisco", "sandboxes", body)
+        await manager.on_session_closed("s")
+        assert manager.stats().closing == 0
+        [theirs] = api.objects
+        assert theirs["metadata"]["uid"] != sandbox["metadata"]["uid"]
+
+
+@pytest.mark.parametrize("error", [400, 401, 403, 422, 500, 503, ConnectionResetError, RuntimeError])
+async def test_no_error_of_the_cluster_gets_out_of_a_close(error: Any) -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        with api.faults.add("*", error=error):
+            await manager.on_session_closed("s")
+        await asyncio.sleep(61)
+        assert api.objects == []
+
+
+async def test_a_delete_that_never_answers_does_not_hold_the_close_for_ever() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        api.faults.add("delete", latency=math.inf, times=1)
+        await manager.on_session_closed("s")
+        assert now() == pytest.approx(10.0, abs=1e-3)
+        await asyncio.sleep(1)
+        assert api.objects == []
+
+
+# Reads
+
+
+async def test_a_get_that_never_answers_does_not_hold_a_creation_beyond_its_deadline() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=25.0) as manager:
+        api.forbid("watch", "list")
+        api.faults.add("get", latency=math.inf)
+        with pytest.raises(SandboxTimeoutError, match="last seen: no status yet"):
+            await manager.get_client("s")
+        assert now() == pytest.approx(25.0, abs=1e-3)
+        api.faults.clear()
+        await manager.on_session_closed("s")
+        assert api.objects == []
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("verb", ["create", "get", "list", "watch", "delete", "patch", "discovery"])
+async def test_an_unexpected_exception_leaves_nothing_and_keeps_its_cause(verb: Any, after: bool) -> None:
+    async with FakeCustomObjectsApi(auto_ready=3.0) as api:
+        async with managed(api, ready_timeout=30.0) as manager:
+            api.faults.add(verb, error=RuntimeError("boom"), after=after, times=1)
+            try:
+                await manager.get_client("s")
+            except SandboxError as e:
+                assert isinstance(e.__cause__, RuntimeError)
+                assert "boom" in str(e)
+                assert verb in ("create", "patch", "discovery")
+            await manager.on_session_closed("s")
+            await asyncio.sleep(1)
+            assert api.objects == []
+            await manager.get_client("s")
+        assert api.objects == []
+
+
+# API versions
+
+
+async def test_the_api_version_may_change_while_it_runs() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True, versions=["v1alpha1"]) as api:
+        async with managed(api) as manager:
+            await manager.get_client("a")
+            assert api.objects[0]["spec"]["replicas"] == 1
+            api.versions = ["v1beta1"]
+            await manager.get_client("b")
+            made = api.get(manager.sandbox_name("b"))
+            assert made is not None
+            assert made["spec"]["operatingMode"] == "Running"
+            assert "replicas" not in made["spec"]
+            await manager.on_session_closed("a")
+            assert len(api.objects) == 1
+            assert manager.stats().lost == 0
+        assert api.objects == []
+
+
+async def test_the_watch_finds_the_new_api_version_by_itself() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True, versions=["v1alpha1"]) as api,
+        managed(api) as manager,
+    ):
+        await manager.get_client("a")
+        api.versions = ["v1beta1"]
+        await asyncio.sleep(5)
+        assert [watch.version for watch in api.watches] == ["v1beta1"]
+        api.delete_now(manager.sandbox_name("a"))
+        await settle()
+        assert manager.stats().lost == 1
+
+
+async def test_a_cluster_without_agent_sandbox_gets_an_error_that_says_what_to_install() -> None:
+    async with FakeCustomObjectsApi(versions=[]) as api, managed(api) as manager:
+        with pytest.raises(SandboxUnavailableError, match="install agent-sandbox"):
+            await manager.get_client("s")
+        assert now() == pytest.approx(0.0, abs=1e-3)
+        await settle()
+        assert manager.stats().closing == 0
+
+
+async def test_a_version_that_was_served_comes_back() -> None:
+    # An API server that starts says 404 in plain text to everything.
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("a")
+        versions, api.versions = api.versions, ()
+        waiting = asyncio.create_task(manager.get_client("b"))
+        closing = asyncio.create_task(manager.on_session_closed("a"))
+        await asyncio.sleep(20)
+        assert not waiting.done()
+        assert closing.done()
+        api.versions = versions
+        await waiting
+        await asyncio.sleep(60)
+        assert alive(api) == [manager.sandbox_name("b")]
+
+
+async def test_a_create_that_met_no_such_version_leaves_nothing_to_look_for() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=10.0) as manager:
+        await manager.get_client("a")
+        api.versions = ()
+        with pytest.raises(SandboxUnavailableError):
+            await manager.get_client("b")
+        await settle()
+        assert manager.stats().closing == 0, "nothing was created, so there is nothing to delete"
+        api.versions = ("v1beta1",)
+
+
+# The client
