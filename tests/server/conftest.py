@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import trustme
 
 from .support import Server, Stub, running
 
@@ -20,3 +22,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 async def stub(server: Server) -> AsyncIterator[Stub]:
     async with server.connect() as stub:
         yield stub
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("certificates")
+    authority, clients = trustme.CA(), trustme.CA()
+    issued = {
+        "server": authority.issue_cert("127.0.0.1", "localhost"),
+        "client": clients.issue_cert("client@example.org"),
+        "foreign": authority.issue_cert("foreign@example.org"),
+    }
+    paths = {"ca": directory / "ca.pem", "clients": directory / "clients.pem"}
+    authority.cert_pem.write_to_path(str(paths["ca"]))
+    clients.cert_pem.write_to_path(str(paths["clients"]))
+    for name, cert in issued.items():
+        paths[f"{name}.key"] = directory / f"{name}.key"
+        paths[f"{name}.crt"] = directory / f"{name}.crt"
+        cert.private_key_pem.write_to_path(str(paths[f"{name}.key"]))
+        cert.cert_chain_pems[0].write_to_path(str(paths[f"{name}.crt"]))
+    return paths

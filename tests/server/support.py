@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
+import pytest
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.proto import sandbox_pb2_grpc
+from prodisco_sandbox.server import _confine
+from prodisco_sandbox.server._cgroup import find_pids_cgroups
 
 if TYPE_CHECKING:
     Stub = sandbox_pb2_grpc.SandboxServiceAsyncStub
@@ -147,3 +150,25 @@ def alive(pid: int) -> bool:
 
 def code(source: str, timeout_ms: int | None = None) -> pb.ExecuteRequest:
     return pb.ExecuteRequest(code=source, timeout_ms=timeout_ms)
+
+
+def tls_options(paths: dict[str, Path], mode: str) -> list[str]:
+    options = ["--tls-cert", str(paths["server.crt"]), "--tls-key", str(paths["server.key"])]
+    if mode == "mtls":
+        options += ["--tls-ca", str(paths["clients"])]
+    return ["--transport-mode", mode, *options]
+
+
+needs_landlock = pytest.mark.skipif(
+    _confine.landlock_version() < _confine.LANDLOCK_SCOPES,
+    reason="this kernel's Landlock keeps no signals in",
+)
+
+
+def own_cgroups() -> str | None:
+    """None where pids cgroups can be made, else why not."""
+    try:
+        find_pids_cgroups().remove()
+    except OSError as error:
+        return str(error)
+    return None

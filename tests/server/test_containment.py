@@ -16,12 +16,7 @@ from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine, _tree
 from prodisco_sandbox.server._cgroup import find_pids_cgroups
 
-from .support import Server, Stub, alive, code, running
-
-needs_landlock = pytest.mark.skipif(
-    _confine.landlock_version() < _confine.LANDLOCK_SCOPES,
-    reason="this kernel's Landlock keeps no signals in",
-)
+from .support import Server, Stub, alive, code, needs_landlock, own_cgroups, running
 
 
 async def output(stub: Stub, source: str) -> str:
@@ -182,14 +177,6 @@ time.sleep(1000)
     assert not any(map(alive, pids))
 
 
-def own_cgroups() -> str | None:
-    try:
-        find_pids_cgroups().remove()
-    except OSError as error:
-        return str(error)
-    return None
-
-
 FORKS = """
 import os, time
 count = 0
@@ -240,6 +227,7 @@ def test_cgroups_of_version_2(tmp_path: Path) -> None:
     assert [path.name for path in own.iterdir()] == ["cgroup.controllers"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 async def test_namespaces_by_bubblewrap(tmp_path: Path) -> None:
     with running(tmp_path, "--isolation", "bwrap", "--max-processes", "20") as server:

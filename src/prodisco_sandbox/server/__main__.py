@@ -9,14 +9,27 @@ import sys
 from ._app import serve
 from ._options import OptionsError, parse
 
+log = logging.getLogger("prodisco_sandbox.server")
+
 
 def main() -> int:
-    """Runs the server; returns its exit status: 0, or 2 for a wrong setting."""
+    """Runs the server; returns its exit status: 0, or 2 for a wrong setting.
+
+    With ``--check``: 0 where a server is well, 1 where it is not.
+    """
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        asyncio.run(serve(parse()))
+        options = parse()
+        if options.check:
+            from ._check import check
+
+            problem = check(options)
+            if problem is not None:
+                log.error(problem)
+            return 0 if problem is None else 1
+        asyncio.run(serve(options))
     except OptionsError as error:
         print(f"prodisco_sandbox.server: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -24,6 +24,7 @@ from ._executions import Executions
 from ._interpreter import Processes
 from ._options import Options
 from ._service import SandboxService
+from ._undecodable import Undecodable
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
     executions = Executions(options, processes, cache)
     service = SandboxService(options, executions, cache)
     standard_health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[Undecodable()])
     sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(standard_health, server)
     name = sandbox_pb2.DESCRIPTOR.services_by_name["SandboxService"].full_name

@@ -37,6 +37,8 @@ class Options:
     """None: a private temporary directory."""
     cache_dir: Path
     exit_with_parent: bool
+    check: bool
+    """Only ask a running server with these settings whether it is well."""
     isolation: str
     writable: tuple[Path, ...]
     pass_env: tuple[str, ...]
@@ -158,7 +160,7 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     """
     env = os.environ if environ is None else environ
     given = vars(_parser().parse_args(argv))
-    values: dict[str, Any] = {"exit_with_parent": given.pop("exit_with_parent")}
+    values: dict[str, Any] = {name: given.pop(name) for name in ("exit_with_parent", "check")}
     explicit = {name for name, text in given.items() if text is not None}
     for setting in SETTINGS:
         field = setting.name.replace("-", "_")
@@ -192,6 +194,11 @@ def _parser() -> argparse.ArgumentParser:
         "--exit-with-parent",
         action="store_true",
         help="end at once, leaving nothing behind, when standard input ends: the parent is gone",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="serve nothing: ask the server that has these settings whether it is well; exit with 0 or 1",
     )
     return parser
 

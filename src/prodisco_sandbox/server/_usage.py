@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _BLOCK = 512
-_ENTRY = 1024
-"""Bytes counted for each file and directory, so that empty ones are not free."""
+_ENTRY = 4096
+"""Bytes counted for each file and directory as such, so that empty ones are not free."""
 
 
 def disk_usage(directories: Iterable[Path], enough: int) -> int:

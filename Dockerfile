@@ -1,0 +1,41 @@
+# The reference sandbox server. Build it in the repository's root:
+#
+#     docker build -t prodisco/sandbox-server:latest .
+#
+# It runs as an ordinary user, without capabilities and on a read-only root file system;
+# docs/server.md says how to run it and how to add packages of your own.
+
+ARG PYTHON=3.13
+
+FROM python:${PYTHON}-slim AS build
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY src ./src
+# The server needs gRPC alone, not what the manager needs.
+RUN python -m venv /opt/sandbox \
+    && /opt/sandbox/bin/pip install --no-cache-dir --no-compile \
+        "grpcio>=1.74.0" "grpcio-health-checking>=1.74.0" "grpcio-reflection>=1.74.0" "protobuf>=6.31.1" pytest \
+    && /opt/sandbox/bin/pip install --no-cache-dir --no-compile --no-deps . \
+    && /opt/sandbox/bin/python -m compileall -q /opt/sandbox
+
+FROM python:${PYTHON}-slim
+COPY --from=build /opt/sandbox /opt/sandbox
+# A number, so that Kubernetes can verify runAsNonRoot.
+RUN groupadd --gid 65532 sandbox \
+    && useradd --uid 65532 --gid 65532 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin sandbox \
+    && install -d -o 65532 -g 65532 -m 0700 /tmp/prodisco-scripts
+USER 65532:65532
+
+# In a container, what executions write there is bounded by the container's own limits.
+ENV PATH=/opt/sandbox/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    SANDBOX_USE_TCP=true \
+    SANDBOX_TCP_HOST=0.0.0.0 \
+    SANDBOX_TCP_PORT=50051 \
+    SANDBOX_WRITABLE=/tmp:/dev/shm \
+    SCRIPTS_CACHE_DIR=/tmp/prodisco-scripts
+WORKDIR /tmp
+EXPOSE 50051
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=5s --start-period=5s CMD ["python", "-m", "prodisco_sandbox.server", "--check"]
+ENTRYPOINT ["python", "-m", "prodisco_sandbox.server"]

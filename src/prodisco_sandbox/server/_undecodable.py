@@ -1,0 +1,52 @@
+"""Messages that are no protobuf of the expected kind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Undecodable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Answers INTERNAL, as the protocol says, to what cannot be decoded.
+
+    Left to itself, gRPC answers UNKNOWN and logs a traceback for every such message.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        # Its functions are coroutines here, whatever their types say.
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        decode = handler.request_deserializer
+
+        async def decoded(data: bytes, context: Context) -> Any:
+            try:
+                return decode(data)
+            except DecodeError as error:
+                await context.abort(grpc.StatusCode.INTERNAL, f"the request cannot be decoded: {error}")
+
+        if handler.response_streaming:
+            stream = handler.unary_stream
+
+            async def answer_stream(data: bytes, context: Context) -> AsyncIterator[Any]:
+                async for answer in stream(await decoded(data, context), context):
+                    yield answer
+
+            return grpc.unary_stream_rpc_method_handler(
+                answer_stream, response_serializer=handler.response_serializer
+            )
+        unary = handler.unary_unary
+
+        async def answer(data: bytes, context: Context) -> Any:
+            return await unary(await decoded(data, context), context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)

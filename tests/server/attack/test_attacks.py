@@ -1,0 +1,396 @@
+"""Code that means harm, on a real server; each attack bounded in time and in size.
+
+After every one the server must be healthy and nothing of the attack left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.server import _confine, _tree
+
+from ..support import Server, Stub, alive, code, needs_landlock, own_cgroups, running, until
+
+pytestmark = pytest.mark.slow
+
+MIB = 1 << 20
+LIMITS = [
+    *("--max-processes", "40", "--memory-limit-mb", "256", "--file-size-limit-mb", "64"),
+    *("--workspace-limit-mb", "100", "--max-output", "100000", "--max-queued", "1000"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("attacked"), *LIMITS) as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def stub(server: Server) -> AsyncIterator[Stub]:
+    async with server.connect() as stub:
+        yield stub
+        assert (await stub.HealthCheck(pb.HealthCheckRequest(), timeout=2)).healthy
+        # Spares aside, there is nothing below the server: supervisors without a child.
+        await until(lambda: not grandchildren(server.pid))
+        await stub.Execute(code("import os, shutil\nfor n in os.listdir(): os.path.isdir(n) or os.unlink(n)"))
+
+
+def grandchildren(pid: int) -> list[int]:
+    table = _tree.children_by_parent()
+    return [below for child in table.get(pid, ()) for below in table.get(child, ())]
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.skipif(
+    os.geteuid() == 0 and own_cgroups() is not None,
+    reason="nothing bounds the processes of root without a pids cgroup",
+)
+@pytest.mark.parametrize("escape", ["pass", "os.setsid()"])
+async def test_fork_bomb(server: Server, stub: Stub, escape: str) -> None:
+    source = f"""
+import os
+while True:
+    try:
+        if os.fork() == 0:
+            {escape}
+    except OSError:
+        pass
+"""
+    most = 0
+    call = stub.Execute(code(source, timeout_ms=2000))
+    began = time.monotonic()
+    while not call.done():
+        most = max(most, len(_tree.descendants([server.pid])))
+        await stub.HealthCheck(pb.HealthCheckRequest(), timeout=2)
+        await asyncio.sleep(0.1)
+    assert (await call).error == "timed out after 2000 ms"
+    assert time.monotonic() - began < 8
+    # The server, spares, the supervisor, and 40 of the bomb; by user, room for error.
+    assert 30 < most < (60 if own_cgroups() is None else 400)
+
+
+async def test_memory(server: Server, stub: Stub) -> None:
+    for source in (
+        "x = bytearray(10**12)",
+        "x = []\nwhile True: x.append(bytearray(10**7))",
+        "x = 'a'\nwhile True: x += x",
+    ):
+        answer = await stub.Execute(code(source, timeout_ms=10_000))
+        assert answer.error == "MemoryError"
+    # A handler that goes on hoarding ends with its processes.
+    answer = await stub.Execute(
+        code("x = []\nwhile True:\n    try: x.append(bytearray(10**7))\n    except MemoryError: pass", 1000)
+    )
+    assert answer.error == "timed out after 1000 ms"
+
+
+async def test_disk_fill_by_one_file(stub: Stub) -> None:
+    answer = await stub.Execute(code("f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))"))
+    assert answer.error.startswith("OSError: [Errno 27] File too large")
+    size = await stub.Execute(code("import os; print(os.path.getsize('big'))"))
+    assert int(size.output) == 64 * MIB
+
+
+async def fill(stub: Stub, source: str) -> pb.ExecuteResponse:
+    """Runs code that fills the disk; it must be stopped within seconds."""
+    began = time.monotonic()
+    answer = await stub.Execute(code(source, timeout_ms=20_000))
+    assert "--workspace-limit-mb is 100" in answer.error, answer
+    assert time.monotonic() - began < 15
+    return answer
+
+
+# Slowly enough to see how soon it is noticed, rather than how fast the disk is.
+PACE = "time.sleep(0.02)"
+
+
+async def test_disk_fill_by_many_files(server: Server, stub: Stub) -> None:
+    await fill(
+        stub,
+        f"import time\nfor n in range(10**6):\n    open(f'f{{n}}', 'wb').write(bytes(5 << 20)); {PACE}",
+    )
+    used = await stub.Execute(code("import os; print(sum(os.path.getsize(n) for n in os.listdir()))"))
+    assert 100 * MIB < int(used.output) < 400 * MIB
+    # It is full, but code that makes room can still run; what fills it further cannot.
+    await fill(
+        stub,
+        f"import time\nfor n in range(10**6):\n    open(f'g{{n}}', 'wb').write(bytes(5 << 20)); {PACE}",
+    )
+    clean = "import os, time\nfor name in os.listdir(): os.unlink(name)\ntime.sleep(1)\nprint('ok')"
+    assert (await stub.Execute(code(clean))).output == "ok\n"
+
+
+async def test_disk_fill_by_files_without_a_name(stub: Stub) -> None:
+    await fill(
+        stub,
+        f"""
+import os, time
+held = []
+while True:
+    held.append(open("x", "wb", buffering=0)); os.unlink("x"); held[-1].write(bytes(5 << 20)); {PACE}
+""",
+    )
+
+
+async def test_disk_fill_by_empty_files(stub: Stub) -> None:
+    await fill(stub, "n = 0\nwhile True:\n    n += 1; open(f'e{n}', 'w').close()")
+
+
+@needs_landlock
+async def test_disk_fill_elsewhere(stub: Stub) -> None:
+    for directory in ("/tmp", "/var/tmp", "/dev/shm", "/root", "/run"):
+        answer = await stub.Execute(code(f"open({directory + '/attack'!r}, 'w')"))
+        assert "Error" in answer.error
+        assert not Path(directory, "attack").exists()
+
+
+async def test_a_gigabyte_of_output(server: Server, stub: Stub) -> None:
+    before = resident(server.pid)
+    began = time.monotonic()
+    answer = await stub.Execute(
+        code("import os\nfor _ in range(1024): os.write(1, b'x' * (1 << 20))", timeout_ms=60_000)
+    )
+    assert answer.success
+    assert time.monotonic() - began < 20
+    assert len(answer.output) == 100_000 + len("\n[output cut: more than 100,000 characters]\n")
+    assert resident(server.pid) - before < 100 * MIB
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+async def test_endless_output_without_a_newline(server: Server, stub: Stub, descriptor: int) -> None:
+    source = f"import os\nwhile True: os.write({descriptor}, b'\\xff' * 100_000)"
+    slowest = 0.0
+    call = stub.ExecuteStream(code(source, timeout_ms=1500))
+
+    async def read() -> list[pb.ExecuteChunk]:
+        return [chunk async for chunk in call]
+
+    reading = asyncio.create_task(read())
+    while not reading.done():
+        began = time.monotonic()
+        await stub.HealthCheck(pb.HealthCheckRequest(), timeout=2)
+        slowest = max(slowest, time.monotonic() - began)
+        await asyncio.sleep(0.05)
+    chunks = await reading
+    text = "".join(chunk.output + chunk.error_output for chunk in chunks)
+    assert text.startswith("\ufffd" * 100_000)
+    assert "[output cut" in text
+    assert chunks[-1].result.state == pb.EXECUTION_STATE_TIMEOUT
+    assert slowest < 0.5
+
+
+@needs_landlock
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+async def test_signals_to_the_parents(server: Server, stub: Stub, number: signal.Signals) -> None:
+    parent, group = "os.getppid()", "-os.getpgid(os.getppid())"
+    for target in (parent, group, f"{server.pid}", f"-os.getpgid({server.pid})"):
+        answer = await stub.Execute(code(f"import os\nos.kill({target}, {number:d})"))
+        assert answer.error.startswith("PermissionError"), (target, answer)
+    assert server.process.poll() is None
+
+
+async def test_the_servers_environment_and_files(tmp_path: Path) -> None:
+    with running(tmp_path, env={"SECRET": "s3cret-of-the-server"}) as server:
+        async with server.connect() as stub:
+            source = f"""
+import os
+for pid in ("{server.pid}", str(os.getppid()), "self"):
+    for name in ("environ", "cmdline", "mem", "maps", "auxv"):
+        try:
+            with open(f"/proc/{{pid}}/{{name}}", "rb") as file:
+                print(pid, name, file.read(100_000))
+        except OSError as error:
+            print(pid, name, type(error).__name__)
+    for fd in range(100):
+        try:
+            print(open(f"/proc/{{pid}}/fd/{{fd}}", "rb", buffering=0).read(10) if pid != "self" else "")
+        except OSError:
+            pass
+"""
+            answer = await stub.Execute(code(source))
+            assert "s3cret-of-the-server" not in answer.output
+            if _confine.landlock_version() or os.geteuid() != 0:
+                assert f"{server.pid} environ PermissionError" in answer.output
+                assert f"{server.pid} mem PermissionError" in answer.output
+
+
+async def test_holding_on_after_the_timeout(stub: Stub) -> None:
+    source = """
+import os, signal, subprocess, sys, threading, time
+for number in range(1, 65):
+    try: signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError): pass
+def daemon():
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            while True: time.sleep(1)
+        os._exit(0)
+for _ in range(3): daemon()
+subprocess.Popen(["sleep", "1000"], start_new_session=True)
+stopped = subprocess.Popen(["sleep", "1000"]); stopped.send_signal(signal.SIGSTOP)
+class Hold:
+    def __del__(self):
+        while True: pass
+hold = Hold()
+while True:
+    try:
+        while True: time.sleep(1)
+    except BaseException: pass
+"""
+    began = time.monotonic()
+    answer = await stub.Execute(code(source, timeout_ms=1000))
+    assert answer.error == "timed out after 1000 ms"
+    assert time.monotonic() - began < 3
+
+
+async def test_keeping_the_outputs_open_elsewhere(stub: Stub) -> None:
+    """A pipe's end handed to another execution, over a socket, does not keep this one."""
+    keeper = stub.ExecuteStream(
+        code(
+            """
+import array, os, socket, time
+server = socket.socket(socket.AF_UNIX); server.bind("keep"); server.listen()
+print("ready")
+connection = server.accept()[0]
+connection.recvmsg(1, socket.CMSG_SPACE(4))
+time.sleep(1000)
+"""
+        )
+    )
+    assert (await anext(aiter(keeper))).output == "ready\n"
+    began = time.monotonic()
+    answer = await stub.Execute(
+        code(
+            """
+import array, socket
+client = socket.socket(socket.AF_UNIX); client.connect("keep")
+client.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1]))])
+print("given")
+"""
+        )
+    )
+    keeper.cancel()
+    assert answer.success
+    assert answer.output == "given\n"
+    assert time.monotonic() - began < 3
+
+
+async def test_a_stopped_supervisor_does_not_hold_the_server(server: Server, stub: Stub) -> None:
+    """As code could do it where Landlock does not keep signals inside."""
+    call = stub.ExecuteStream(code("import os, time; print(os.getpid()); time.sleep(1000)"))
+    first = await anext(aiter(call))
+    pid = int(first.output)
+    table = _tree.children_by_parent()
+    supervisor = next(parent for parent in table[server.pid] if pid in table.get(parent, ()))
+    os.kill(supervisor, signal.SIGSTOP)
+    request = pb.CancelExecutionRequest(execution_id=first.execution_id)
+    assert (await stub.CancelExecution(request, timeout=15)).success
+    assert not alive(pid)
+    assert not alive(supervisor)
+
+
+async def test_a_thousand_queued_executions(server: Server, stub: Stub) -> None:
+    busy = [(await stub.ExecuteAsync(code("import time; time.sleep(1000)"))).execution_id for _ in range(8)]
+    before = resident(server.pid)
+    queued = [stub.ExecuteAsync(code(f"print({n})")) for n in range(1000)]
+    ids = [(await call).execution_id for call in queued]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ExecuteAsync(code("print('one too many')"))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    began = time.monotonic()
+    assert (await stub.HealthCheck(pb.HealthCheckRequest(), timeout=2)).healthy
+    assert time.monotonic() - began < 0.1
+    assert resident(server.pid) - before < 50 * MIB
+    for execution_id in ids[10:]:
+        await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=execution_id))
+    for execution_id in busy:
+        await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=execution_id))
+    for number, execution_id in enumerate(ids[:10]):
+        request = pb.GetExecutionRequest(execution_id=execution_id, wait=True)
+        assert (await stub.GetExecution(request, timeout=20)).output == f"{number}\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../etc/passwd", "/etc/passwd", "..", "a/b", "nul\0byte", "x" * 100_000, "é-0123456789ab"]
+)
+async def test_path_tricks_in_cache_names(stub: Stub, name: str) -> None:
+    answer = await stub.Execute(pb.ExecuteRequest(cached=name))
+    assert not answer.success
+    assert answer.error.startswith("no cached script is named")
+
+
+async def test_a_client_that_vanishes_in_the_middle_of_a_stream(server: Server, stub: Stub) -> None:
+    client = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            """
+import sys, grpc
+from prodisco_sandbox.proto import sandbox_pb2 as pb, sandbox_pb2_grpc
+stub = sandbox_pb2_grpc.SandboxServiceStub(grpc.insecure_channel(sys.argv[1]))
+code = "import os, time; print(os.getpid()); time.sleep(1000)"
+for chunk in stub.ExecuteStream(pb.ExecuteRequest(code=code, timeout_ms=120_000)):
+    print(chunk.output, flush=True)
+""",
+            server.target,
+        ],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert client.stdout is not None
+        line = await asyncio.wait_for(asyncio.to_thread(client.stdout.readline), 20)
+        pid = int(line)
+        assert alive(pid)
+    finally:
+        client.kill()
+        client.wait()
+        assert client.stdout is not None
+        client.stdout.close()
+    await until(lambda: not alive(pid))
+
+
+async def test_garbage_on_the_port(tmp_path: Path) -> None:
+    with running(tmp_path, address=["--host", "127.0.0.1", "--port", "0"]) as server:
+        host, port = server.target.rsplit(":", 1)
+        junk = [
+            os.urandom(65536),
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + os.urandom(4096),
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff\xff\xff\x00\x00\x00\x00\x00\x01" + bytes(4096),
+            b"",
+        ]
+        with contextlib.ExitStack() as stack:
+            for data in junk * 20:
+                connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(data)
+            async with server.channel() as channel:
+                stub = Stub(channel)  # type: ignore[call-arg]
+                assert (await stub.Execute(code("print(1)"), timeout=10)).output == "1\n"
+                method = channel.unary_unary(
+                    "/prodisco.sandbox.v1.SandboxService/Execute", lambda junk: junk, lambda answer: answer
+                )
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await method(b"\xff\xff\xff", timeout=5)
+                assert caught.value.code() == grpc.StatusCode.INTERNAL
