@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from _traces import traces, until_gone
+from _local import traces, until_gone
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 

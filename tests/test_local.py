@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
-import itertools
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from _traces import processes, traces, until_gone
+from _local import AT, STUB, condition, create, in_seconds, processes, reason, stub, traces, until_gone
 
-from prodisco_sandbox import SandboxFailedError, SandboxManager, manifest
+from prodisco_sandbox import SandboxFailedError, SandboxManager
 from prodisco_sandbox.errors import SandboxError
 from prodisco_sandbox.local import LocalCluster
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 Object = dict[str, Any]
-AT = ("agents.x-k8s.io", "v1beta1", "prodisco", "sandboxes")
-
-# In place of Python: a server that is there at once, and ends when its input does.
-STUB = """\
-#!/bin/sh
-echo "listening on unix:$6"
-read -r _
-exit 0
-"""
-
-
-@pytest.fixture
-def stub(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes a program to run in place of the servers' interpreter."""
-    names = itertools.count()
-
-    def make(script: str = STUB) -> Path:
-        path = tmp_path.parent / f"{tmp_path.name}-stub{next(names)}"
-        path.write_text(script)
-        path.chmod(0o700)
-        return path
-
-    return make
 
 
 @contextlib.asynccontextmanager
@@ -53,27 +28,6 @@ async def running(cluster: LocalCluster, **settings: Any) -> AsyncIterator[Sandb
         SandboxManager(cluster.config(**settings), custom_objects_api=cluster.custom_objects_api) as manager,
     ):
         yield manager
-
-
-async def create(cluster: LocalCluster, name: str, version: str = "v1beta1", **spec: Any) -> Object:
-    body = manifest.sandbox_body(cluster.config(), version, name, manifest.session_hash(name))
-    body["spec"] |= spec
-    at = (AT[0], version, *AT[2:])
-    made: Object = await cluster.custom_objects_api.create_namespaced_custom_object(*at, body)
-    return made
-
-
-def condition(sandbox: Object | None, kind: str = "Ready") -> Object:
-    conditions = ((sandbox or {}).get("status") or {}).get("conditions") or []
-    return next((c for c in conditions if c["type"] == kind), {})
-
-
-def reason(sandbox: Object | None) -> str | None:
-    return condition(sandbox).get("reason")
-
-
-def in_seconds(seconds: float) -> str:
-    return (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")
 
 
 # Whole lives, on real servers
@@ -143,9 +97,9 @@ async def test_a_server_that_does_not_start_fails_its_session_at_once(tmp_path: 
 # The controller
 
 
-async def test_the_status_is_what_agent_sandbox_writes(stub: Callable[[], Path]) -> None:
+async def test_the_status_is_what_agent_sandbox_writes(tmp_path: Path) -> None:
     seen: list[Object] = []
-    async with LocalCluster(python=stub()) as cluster:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
         api = cluster.custom_objects_api
         api.subscribe(lambda _, sandbox: seen.append(sandbox))
         sandbox = await create(cluster, "s")
@@ -171,8 +125,8 @@ async def test_the_status_is_what_agent_sandbox_writes(stub: Callable[[], Path])
     }
 
 
-async def test_the_shutdown_time_is_honoured_and_can_be_put_off(stub: Callable[[], Path]) -> None:
-    async with LocalCluster(python=stub()) as cluster:
+async def test_the_shutdown_time_is_honoured_and_can_be_put_off(tmp_path: Path) -> None:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
         api = cluster.custom_objects_api
         at = in_seconds(0.4)
         await create(cluster, "deleted", shutdownTime=at, shutdownPolicy="Delete")
@@ -193,10 +147,10 @@ async def test_the_shutdown_time_is_honoured_and_can_be_put_off(stub: Callable[[
         await api.until(lambda: reason(api.get("renewed")) == "PodFailed")
 
 
-async def test_so_many_servers_start_at_once_and_no_more(tmp_path: Path, stub: Callable[[str], Path]) -> None:
+async def test_so_many_servers_start_at_once_and_no_more(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = STUB.replace("echo", f"echo start >>{log}; sleep 0.05; echo end >>{log}; echo", 1)
-    async with LocalCluster(python=stub(script), max_starting=1) as cluster:
+    async with LocalCluster(python=stub(tmp_path, script), max_starting=1) as cluster:
         api = cluster.custom_objects_api
         for name in ("a", "b", "c"):
             await create(cluster, name)
@@ -205,11 +159,11 @@ async def test_so_many_servers_start_at_once_and_no_more(tmp_path: Path, stub: C
 
 
 async def test_a_sandbox_deleted_while_it_waits_or_starts_gives_its_place_back(
-    stub: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     # The first one never gets as far as serving.
     script = STUB.replace("echo", 'case "$6" in */1/socket) sleep 60;; esac\necho', 1)
-    async with LocalCluster(python=stub(script), max_starting=1) as cluster:
+    async with LocalCluster(python=stub(tmp_path, script), max_starting=1) as cluster:
         api = cluster.custom_objects_api
         for name in ("a", "b", "c"):
             await create(cluster, name)
@@ -221,12 +175,14 @@ async def test_a_sandbox_deleted_while_it_waits_or_starts_gives_its_place_back(
 
 
 async def test_servers_get_only_the_environment_that_is_passed(
-    monkeypatch: pytest.MonkeyPatch, stub: Callable[[str], Path]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SECRET", "x")
     monkeypatch.setenv("WANTED", "y")
     script = STUB.replace("read", "env >env; read", 1)
-    async with LocalCluster(python=stub(script), pass_env=["PATH", "WANTED", "NOT_THERE"]) as cluster:
+    async with LocalCluster(
+        python=stub(tmp_path, script), pass_env=["PATH", "WANTED", "NOT_THERE"]
+    ) as cluster:
         await create(cluster, "s")
         server = cluster.directory / "1"
         async with asyncio.timeout(5):
@@ -238,9 +194,9 @@ async def test_servers_get_only_the_environment_that_is_passed(
         assert f"TMPDIR={server}/tmp" in lines
 
 
-async def test_a_server_that_says_much_is_not_blocked(stub: Callable[[str], Path]) -> None:
+async def test_a_server_that_says_much_is_not_blocked(tmp_path: Path) -> None:
     script = STUB.replace("read", "head -c 300000 /dev/zero; touch said; read", 1)
-    async with LocalCluster(python=stub(script)) as cluster:
+    async with LocalCluster(python=stub(tmp_path, script)) as cluster:
         await create(cluster, "s")
         async with asyncio.timeout(5):
             while not (cluster.directory / "1" / "said").exists():
@@ -259,9 +215,9 @@ class Unwatchable(FakeCustomObjectsApi):
 
 
 @pytest.mark.parametrize("version", ["v1alpha1", "v1beta1"])
-async def test_where_it_cannot_watch_it_lists(version: str, stub: Callable[[], Path]) -> None:
+async def test_where_it_cannot_watch_it_lists(version: str, tmp_path: Path) -> None:
     async with Unwatchable(versions=[version]) as api:
-        async with LocalCluster(custom_objects_api=api, python=stub(), poll_interval=0.02) as cluster:
+        async with LocalCluster(custom_objects_api=api, python=stub(tmp_path), poll_interval=0.02) as cluster:
             sandbox = await create(cluster, "s", version)
             await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
             with api.faults.add("list", error=500, times=2):
@@ -276,8 +232,8 @@ async def test_where_it_cannot_watch_it_lists(version: str, stub: Callable[[], P
         assert await api.get_api_resources(AT[0], version)
 
 
-async def test_faults_of_the_api_are_survived(stub: Callable[[], Path]) -> None:
-    async with LocalCluster(python=stub()) as cluster:
+async def test_faults_of_the_api_are_survived(tmp_path: Path) -> None:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
         api = cluster.custom_objects_api
         await create(cluster, "before")
         await api.until(lambda: reason(api.get("before")) == "DependenciesReady")
@@ -290,16 +246,16 @@ async def test_faults_of_the_api_are_survived(stub: Callable[[], Path]) -> None:
         await until_gone(cluster.directory / "1")
 
 
-async def test_a_later_cluster_runs_what_is_there_and_not_what_is_over(stub: Callable[[], Path]) -> None:
+async def test_a_later_cluster_runs_what_is_there_and_not_what_is_over(tmp_path: Path) -> None:
     async with FakeCustomObjectsApi() as api:
-        first = LocalCluster(custom_objects_api=api, python=stub())
+        first = LocalCluster(custom_objects_api=api, python=stub(tmp_path))
         async with first:
             await create(first, "alive")
             await create(first, "dead")
             await api.until(lambda: {reason(sandbox) for sandbox in api.objects} == {"DependenciesReady"})
             first.kill("dead")
             await api.until(lambda: reason(api.get("dead")) == "PodFailed")
-        async with LocalCluster(custom_objects_api=api, python=stub()) as second:
+        async with LocalCluster(custom_objects_api=api, python=stub(tmp_path)) as second:
             count = api.count("patch_status", "dead")
             alive, dead = api.get("alive"), api.get("dead")
             assert alive is not None
@@ -307,6 +263,31 @@ async def test_a_later_cluster_runs_what_is_there_and_not_what_is_over(stub: Cal
             await api.until(lambda: second.endpoint(alive) is not None)
             assert second.endpoint(dead) is None
             assert api.count("patch_status", "dead") == count
+
+
+async def test_a_deletion_that_lingers_ends_the_server(tmp_path: Path) -> None:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
+        api = cluster.custom_objects_api
+        await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        api.linger_deletes = True
+        await api.delete_namespaced_custom_object(*AT, "s")
+        await until_gone(cluster.directory / "1")
+        assert api.get("s") is not None
+
+
+async def test_a_list_from_before_a_sandbox_was_seen_does_not_end_it(tmp_path: Path) -> None:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
+        before = asyncio.get_running_loop().time()
+        sandbox = await create(cluster, "s")
+        api, controller = cluster.custom_objects_api, cluster._controller
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        assert controller is not None
+        controller.synced([], before)
+        await asyncio.sleep(0)
+        assert cluster.endpoint(sandbox) is not None
+        controller.synced([], asyncio.get_running_loop().time())
+        await until_gone(cluster.directory / "1")
 
 
 # Misuse

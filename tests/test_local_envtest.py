@@ -9,10 +9,9 @@ from typing import Literal
 
 import pytest
 from _apiserver import ApiServer, assets
+from _local import condition, in_seconds, traces
 from _sandbox_crd import sandbox_crd
-from _traces import traces
 from kubernetes_asyncio.client import ApiClient, Configuration, CoreV1Api, CustomObjectsApi
-from test_local import condition, in_seconds
 
 from prodisco_sandbox import SandboxManager
 from prodisco_sandbox.local import LocalCluster

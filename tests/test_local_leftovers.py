@@ -7,17 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from _traces import processes, traces, until_gone
-from test_local import AT, STUB, condition, create, reason, stub
+from _local import AT, condition, create, processes, reason, stub, traces, until_gone
 
 from prodisco_sandbox import SandboxUnavailableError
 from prodisco_sandbox.local import LocalCluster, _keeper
-
-__all__ = ["stub"]  # A fixture.
 
 # Leaves a process in a session of its own; the first one also locks files, and does not end
 # when it is asked to.
@@ -54,8 +50,8 @@ async def ready(cluster: LocalCluster, *names: str) -> None:
     await api.until(lambda: all(reason(api.get(name)) == "DependenciesReady" for name in names))
 
 
-async def test_what_is_stuck_hidden_or_locked_goes_too(tmp_path: Path, stub: Callable[[str], Path]) -> None:
-    async with LocalCluster(directory=tmp_path, python=stub(STUBBORN)) as cluster:
+async def test_what_is_stuck_hidden_or_locked_goes_too(tmp_path: Path) -> None:
+    async with LocalCluster(directory=tmp_path, python=stub(tmp_path, STUBBORN)) as cluster:
         await ready(cluster, "deleted", "kept")
         await sleepers(tmp_path, 3)
         await cluster.custom_objects_api.delete_namespaced_custom_object(*AT, "deleted")
@@ -81,13 +77,11 @@ async def test_a_cluster_that_is_cancelled_while_it_starts(tmp_path: Path) -> No
     assert sum(begun) >= 4
 
 
-async def test_leaving_waits_however_often_it_is_cancelled(
-    tmp_path: Path, stub: Callable[[str], Path]
-) -> None:
+async def test_leaving_waits_however_often_it_is_cancelled(tmp_path: Path) -> None:
     inside = asyncio.Event()
 
     async def body() -> None:
-        async with LocalCluster(directory=tmp_path, python=stub(STUB)) as cluster:
+        async with LocalCluster(directory=tmp_path, python=stub(tmp_path)) as cluster:
             await ready(cluster, "s")
             inside.set()
             await asyncio.sleep(60)
@@ -101,10 +95,8 @@ async def test_leaving_waits_however_often_it_is_cancelled(
     assert traces(tmp_path) == []
 
 
-async def test_closing_goes_on_when_its_caller_is_cancelled(
-    tmp_path: Path, stub: Callable[[str], Path]
-) -> None:
-    cluster = LocalCluster(directory=tmp_path, python=stub(STUB))
+async def test_closing_goes_on_when_its_caller_is_cancelled(tmp_path: Path) -> None:
+    cluster = LocalCluster(directory=tmp_path, python=stub(tmp_path))
     await cluster.start()
     await ready(cluster, "s")
     closing = asyncio.create_task(cluster.aclose(), name="close")
@@ -116,9 +108,9 @@ async def test_closing_goes_on_when_its_caller_is_cancelled(
     assert traces(tmp_path) == []
 
 
-async def test_an_error_inside_comes_through(tmp_path: Path, stub: Callable[[str], Path]) -> None:
+async def test_an_error_inside_comes_through(tmp_path: Path) -> None:
     async def fails() -> None:
-        async with LocalCluster(directory=tmp_path, python=stub(STUB)) as cluster:
+        async with LocalCluster(directory=tmp_path, python=stub(tmp_path)) as cluster:
             await create(cluster, "starting")
             raise ZeroDivisionError
 
@@ -127,13 +119,11 @@ async def test_an_error_inside_comes_through(tmp_path: Path, stub: Callable[[str
     assert traces(tmp_path) == []
 
 
-async def test_many_clusters_one_after_another_and_at_once(
-    tmp_path: Path, stub: Callable[[str], Path]
-) -> None:
-    async with LocalCluster(directory=tmp_path, python=stub(STUB)) as first:
+async def test_many_clusters_one_after_another_and_at_once(tmp_path: Path) -> None:
+    async with LocalCluster(directory=tmp_path, python=stub(tmp_path)) as first:
         await ready(first, "s")
         for _ in range(2):
-            async with LocalCluster(directory=tmp_path, python=stub(STUB)) as other:
+            async with LocalCluster(directory=tmp_path, python=stub(tmp_path)) as other:
                 await ready(other, "s")
                 assert other.directory != first.directory
             assert not other.directory.exists()
@@ -142,10 +132,8 @@ async def test_many_clusters_one_after_another_and_at_once(
     assert traces(tmp_path) == []
 
 
-async def test_signals_of_the_terminal_do_not_reach_the_keeper(
-    tmp_path: Path, stub: Callable[[str], Path]
-) -> None:
-    async with LocalCluster(directory=tmp_path, python=stub(STUB)) as cluster:
+async def test_signals_of_the_terminal_do_not_reach_the_keeper(tmp_path: Path) -> None:
+    async with LocalCluster(directory=tmp_path, python=stub(tmp_path)) as cluster:
         keeper = keeper_of(tmp_path)
         assert os.getsid(keeper) == keeper
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -156,9 +144,10 @@ async def test_signals_of_the_terminal_do_not_reach_the_keeper(
 
 
 async def test_a_killed_keeper_takes_the_servers_along(
-    tmp_path: Path, stub: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with LocalCluster(directory=tmp_path, python=stub(STUB)) as cluster:
+    deaf = '#!/bin/sh\necho "listening on unix:$6"\nexec sleep 60\n'
+    async with LocalCluster(directory=tmp_path, python=stub(tmp_path, deaf)) as cluster:
         api = cluster.custom_objects_api
         sandbox = await create(cluster, "s")
         await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
@@ -191,8 +180,8 @@ async def test_a_keeper_that_cannot_start_is_an_error(
     assert traces(tmp_path) == []
 
 
-async def test_a_server_that_cannot_be_run_says_so(tmp_path: Path, stub: Callable[[str], Path]) -> None:
-    async with LocalCluster(directory=tmp_path, python=stub("#!/no/such/program\n")) as cluster:
+async def test_a_server_that_cannot_be_run_says_so(tmp_path: Path) -> None:
+    async with LocalCluster(directory=tmp_path, python=stub(tmp_path, "#!/no/such/program\n")) as cluster:
         api = cluster.custom_objects_api
         await create(cluster, "s")
         await api.until(lambda: reason(api.get("s")) == "PodFailed")
