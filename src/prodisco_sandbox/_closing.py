@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import manifest
+from ._answers import RetryableError, UnexpectedError
 from ._log import get_logger
 from ._sessions import Session, SessionTable
 from .config import SandboxManagerConfig
@@ -25,6 +26,8 @@ AMBIGUOUS_FOR = 60.0
 """How long a create whose answer was lost may still land."""
 CLIENT_CLOSE_TIMEOUT = 5.0
 CONCURRENT_DELETES = 20
+ORPHAN_READS = 3
+"""How often an orphan that changes while it is being deleted is looked at anew."""
 
 
 class Closing:
@@ -71,7 +74,7 @@ class Closing:
 
     async def delete(self, session: Session) -> None:
         """Deletes the session's Sandbox, however often that takes."""
-        attempt = 0
+        attempt, pause = 0, 0.0
         while True:
             again = self._again
             try:
@@ -82,13 +85,16 @@ class Closing:
                 attempt += 1
                 self._table.totals.delete_retries += 1
                 log.warning("sandbox_delete_failed", sandbox=session.name, attempt=attempt, reason=str(e))
-                if self._last_chance and not isinstance(e, SandboxUnavailableError):
+                pause = backoff(attempt)
+                if isinstance(e, RetryableError) and e.retry_after is not None:
+                    pause = e.retry_after
+                if self._last_chance and not isinstance(e, SandboxUnavailableError | UnexpectedError):
                     self.abandoned.append(session.name)
                     return
             session.released.set()
             quick = self._last_chance or attempt <= QUICK_RETRIES
             try:
-                async with asyncio.timeout(backoff(attempt) if quick else None):
+                async with asyncio.timeout(pause if quick else None):
                     await again.wait()
             except TimeoutError:
                 continue
@@ -116,28 +122,39 @@ class Closing:
 
     async def look_again(self) -> None:
         """Looks for Sandboxes whose create was given up but may have landed since."""
-        now = asyncio.get_running_loop().time()
         for name, (session_hash, until) in list(self._ambiguous.items()):
-            if until < now or self._table.named(name) is not None:
-                del self._ambiguous[name]
-                continue
-            found = await self._resources.get(name)
-            uid = manifest.uid(found) if found is not None else None
-            if found is not None and uid is not None and self._may_delete(found, session_hash):
-                if self._table.named(name) is not None:
+            now = asyncio.get_running_loop().time()
+            # A session that has the name by now has met, or will meet, what lands there.
+            if self._table.named(name) is None:
+                found = await self._resources.get(name)
+                if found is not None and self._may_delete(found, session_hash):
+                    await self._delete_seen(found)
+                elif now < until:
                     continue
-                await self._resources.delete(name, uid)
-                log.info("sandbox_deleted", sandbox=name, uid=uid, late=True)
-            if found is not None:
-                self._ambiguous.pop(name, None)
+            self._ambiguous.pop(name, None)
+
+    async def _delete_seen(self, sandbox: Object, deadline: float | None = None) -> bool:
+        """Deletes a Sandbox of no session, unless somebody has laid hands on it since it was read."""
+        name, uid = manifest.name(sandbox), manifest.uid(sandbox)
+        version = (sandbox.get("metadata") or {}).get("resourceVersion")
+        deleted = await self._resources.delete(name, uid, deadline, version=version)
+        if deleted:
+            log.info("orphan_deleted", sandbox=name, uid=uid, instance=manifest.instance(sandbox))
+        return deleted
 
     async def clean_up(self, *, all_instances: bool, deadline: float) -> int:
         """Deletes what previous incarnations left; see `SandboxManager.cleanup_orphaned_sandboxes`."""
         found, _ = await self._resources.list(manifest.managed_selector(), deadline)
-        orphans = [sandbox for sandbox in found if self._is_orphan(sandbox, all_instances=all_instances)]
-        results = await asyncio.gather(
-            *(self._delete_orphan(sandbox, deadline) for sandbox in orphans), return_exceptions=True
-        )
+        # Turns of its own: the end of a session does not wait for a clean-up that hangs.
+        turns = asyncio.Semaphore(CONCURRENT_DELETES)
+
+        async def delete(sandbox: Object) -> bool:
+            async with turns:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise SandboxUnavailableError("the clean-up did not come to its end within ready_timeout")
+                return await self._delete_orphan(sandbox, deadline, all_instances=all_instances)
+
+        results = await asyncio.gather(*map(delete, found), return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
             raise errors[0]
@@ -152,12 +169,13 @@ class Closing:
             or manifest.lease_lapsed(sandbox, self._wall_clock())
         )
 
-    async def _delete_orphan(self, sandbox: Object, deadline: float) -> bool:
-        name, uid = manifest.name(sandbox), manifest.uid(sandbox)
-        async with self._deletes:
-            # A session may have been given this name, or have adopted it, since the list.
-            if uid is None or self._table.named(name) is not None:
+    async def _delete_orphan(self, sandbox: Object, deadline: float, *, all_instances: bool) -> bool:
+        # Since it was read, a session may have adopted it, or its manager renewed its lease.
+        seen: Object | None = sandbox
+        for _ in range(ORPHAN_READS):
+            if seen is None or not self._is_orphan(seen, all_instances=all_instances):
                 return False
-            await self._resources.delete(name, uid, deadline)
-        log.info("orphan_deleted", sandbox=name, uid=uid, instance=manifest.instance(sandbox))
-        return True
+            if await self._delete_seen(seen, deadline):
+                return True
+            seen = await self._resources.get(manifest.name(seen), deadline)
+        return False

@@ -447,6 +447,11 @@ class Engine:
         closers = {s.closer for s in self.table.closing.values() if s.closer is not None}
         if closers:
             await asyncio.wait(closers, timeout=max(0.0, deadline - self._now()))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._closing.look_again()
+        except (SandboxError, TimeoutError) as e:
+            log.info("sandbox_sweep_failed", reason=str(e))
         left = [s.name for s in self.table.closing.values()] + self._closing.abandoned
         stuck = await self._tasks.end()
         await self._resources.aclose()

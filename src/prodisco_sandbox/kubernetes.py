@@ -7,9 +7,9 @@ with its methods). Only this module knows ``ApiException``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import json
+import math
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
@@ -77,6 +77,7 @@ class SandboxResources:
         self._assumed_until: float | None = None
         self._refused_since: dict[str, float] = {}
         self._worked: set[str] = set()
+        self._away_at = -math.inf
         self._requests = asyncio.Semaphore(CONCURRENT_REQUESTS)
         self._accepts: dict[str, frozenset[str] | None] = {}
 
@@ -191,15 +192,25 @@ class SandboxResources:
                 error = e  # A continue token lives for minutes only: begin again.
         raise error
 
-    async def delete(self, name: str, uid: str | None, deadline: float | None = None) -> None:
+    async def delete(
+        self, name: str, uid: str | None, deadline: float | None = None, *, version: str | None = None
+    ) -> bool:
         """Deletes the Sandbox that has this uid; one that is gone, or another, is fine.
 
         A uid of None is for API objects that give none: it deletes whatever has the name.
+        With the resourceVersion of what the caller has seen, what has changed since stays.
+
+        Returns:
+            Whether there was something to delete.
         """
         # The camelCase dict is the wire's own form of V1DeleteOptions.
-        body = {} if uid is None else {"preconditions": {"uid": uid}}
-        with contextlib.suppress(NotFoundError, PreconditionError):
+        wanted = {"uid": uid, "resourceVersion": version}
+        body = {"preconditions": {key: value for key, value in wanted.items() if value is not None}}
+        try:
             await self._call("delete", "delete_namespaced_custom_object", name, deadline=deadline, body=body)
+        except (NotFoundError, PreconditionError):
+            return False
+        return True
 
     async def patch(self, name: str, body: Object, deadline: float | None = None) -> Object | None:
         """Applies a JSON merge patch (RFC 7386); metadata.uid in it is a precondition.
@@ -350,6 +361,7 @@ class SandboxResources:
                 f"the API server did not answer a {verb} within {REQUEST_TIMEOUT:g} s"
             ) from e
         except (aiohttp.ClientError, OSError) as e:
+            self._away_at = asyncio.get_running_loop().time()
             broken = RetryableError(f"the API server cannot be reached: {_described(e)}")
             broken.ambiguous = not isinstance(e, aiohttp.ClientConnectorError)
             raise broken from e
@@ -380,10 +392,12 @@ class SandboxResources:
         self, verb: str, code: int, body: object, headers: Mapping[str, str] | None
     ) -> SandboxError:
         error = translate(verb, self._config.namespace, code, body, headers)
-        if isinstance(error, SandboxPermissionError) and verb in self._worked:
-            # It was allowed before: an API server that starts refuses everybody for a while.
-            now = asyncio.get_running_loop().time()
-            if now - self._refused_since.setdefault(verb, now) < STARTING_SERVER:
+        now = asyncio.get_running_loop().time()
+        if isinstance(error, SandboxPermissionError):
+            # An API server that starts refuses everybody for a while: also what was allowed
+            # before, and what nobody had asked for until it was away.
+            since = self._refused_since.setdefault(verb, now) if verb in self._worked else self._away_at
+            if now - since < STARTING_SERVER:
                 return retryable(code, str(error), None, ambiguous=False)
         return error
 

@@ -11,7 +11,16 @@ from typing import Any
 from kubernetes_asyncio.client import ApiException
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.manifest import uid
+from prodisco_sandbox.manifest import (
+    GROUP,
+    LABEL_INSTANCE,
+    PLURAL,
+    lease_time,
+    sandbox_body,
+    sandbox_name,
+    session_hash,
+    uid,
+)
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 
@@ -150,6 +159,30 @@ class PlainApi:
         if self.objects.pop(name, None) is None:
             raise ApiException(status=404)
         return {"status": "Success"}
+
+
+async def left_behind(
+    api: FakeCustomObjectsApi,
+    session_id: str,
+    *,
+    incarnation: int = 0,
+    instance: str | None = "me",
+    lease: float | None = None,
+    ready: bool = True,
+) -> dict[str, Any]:
+    """Makes the Sandbox that a manager of an earlier time would have left; returns it."""
+    config = SandboxManagerConfig(mode="multi", instance_id=instance or "nobody")
+    name = sandbox_name(session_id, incarnation)
+    until = None if lease is None else lease_time(lease, 0)
+    body = sandbox_body(config, "v1beta1", name, session_hash(session_id), until)
+    if instance is None:
+        del body["metadata"]["labels"][LABEL_INSTANCE]
+    await api.create_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, body)
+    if ready:
+        api.set_ready(name)
+    made = api.get(name)
+    assert made is not None
+    return made
 
 
 def now() -> float:
