@@ -285,7 +285,7 @@ async def test_every_call_carries_a_deadline(server: FakeSandboxServer) -> None:
         assert await timeout_of(client.execute(code="x")) == pytest.approx(32, abs=1.1)
         assert await timeout_of(client.execute(code="x", timeout=60)) == pytest.approx(62, abs=1.1)
         # The server may raise what is less than a second to one.
-        assert await timeout_of(client.execute(code="x", timeout=0.2)) == pytest.approx(3, abs=1.1)
+        assert 2.5 < await timeout_of(client.execute(code="x", timeout=0.1)) < 3.1
         stream = client.execute_stream(code="x", timeout=8)
         assert await timeout_of(anext(stream)) == pytest.approx(10, abs=1.1)
         await stream.aclose()

@@ -50,6 +50,24 @@ async def ended(server: FakeSandboxServer, rpc: str, count: int = 1) -> str:
     return call.outcome
 
 
+# The channel
+
+
+def test_the_settings_of_the_channel() -> None:
+    assert dict(_channel._OPTIONS) == {
+        "grpc.max_send_message_length": 67_108_864,
+        "grpc.max_receive_message_length": 67_108_864,
+        "grpc.dns_min_time_between_resolutions_ms": 250,
+        "grpc.initial_reconnect_backoff_ms": 100,
+        "grpc.min_reconnect_backoff_ms": 2_000,
+        "grpc.max_reconnect_backoff_ms": 250,
+        "grpc.use_local_subchannel_pool": 1,
+        "grpc.keepalive_time_ms": 10_000,
+        "grpc.keepalive_timeout_ms": 5_000,
+        "grpc.enable_http_proxy": 0,
+    }
+
+
 # Deadlines
 
 

@@ -144,7 +144,7 @@ async def test_waiting_in_vain_says_why(server: FakeSandboxServer, client: Sandb
     assert client.health_error.status == "UNAVAILABLE"
 
 
-@pytest.mark.parametrize("timeout", [0, -1.5])
+@pytest.mark.parametrize("timeout", [0, -1.5, float("nan")])
 async def test_no_time_to_wait_is_no(
     server: FakeSandboxServer, client: SandboxClient, timeout: float
 ) -> None:
@@ -211,21 +211,23 @@ async def test_a_channel_with_a_call_on_it_is_not_replaced(
 ) -> None:
     server.script("Execute", NEVER)
     server.script("ExecuteStream", NEVER)
-    made = count_channels(client, monkeypatch)
+    connection = client._connection
     task = asyncio.create_task(client.execute(code="x"))
     await server.wait_for_call("Execute")
+    channel = connection._channel
     # As if the connection were lost: what counts is that the channel is in use.
-    monkeypatch.setattr(type(client._connection._channel), "get_state", lambda self: None)
-    await client._connection.renew()
+    monkeypatch.setattr(type(channel), "get_state", lambda self: None)
+    await connection.renew()
+    assert connection._channel is channel
     task.cancel()
     await asyncio.wait([task])
     async with client.execute_stream(code="x"):
-        await client._connection.renew()
-    assert len(made) == 1
-    await client._connection.renew()
-    await client._connection.renew()
+        await connection.renew()
+        assert connection._channel is channel
+    await connection.renew()
+    await connection.renew()
     assert (await client.health_check()).healthy
-    assert len(made) == 2
+    assert connection._channel is not channel
 
 
 async def test_a_server_that_is_restarted_is_reached_within_a_second(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -101,23 +103,33 @@ async def test_breaking_out_of_a_stream_that_nothing_holds_cancels_it(
 
 
 async def test_a_stream_that_is_held_stays_open_until_it_is_dropped(
-    server: FakeSandboxServer, client: SandboxClient
+    server: FakeSandboxServer, client: SandboxClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.script("ExecuteStream", [SOME, NEVER])
     held = {1: client.execute_stream(code="x"), 2: client.execute_stream(code="x")}
     for stream in held.values():
         async for _ in stream:
             break
+    cancelled_in: list[threading.Thread] = []
+    kind = type(stream._call)
+    cancel = kind.cancel
+
+    def noted(call: Any) -> Any:
+        cancelled_in.append(threading.current_thread())
+        return cancel(call)
+
+    monkeypatch.setattr(kind, "cancel", noted)
     del stream
     assert client.in_flight == 2
     del held[1]
     assert client.in_flight == 1
     assert await ended(server, "ExecuteStream", 1) == "cancelled"
-    # The collector may run in any thread.
+    # The collector may run in any thread, but calls belong to the loop's.
     await asyncio.to_thread(held.clear)
     assert client.in_flight == 0
     assert client.last_used > 0
     assert await ended(server, "ExecuteStream", 2) == "cancelled"
+    assert cancelled_in == [threading.main_thread()] * 2
 
 
 async def test_a_stream_dropped_before_the_server_said_anything_is_cancelled(

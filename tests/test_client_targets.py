@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 import trustme
 
@@ -265,6 +267,22 @@ async def test_tls(certs: Certificates) -> None:
         assert await client.wait_for_healthy(5)
         assert (await client.execute(code="x")).success
         assert [chunk.kind async for chunk in client.execute_stream(code="x")] == ["result"]
+
+
+async def test_first_calls_at_once_share_a_channel(
+    certs: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    make = grpc.aio.secure_channel
+
+    def counted(*args: Any, **options: Any) -> Any:
+        made.append(make(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(grpc.aio, "secure_channel", counted)
+    async with talking(certs.serve(), TlsConfig(ca=certs.ca)) as client:
+        await asyncio.gather(*(client.execute(code="x") for _ in range(3)))
+    assert len(made) == 1
 
 
 async def test_tls_over_a_unix_socket(certs: Certificates, tmp_path: Path) -> None:

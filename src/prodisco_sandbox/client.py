@@ -253,7 +253,7 @@ class SandboxClient:
             be read. `health_error` then says why.
         """
         self._health_error = None
-        if timeout <= 0:
+        if not timeout > 0:
             return False
         try:
             async with asyncio.timeout(timeout):
