@@ -171,10 +171,12 @@ class Connection:
         call = methods[rpc](request, timeout=timeout)
         self._calls.add(call)
         try:
+            await _ended(call)
             answer = await call
         except grpc.aio.AioRpcError as error:
             raise self.failure(rpc, error, suspicious=suspicious) from error
         except asyncio.CancelledError:
+            call.cancel()
             self.raise_if_closed_under(rpc)
             raise
         finally:
@@ -305,6 +307,17 @@ class Connection:
             call.cancel()
         self._streams.clear()
         await channel.close(None)
+
+
+async def _ended(call: Any) -> None:
+    """Waits for the end of a unary call.
+
+    Awaiting the call itself would hide who cancels: gRPC raises a CancelledError of its
+    own in place of anyio's, which a cancel scope then does not know and lets out.
+    """
+    ended = asyncio.Event()
+    call.add_done_callback(lambda _: ended.set())
+    await ended.wait()
 
 
 def cancelled_by_somebody() -> bool:
