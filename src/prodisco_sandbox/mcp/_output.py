@@ -96,7 +96,8 @@ class SandboxOutput(_Output):
     def end(self, outcome: ExecutionOutcome) -> None:
         """Takes over how an execution ended."""
         self.success = outcome.success
-        self.state = outcome.state.name
+        if outcome.state:
+            self.state = outcome.state.name
         self.error = None if outcome.error is None else shorten(outcome.error)
         self.execution_time_ms = outcome.execution_time_ms
         self.cached = read_cached(outcome.cached)

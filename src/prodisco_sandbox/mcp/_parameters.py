@@ -112,6 +112,11 @@ class Call:
         """How long the code may run."""
         return max(self.timeout_ms or DEFAULT_TIMEOUT_MS, MIN_TIMEOUT_MS)
 
+    @property
+    def patience(self) -> float:
+        """How long to wait for the end of an execution, in seconds."""
+        return (self.timeout_ms or DEFAULT_TIMEOUT_MS) / 1000
+
     def problem(self) -> str | None:
         """What is wrong with the call, for the model; None: nothing."""
         match self.mode:

@@ -271,7 +271,7 @@ class SandboxTools:
         if call.wait:
             # The call's own deadline would pass for a sign that the sandbox is dead.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(call.limit_ms / 1000):
+                async with asyncio.timeout(call.patience):
                     await client.wait_for_execution(call.execution_id)
         # From the beginning: in which units the server counts is its own affair.
         status = await client.get_execution(call.execution_id)

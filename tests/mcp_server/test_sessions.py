@@ -1,0 +1,461 @@
+"""Which sandbox is it? Sessions, handles, principals, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import anyio
+import httpx2
+import pytest
+from mcp import Client
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+
+from prodisco_sandbox import SandboxManager, SandboxManagerConfig
+from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
+from prodisco_sandbox.mcp import add_sandbox_tools, sandbox_lifespan, session_key
+from prodisco_sandbox.testing import NEVER, FakeSandboxServer
+
+from .support import ERAS, call, connect, over_http, refused, rig, run, text_of, until
+
+MODERN = "2026-07-28"
+DONE = ExecutionChunk("e1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
+
+
+# Sessions up to 2025-11-25
+
+
+async def test_a_session_over_http_has_one_sandbox_which_ends_with_it() -> None:
+    async with rig() as r, over_http(r.server) as url:
+        async with connect(url, "legacy") as one, connect(url, "legacy") as two:
+            for client in (one, two, one):
+                assert "sandbox" not in await run(client, ""), "no handle: the session says it"
+            assert r.manager.stats().created == 2
+        await until(lambda: not r.api.objects)
+        assert r.manager.stats().reaped == 0
+
+
+async def test_a_connection_on_a_duplex_transport_is_a_session() -> None:
+    async with rig() as r, Client(r.server, mode="legacy") as one:
+        async with Client(r.server, mode="legacy") as two:
+            for client in (one, two, one):
+                assert "sandbox" not in await run(client, "")
+            assert r.manager.stats().created == 2
+        await until(lambda: len(r.api.objects) == 1)
+        await run(one, "")
+        assert r.manager.stats().created == 2
+
+
+async def test_a_session_that_ends_while_its_sandbox_is_made_leaves_none() -> None:
+    async with rig() as r, over_http(r.server) as url:
+        r.api.faults.add("create", latency=0.2, times=1)
+        async with connect(url, "legacy") as client, anyio.create_task_group() as tasks:
+            tasks.start_soon(call, client, "")
+            await r.api.until(lambda: r.api.count("create"))
+            tasks.cancel_scope.cancel()
+        await until(lambda: r.manager.stats().closing == 0 and not r.manager.stats().creating)
+        assert r.api.objects == []
+
+
+# Spoofed headers
+
+
+@pytest.mark.parametrize(("era", "stateless"), [("legacy", True), (MODERN, True), (MODERN, False)], ids=str)
+async def test_a_session_id_that_is_only_a_header_leads_to_nobodys_sandbox(era: str, stateless: bool) -> None:
+    seen: list[str | None] = []
+
+    def spied(ctx: Context[Any, Any]) -> str | None:
+        # The header reaches the tool, which is why it must not be believed.
+        assert ctx.headers is not None
+        seen.append(ctx.headers.get("mcp-session-id"))
+        return session_key(ctx)
+
+    async with rig(session_key=spied) as r, over_http(r.server, stateless_http=stateless) as url:
+        victim = "0123456789abcdef0123456789abcdef"
+        if not stateless:
+            async with open_session(url) as victim:
+                await tool_call(url, victim)
+                await spoof(url, era, victim)
+        else:
+            await spoof(url, era, victim)
+            await spoof(url, era, victim)
+        assert seen[-1] == victim
+        assert r.manager.stats().created == 2, "each call had a sandbox of its own"
+
+
+async def spoof(url: str, era: str, session_id: str) -> None:
+    async with connect(url, era, mcp_session_id=session_id) as mallory:
+        assert "sandbox" in await run(mallory, ""), "a handle, for it has no session"
+
+
+async def test_the_header_of_another_session_counts_for_nothing() -> None:
+    """The SDK finds the connection by the header; here it is as if it did not."""
+
+    class Headers(dict[str, str]):
+        pass
+
+    async with rig() as r, Client(r.server, mode="legacy") as client:
+        keys: list[str | None] = []
+
+        async def probe(ctx: Context[Any, Any]) -> str:
+            connection = ctx.request_context.session._connection
+            connection.session_id = "own"
+            for shown in ("own", "other", "", None):
+                headers = {} if shown is None else {"mcp-session-id": shown}
+                ctx.request_context.request = type("Request", (), {"headers": headers})()
+                keys.append(session_key(ctx))
+            return "ok"
+
+        r.server.add_tool(probe)
+        await client.call_tool("probe", {})
+        assert keys[0] is not None
+        assert keys[1:] == [None, None, None]
+        assert "own" not in keys[0], "the id itself stays where it is"
+
+
+# Handles, from 2026-07-28
+
+
+async def test_a_handle_leads_back_to_its_sandbox_and_none_to_a_new_one() -> None:
+    async with rig() as r, over_http(r.server) as url:
+        async with connect(url, MODERN) as client:
+            first = (await run(client, ""))["sandbox"]
+            second = (await run(client, "", sandbox=""))["sandbox"]
+            assert first != second
+            assert (await run(client, "", sandbox=first))["sandbox"] == first
+        # The bearer of a handle is whoever shows it, where nobody is authenticated.
+        async with connect(url, MODERN) as other:
+            assert (await run(other, "", sandbox=first))["sandbox"] == first
+        assert r.manager.stats().created == 2
+        await asyncio.sleep(0.1)
+        assert len(r.api.objects) == 2, "the end of a request, or of a client, closes nothing"
+
+
+@pytest.mark.parametrize("mode", ["status", "cancel", "list"])
+async def test_a_question_about_executions_needs_a_handle(mode: str) -> None:
+    async with rig() as r, Client(r.server, mode=MODERN) as client:
+        assert "needs `sandbox`" in await refused(client, mode=mode, execution_id="e1")
+        assert r.manager.stats().created == 0
+
+
+async def test_forged_foreign_and_old_handles_are_refused_alike() -> None:
+    async with rig() as before, Client(before.server, mode=MODERN) as client:
+        old = (await run(client, ""))["sandbox"]
+    async with rig(auth=True) as r, over_http(r.server) as url:
+        async with connect(url, MODERN, token="alice") as alice, connect(url, MODERN, token="bob") as bob:
+            hers = (await run(alice, ""))["sandbox"]
+            texts = {
+                await refused(bob, "", sandbox=handle)
+                for handle in (hers, old, "sbx_" + "A" * 43, "sbx_", "default", hers[:-2], "\N{OWL}")
+            }
+            assert len(texts) == 1, "nothing shows that hers exists"
+            assert "mistyped, not yours, or from before the server was restarted" in texts.pop()
+            assert (await run(alice, "", sandbox=hers))["sandbox"] == hers
+        assert r.manager.stats().created == 1
+
+
+async def test_a_session_is_bound_to_who_opened_it() -> None:
+    async with rig(auth=True) as r, over_http(r.server) as url:
+        async with open_session(url, token="alice") as session_id:
+            assert (await tool_call(url, session_id, token="alice")).status_code == 200
+            assert (await tool_call(url, session_id, token="bob")).status_code == 404
+        assert r.manager.stats().created == 1
+
+
+async def test_the_keys_of_two_principals_differ_though_the_session_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = []
+    who = "alice"
+    monkeypatch.setattr("prodisco_sandbox.mcp._identity.principal", lambda ctx: who)
+
+    def spied(ctx: Context[Any, Any]) -> str | None:
+        keys.append(session_key(ctx))
+        return keys[-1]
+
+    async with rig(session_key=spied) as r, over_http(r.server) as url, connect(url, "legacy") as client:
+        await run(client, "")
+        who = "bob"
+        await run(client, "")
+        assert keys[0] != keys[1]
+        assert r.manager.stats().created == 2
+
+
+async def test_a_secret_makes_handles_valid_after_a_restart_with_a_word_of_warning() -> None:
+    secret = "kept in the environment"
+    async with rig(handle_secret=secret) as r, Client(r.server, mode=MODERN) as client:
+        handle = (await run(client, ""))["sandbox"]
+    async with rig(handle_secret=secret) as r, Client(r.server, mode=MODERN) as client:
+        result = await run(client, "", sandbox=handle)
+        assert "may be a new, empty sandbox" in result["note"]
+        assert "note" not in await run(client, "", sandbox=handle), "said once"
+
+
+# A cap for each principal
+
+
+async def test_one_caller_cannot_take_all_slots() -> None:
+    async with rig(auth=True, settings={"max_sessions": 5}) as r, over_http(r.server) as url:
+        async with connect(url, MODERN, token="alice") as alice, connect(url, MODERN, token="bob") as bob:
+            # At once: the cap is counted before anything is awaited.
+            results = await asyncio.gather(*(call(alice, "") for _ in range(5)))
+            handles = [r.structured_content["sandbox"] for r in results if r.structured_content]
+            assert len(handles) == 2, "half of the slots"
+            errors = {text_of(result) for result in results if result.is_error}
+            assert "You have 2 sandboxes" in errors.pop()
+            assert not errors
+            await run(alice, "", sandbox=handles[0])
+            await run(bob, "")
+            # A session counts like a handle; it is the same person.
+            async with connect(url, "legacy", token="alice") as session:
+                assert "You have 2 sandboxes" in await refused(session, "")
+                for key in list(r.manager._current):
+                    await r.manager.on_session_closed(key)
+                await run(session, "")
+        assert r.manager.stats().created == 4
+
+
+async def test_callers_who_cannot_be_told_apart_share_all_slots() -> None:
+    async with rig(settings={"max_sessions": 3}) as r, Client(r.server, mode=MODERN) as client:
+        for _ in range(3):
+            await run(client, "")
+        text = await refused(client, "")
+        assert "All sandboxes are taken" in text
+        assert "try again" in text
+        assert r.manager.stats().created == 3
+
+
+# What the model is told about its sandbox
+
+
+@pytest.mark.parametrize("era", ERAS)
+async def test_who_comes_back_after_a_reap_is_told_once_that_the_files_are_gone(era: str) -> None:
+    settings = {"session_idle_timeout": 0.2, "idle_check_interval": 0.05}
+    async with rig(settings=settings) as r, Client(r.server, mode=era) as client:
+        known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
+        await until(lambda: r.manager.stats().reaped == 1 and not r.api.objects)
+        r.sandbox.script("ExecuteTest", NEVER)
+        with anyio.move_on_after(0.1):  # Cancelled before it could be told.
+            await run(client, "", mode="test", tests="x", **known)
+        result = await run(client, "", **known)
+        assert "This is a new sandbox" in result["note"]
+        assert "gone" in result["note"]
+        assert "note" not in await run(client, "", **known)
+        assert r.manager.stats().recreated == 1
+
+
+async def test_an_error_tells_it_too() -> None:
+    async with rig() as r, Client(r.server, mode=MODERN) as client:
+        handle = (await run(client, ""))["sandbox"]
+        (key,) = r.manager._current
+        await r.manager.on_session_closed(key)
+        r.sandbox.script("ExecuteStream", [ExecutionChunk("e1", "result", result=timeout())])
+        result = await call(client, "", sandbox=handle)
+        assert result.is_error
+        assert result.structured_content is not None
+        assert "This is a new sandbox" in result.structured_content["note"]
+        assert result.structured_content["sandbox"] == handle
+
+
+def timeout() -> ExecutionOutcome:
+    return ExecutionOutcome(False, ExecutionState.TIMEOUT, "timed out")
+
+
+# Sandboxes that nobody could come back to
+
+
+async def test_a_sandbox_whose_handle_nobody_got_is_closed() -> None:
+    async with rig() as r, over_http(r.server) as url, connect(url, MODERN) as client:
+        r.sandbox.script("ExecuteStream", [ExecutionChunk("e1", "output", "begun"), NEVER])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call, client, "...")
+            await r.sandbox.wait_for_call("ExecuteStream")
+            tasks.cancel_scope.cancel()
+        await until(lambda: not r.api.objects)
+        assert r.manager.stats().ready == 0
+
+
+async def test_a_sandbox_that_could_not_be_had_leaves_no_trace() -> None:
+    async with rig() as r, Client(r.server, mode=MODERN) as client:
+        r.api.faults.add("create", error=403, times=1)
+        text = await refused(client, "")
+        assert "operator has to look into its log" in text
+        assert r.api.objects == []
+        assert "sandbox" in await run(client, "")
+
+
+# Cancellation
+
+
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("transport", ["memory", "http"])
+async def test_a_cancelled_call_cancels_the_execution(era: str, transport: str) -> None:
+    async with rig() as r, over_http(r.server) as url:
+        client_context = Client(r.server, mode=era) if transport == "memory" else connect(url, era)
+        async with client_context as client:
+            known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
+            r.sandbox.script("ExecuteStream", [ExecutionChunk("e1", "output", "begun"), NEVER])
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(lambda: call(client, "...", **known))
+                stream = await r.sandbox.wait_for_call("ExecuteStream", count=2)
+                await asyncio.sleep(0.1)  # Until the id has come; before, there is none to cancel.
+                tasks.cancel_scope.cancel()
+            cancel = await r.sandbox.wait_for_call("CancelExecution")
+            assert cancel.request.execution_id == "e1"
+            async with asyncio.timeout(5):
+                await stream.ended.wait()
+            assert stream.outcome == "cancelled"
+            r.sandbox.script("ExecuteStream", [DONE])
+            assert "note" not in await run(client, "", **known), "the sandbox is the same"
+
+
+async def test_a_cancelled_wait_leaves_the_execution_alone() -> None:
+    async with rig() as r, Client(r.server, mode="legacy") as client:
+        r.sandbox.script("GetExecution", NEVER)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: call(client, mode="status", execution_id="e1", wait=True))
+            waiting = await r.sandbox.wait_for_call("GetExecution")
+            tasks.cancel_scope.cancel()
+        async with asyncio.timeout(5):
+            await waiting.ended.wait()
+        assert [call.rpc for call in r.sandbox.calls if call.rpc not in ("Check", "GetExecution")] == []
+
+
+# Policies, single mode, life
+
+
+async def test_an_author_may_say_which_sandbox_it_is() -> None:
+    async with rig(session_key=lambda ctx: "everybody") as r:
+        async with Client(r.server, mode=MODERN) as one, Client(r.server, mode="legacy") as two:
+            for client in (one, two):
+                assert "sandbox" not in await run(client, "")
+            assert (await r.manager.get_client("everybody")).in_flight == 0
+        await asyncio.sleep(0.05)
+        assert r.manager.stats().created == 1
+
+
+async def test_a_session_of_an_authors_policy_outlives_its_connections() -> None:
+    async with rig(session_key=lambda ctx: "everybody") as r, Client(r.server, mode="legacy") as keeper:
+        async with Client(r.server, mode="legacy") as client:
+            await run(client, "")
+        await run(keeper, "")
+        assert r.manager.stats().created == 1
+
+
+async def test_in_single_mode_all_share_one_sandbox_without_handles() -> None:
+    async with FakeSandboxServer() as sandbox:
+        config = SandboxManagerConfig.from_env(
+            {"SANDBOX_TCP_PORT": sandbox.target.rpartition(":")[2]}, mode="single"
+        )
+        manager = SandboxManager(config)
+        server = MCPServer("test", lifespan=sandbox_lifespan(manager))
+        add_sandbox_tools(server, manager)
+        async with Client(server, mode=MODERN) as client:
+            assert not {"sandbox", "note"} & (await run(client, "", sandbox="made up")).keys()
+            await run(client, mode="list")
+
+
+async def test_a_lifespan_is_counted() -> None:
+    async with rig() as r:
+        lifespan = sandbox_lifespan(r.manager)
+        async with lifespan(r.server) as manager:
+            async with lifespan(r.server):
+                await manager.get_client("s")
+            assert manager.stats().ready == 1, "the first is still in it"
+        assert manager.stats().ready == 0
+        assert r.api.objects == []
+
+
+async def test_a_server_that_drains_takes_no_calls_and_waits_for_those_it_has() -> None:
+    async with rig() as r, Client(r.server, mode="legacy") as client:
+        go_on = asyncio.Event()
+        r.sandbox.script("ExecuteStream", [go_on, DONE])
+        last = asyncio.create_task(run(client, ""))
+        await r.sandbox.wait_for_call("ExecuteStream")
+        assert not await r.tools.drain(0.01)
+        assert "shutting down" in await refused(client, "")
+        draining = asyncio.create_task(r.tools.drain(5))
+        await asyncio.sleep(0)
+        assert not draining.done()
+        go_on.set()
+        assert await draining
+        assert (await last)["success"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_per_principal": 0}, "max_per_principal is 0"),
+        ({"max_output": -1}, "max_output is -1"),
+        ({"handle_secret": "short"}, "handle_secret is too short"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], text: str) -> None:
+    manager = SandboxManager(SandboxManagerConfig(mode="single"))
+    with pytest.raises(ValueError, match=text):
+        add_sandbox_tools(MCPServer("test"), manager, **options)
+
+
+async def test_handles_and_session_ids_are_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "prodisco_sandbox")
+    caplog.set_level(logging.INFO, "mcp")
+    async with (
+        rig() as r,
+        over_http(r.server) as url,
+        connect(url, MODERN) as client,
+        open_session(url) as session_id,
+    ):
+        handle = (await run(client, ""))["sandbox"]
+        await refused(client, "", sandbox=handle[:-3] + "AAA")
+        await tool_call(url, session_id)
+        r.sandbox.script("ExecuteStream", [ExecutionChunk("e1", "result", result=timeout())])
+        await refused(client, "", sandbox=handle)
+    log = "\n".join(record.getMessage() for record in caplog.records if "streamable_http" not in record.name)
+    assert "sandbox_ready" in log
+    assert handle[4:30] not in log
+    assert session_id not in log
+
+
+# Requests by hand, where a client would not make them
+
+
+def headers(session_id: str | None, token: str | None) -> dict[str, str]:
+    given = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25"}
+    if session_id is not None:
+        given["Mcp-Session-Id"] = session_id
+    if token is not None:
+        given["Authorization"] = f"Bearer {token}"
+    return given
+
+
+class open_session:
+    """Initializes a session by hand; gives its id, and ends it."""
+
+    def __init__(self, url: str, *, token: str | None = None) -> None:
+        self._url, self._token = url, token
+        self._session_id = ""
+
+    async def __aenter__(self) -> str:
+        params = {
+            "protocolVersion": "2025-11-25",
+            "capabilities": {},
+            "clientInfo": {"name": "test", "version": "0"},
+        }
+        body = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
+        async with httpx2.AsyncClient() as http:
+            answer = await http.post(self._url, json=body, headers=headers(None, self._token))
+        self._session_id = answer.headers["mcp-session-id"]
+        return self._session_id
+
+    async def __aexit__(self, *_: object) -> None:
+        async with httpx2.AsyncClient() as http:
+            await http.delete(self._url, headers=headers(self._session_id, self._token))
+
+
+async def tool_call(url: str, session_id: str, *, token: str | None = None) -> httpx2.Response:
+    params = {"name": "run_sandbox", "arguments": {"code": ""}}
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+    async with httpx2.AsyncClient() as http:
+        return await http.post(url, json=body, headers=headers(session_id, token))
