@@ -80,6 +80,10 @@ class Closing:
             try:
                 async with self._deletes:
                     await self._delete_once(session)
+                if session.ambiguous:
+                    # Also where one was found: a second create may still be on its way.
+                    until = asyncio.get_running_loop().time() + AMBIGUOUS_FOR
+                    self._ambiguous[session.name] = (session.session_hash, until)
                 return
             except SandboxError as e:
                 attempt += 1
@@ -104,9 +108,6 @@ class Closing:
         if uid is None or (session.claimed and not self._watching()):
             # Without a watch nobody has said whether another manager has claimed it.
             found = await self._resources.get(session.name)
-            if found is None and session.ambiguous:
-                until = asyncio.get_running_loop().time() + AMBIGUOUS_FOR
-                self._ambiguous[session.name] = (session.session_hash, until)
             if found is None or not self._may_delete(found, session.session_hash):
                 return
             uid = uid or manifest.uid(found)

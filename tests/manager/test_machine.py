@@ -279,6 +279,17 @@ class Machine(RuleBasedStateMachine):
             self.loop.close()
 
 
+def test_a_second_create_lands_after_the_first_was_deleted() -> None:
+    # Found by the machine: both creates were given up, one landed before the session's end.
+    machine = Machine()
+    machine.begin(seed=0, polling=False, leases=False)
+    machine.be_slow([True, True, True])
+    machine.delay("create", 15.0, True)
+    machine.ask_together("a", 2)
+    machine.wait(12.0)
+    machine.teardown()
+
+
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
     max_examples=150,
