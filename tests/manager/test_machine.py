@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 from collections import Counter
 from typing import Any
@@ -292,7 +293,7 @@ def test_a_second_create_lands_after_the_first_was_deleted() -> None:
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=150,
+    max_examples=int(os.environ.get("MACHINE_EXAMPLES", "25")),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
