@@ -15,7 +15,8 @@ from typing import Any
 
 import aiohttp
 import looptime
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
@@ -51,6 +52,7 @@ class Machine(RuleBasedStateMachine):
         self.sick: set[str] = set()
         self.callers: list[asyncio.Task[Any]] = []
         self.busy_when_reaped: list[str] = []
+        self.pins: Counter[SandboxClient | None] = Counter()
         self.strays = 0
         config = SandboxManagerConfig(
             mode="multi",
@@ -73,7 +75,7 @@ class Machine(RuleBasedStateMachine):
         end = engine._end
 
         def watched_end(session: Session, reason: str, error: SandboxError | None) -> None:
-            if reason == "reaped" and session.idle_since() is None:
+            if reason == "reaped" and self.pins[session.client]:
                 self.busy_when_reaped.append(session.name)
             end(session, reason, error)
 
@@ -106,7 +108,11 @@ class Machine(RuleBasedStateMachine):
                 return
             async with self.manager.session(session_id) as client:
                 self.check(session_id, client)
-                await asyncio.sleep(hold)
+                self.pins[client] += 1
+                try:
+                    await asyncio.sleep(hold)
+                finally:
+                    self.pins[client] -= 1
 
     def check(self, session_id: str, client: SandboxClient) -> None:
         assert isinstance(client, StubClient)
