@@ -454,6 +454,7 @@ class Engine:
             log.info("sandbox_sweep_failed", reason=str(e))
         left = [s.name for s in self.table.closing.values()] + self._closing.abandoned
         stuck = await self._tasks.end()
+        await self._leases.aclose()
         await self._resources.aclose()
         if left or stuck:
             log.error("shutdown_incomplete", sandboxes=sorted(left), tasks=sorted(stuck))

@@ -111,6 +111,10 @@ class Leases:
                 async with asyncio.timeout_at(self._wakes_at if self._due else None):
                     await self._added.wait()
 
+    async def aclose(self) -> None:
+        """Ends a probe under way."""
+        await self._probe.aclose()
+
     async def _renew(self, session: Session) -> None:
         if session not in self._due:
             return
@@ -119,11 +123,10 @@ class Leases:
         body = {"metadata": {"uid": session.uid}, "spec": manifest.lease_spec(self._next())}
         try:
             await self._resources.patch(session.name, body)
-        except (NotFoundError, PreconditionError):
-            self.drop(session)
-            self._on_lost(session)
-            return
         except SandboxError as e:
+            if isinstance(e, NotFoundError | PreconditionError):
+                # Gone, or not ours: then the session ends. If not, its lease goes on.
+                self._on_lost(session)
             attempt = self._failures[session] = self._failures.get(session, 0) + 1
             pause = min(RETRY_MOST, self._duration / 8, RETRY_FIRST * 2.0 ** min(attempt - 1, 10))
             log.warning("lease_renewal_failed", sandbox=session.name, attempt=attempt, reason=str(e))

@@ -80,6 +80,7 @@ class SingleFlight(Generic[T]):
         task = self._task
         if task is None:
             task = self._task = asyncio.create_task(self._call(), name=self._name)
+            task.add_done_callback(self._ended)
         if not task.done():
             await asyncio.wait({task})
         if task.cancelled():
@@ -87,12 +88,15 @@ class SingleFlight(Generic[T]):
         error = task.exception()
         if error is None:
             return task.result()
-        if self._task is task:
-            self._task = None
         raise error.twin() if isinstance(error, SandboxError) else error
 
     async def _call(self) -> T:
         return await self._run()
+
+    def _ended(self, task: asyncio.Task[T]) -> None:
+        # Here, since those who waited may all have been cancelled.
+        if (task.cancelled() or task.exception() is not None) and self._task is task:
+            self._task = None
 
     def forget(self) -> None:
         """Drops a success, so that the next call runs again."""

@@ -13,13 +13,15 @@ from prodisco_sandbox import (
     SandboxCapacityError,
     SandboxError,
     SandboxFailedError,
+    SandboxManager,
+    SandboxManagerConfig,
     SandboxPermissionError,
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import alive, managed, now, settle
+from .support import Clients, alive, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -479,3 +481,16 @@ async def test_a_create_that_met_no_such_version_leaves_nothing_to_look_for() ->
 
 
 # The client
+
+
+async def test_shutdown_during_the_first_questions_leaves_no_task() -> None:
+    for verb in ("patch", "discovery", "list", "watch", "create", "get"):
+        async with FakeCustomObjectsApi(auto_ready=True) as api:
+            api.faults.add(verb, latency=math.inf)
+            config = SandboxManagerConfig(mode="multi", shutdown_timeout=2.0)
+            manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
+            waiting = asyncio.create_task(manager.get_client("s"))
+            await asyncio.sleep(0.1)
+            await manager.shutdown()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert asyncio.all_tasks() == {asyncio.current_task()}, verb
