@@ -1,0 +1,357 @@
+"""What the tests on a real API server share: namespaces, connections, a controller, audit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+import yaml
+from _apiserver import ApiServer
+from _sandbox_crd import sandbox_crd
+from kubernetes_asyncio.client import ApiClient, ApiException, Configuration, CustomObjectsApi
+from manager.support import Clients
+
+from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
+
+Object = dict[str, Any]
+
+GROUP, PLURAL = "agents.x-k8s.io", "sandboxes"
+CRD = f"{PLURAL}.{GROUP}"
+VERSIONS = ("v1beta1", "v1alpha1")
+"""What the compact definition serves; the first is the stored one."""
+MERGE_PATCH = "application/merge-patch+json"
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+class AuditedServer(ApiServer):
+    """An API server that writes down every request on Sandboxes."""
+
+    def __init__(self, binaries: Path, directory: Path, *, watch_cache: bool = True) -> None:
+        self._log = directory / "audit.log"
+        policy = directory / "audit-policy.json"
+        rules = [{"level": "Metadata", "resources": [{"group": GROUP}]}, {"level": "None"}]
+        policy.write_text(
+            json.dumps(
+                {
+                    "apiVersion": "audit.k8s.io/v1",
+                    "kind": "Policy",
+                    "omitStages": ["RequestReceived"],
+                    "rules": rules,
+                }
+            )
+        )
+        flags = (f"--audit-policy-file={policy}", f"--audit-log-path={self._log}")
+        super().__init__(binaries, watch_cache=watch_cache, flags=flags)
+
+    def requests(self, user: str) -> Counter[str]:
+        """How many requests on Sandboxes a user has made so far, by verb."""
+        verbs: dict[str, str] = {}
+        for line in self._log.read_text().splitlines():
+            event = json.loads(line)
+            who = event.get("impersonatedUser") or event["user"]
+            if who["username"] == user:
+                verbs[event["auditID"]] = event["verb"]
+        return Counter(verbs.values())
+
+
+class Definitions:
+    """Which Sandbox definition an API server has; changed only where a test needs another."""
+
+    def __init__(self, server: ApiServer) -> None:
+        self._server = server
+        self._installed: str | None = None
+
+    def use(self, definition: Path | tuple[str, ...]) -> None:
+        """Installs the definition of a file, or the compact one that serves these versions."""
+        if self._installed == str(definition):
+            return
+        # Not replaced: a version that Sandboxes were stored in may not be taken away.
+        self.remove()
+        if isinstance(definition, Path):
+            self._server.install_crd(definition)
+        else:
+            self.change(sandbox_crd(*definition))
+        self._installed = str(definition)
+
+    def change(self, crd: Object) -> None:
+        """Replaces the definition in place."""
+        self._installed = ""
+        path = self._server.directory / "crd.json"
+        path.write_text(json.dumps(crd))
+        self._server.install_crd(path)
+
+    def remove(self) -> None:
+        if self._installed is not None:
+            self._server.kubectl("delete", "crd", CRD)
+            eventually(lambda: self._server.status(f"/apis/{GROUP}") == 404, "the definition's end")
+        self._installed = None
+
+
+@dataclass
+class Namespace:
+    """A namespace with the rights of deploy/base/rbac.yaml for its manager's service account."""
+
+    name: str
+    server: AuditedServer
+    api: CustomObjectsApi
+    """The administrator's."""
+    manager_api: CustomObjectsApi
+    """The manager's."""
+    account: str
+    version: str
+
+    async def list(self) -> list[Object]:
+        found = await self.api.list_namespaced_custom_object(GROUP, self.version, self.name, PLURAL)
+        return list(found["items"])
+
+    async def names(self) -> set[str]:
+        return {sandbox["metadata"]["name"] for sandbox in await self.list()}
+
+    async def get(self, name: str) -> Object:
+        found: Object = await self.api.get_namespaced_custom_object(
+            GROUP, self.version, self.name, PLURAL, name
+        )
+        return found
+
+    async def delete(self, name: str) -> None:
+        await self.api.delete_namespaced_custom_object(GROUP, self.version, self.name, PLURAL, name)
+
+    async def patch_status(self, name: str, status: Object) -> None:
+        await self.api.patch_namespaced_custom_object_status(
+            GROUP, self.version, self.name, PLURAL, name, {"status": status}, _content_type=MERGE_PATCH
+        )
+
+    async def empty(self) -> None:
+        """Waits until no Sandbox is left."""
+        await until(self._is_empty, f"{self.name} to be empty")
+
+    async def _is_empty(self) -> bool:
+        return not await self.list()
+
+    async def kubectl(self, *args: str, text: str | None = None) -> str:
+        return await asyncio.to_thread(self.server.kubectl, f"--namespace={self.name}", *args, text=text)
+
+    @asynccontextmanager
+    async def managed(
+        self,
+        clients: Callable[[str], SandboxClient] | None = None,
+        *,
+        api: Any = None,
+        **settings: Any,
+    ) -> AsyncIterator[SandboxManager]:
+        """A manager with the rights of deploy/base/rbac.yaml, unless `api` says otherwise."""
+        config = SandboxManagerConfig(**{"mode": "multi", "namespace": self.name, **settings})
+        manager = SandboxManager(
+            config, custom_objects_api=api or self.manager_api, client_factory=clients or Clients()
+        )
+        async with manager:
+            yield manager
+
+    def requests(self) -> Counter[str]:
+        """The manager's requests on Sandboxes so far, by verb."""
+        return self.server.requests(self.account)
+
+
+def rights(namespace: str) -> tuple[list[Object], str]:
+    """The objects of deploy/base/rbac.yaml in another namespace, and the user that they are for."""
+    objects = list(yaml.safe_load_all((DEPLOY / "base" / "rbac.yaml").read_text()))
+    account = ""
+    for found in objects:
+        found["metadata"]["namespace"] = namespace
+        for subject in found.get("subjects", ()):
+            subject["namespace"] = namespace
+            account = f"system:serviceaccount:{namespace}:{subject['name']}"
+    return objects, account
+
+
+def make_namespace(server: ApiServer, name: str) -> str:
+    """Makes a namespace with the rights of deploy/base/rbac.yaml; returns the user that has them."""
+    objects, account = rights(name)
+    objects.insert(0, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    server.kubectl("create", "--validate=false", "-f", "-", text=json.dumps(listed(objects)))
+    return account
+
+
+def listed(objects: list[Object]) -> Object:
+    return {"apiVersion": "v1", "kind": "List", "items": objects}
+
+
+@asynccontextmanager
+async def connected(
+    server: ApiServer, *, user: str | None = None, connections: int = 100
+) -> AsyncIterator[CustomObjectsApi]:
+    """The administrator's CustomObjectsApi, or one that acts as another user."""
+    configuration = Configuration(host=server.url)
+    configuration.ssl_ca_cert = str(server.directory / "ca.crt")
+    configuration.api_key["BearerToken"] = f"Bearer {server.token()}"
+    configuration.connection_pool_maxsize = connections
+    async with ApiClient(configuration) as client:
+        if user is not None:
+            client.set_default_header("Impersonate-User", user)
+        yield CustomObjectsApi(client)
+
+
+def eventually(met: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    """Waits until something holds, for code without a loop."""
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+async def until(met: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 20) -> None:
+    """Waits until something holds."""
+    end = time.monotonic() + seconds
+    while True:
+        answer = met()
+        if answer if isinstance(answer, bool) else await answer:
+            return
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        await asyncio.sleep(0.02)
+
+
+# What agent-sandbox does
+
+
+def condition(kind: str, status: str, reason: str, message: str = "") -> Object:
+    now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "type": kind,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastTransitionTime": now,
+    }
+
+
+def ready(sandbox: Object) -> Object:
+    """The status of a Sandbox whose pod is up."""
+    name, namespace = sandbox["metadata"]["name"], sandbox["metadata"]["namespace"]
+    status: Object = {
+        "conditions": [condition("Ready", "True", "DependenciesReady", "Pod is Ready; Service Exists")],
+        "podIPs": ["10.1.2.3"],
+    }
+    if sandbox["spec"].get("service") or sandbox["apiVersion"].endswith("v1alpha1"):
+        status |= {"service": name, "serviceFQDN": f"{name}.{namespace}.svc.cluster.local"}
+    return status
+
+
+class Controller:
+    """Plays the agent-sandbox controller for a namespace: writes status, honours shutdownTime.
+
+    It runs no pods. `status` gives what to write for a new Sandbox, None for nothing (yet).
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        api: CustomObjectsApi,
+        status: Callable[[Object], Object | None] = ready,
+        pause: float = 0.0,
+    ) -> None:
+        self.namespace = namespace
+        self.status = status
+        self.pause = pause
+        self.seen: dict[str, Object] = {}
+        """All Sandboxes that there are, by uid."""
+        self.created: set[str] = set()
+        """The uids of all that there ever were."""
+        self.answered: dict[str, float] = {}
+        """When the status write of a Sandbox was acknowledged, by name, on the loop's clock."""
+        self._api = api
+        self._at = (GROUP, namespace.version, namespace.name, PLURAL)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._spawn(self._watch())
+        self._spawn(self._expire())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for task in (await asyncio.wait(self._tasks))[0]:
+            if not task.cancelled():
+                task.result()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work, name="controller")
+        self._tasks.add(task)
+
+    async def _watch(self) -> None:
+        while True:
+            with contextlib.suppress(ApiException, aiohttp.ClientError, OSError):
+                page = await self._api.list_namespaced_custom_object(*self._at, _request_timeout=10)
+                self.seen = {}
+                for sandbox in page["items"]:
+                    self._changed({**sandbox, "apiVersion": page["apiVersion"]})
+                await self._follow(page["metadata"]["resourceVersion"])
+            await asyncio.sleep(0.05)
+
+    async def _follow(self, version: str) -> None:
+        response = await self._api.list_namespaced_custom_object(
+            *self._at, watch=True, resource_version=version, _preload_content=False
+        )
+        try:
+            while line := await response.content.readline():
+                event = json.loads(line)
+                if event["type"] == "DELETED":
+                    self.seen.pop(event["object"]["metadata"]["uid"], None)
+                elif event["type"] in ("ADDED", "MODIFIED"):
+                    self._changed(event["object"])
+                else:
+                    return
+        finally:
+            response.close()
+
+    def _changed(self, sandbox: Object) -> None:
+        uid = sandbox["metadata"]["uid"]
+        self.seen[uid] = sandbox
+        if uid not in self.created:
+            self.created.add(uid)
+            self._spawn(self._reconcile(sandbox))
+
+    async def _reconcile(self, sandbox: Object) -> None:
+        await asyncio.sleep(self.pause)
+        status = self.status(sandbox)
+        if status is None or sandbox.get("status"):
+            return
+        name = sandbox["metadata"]["name"]
+        while True:
+            try:
+                await self._api.patch_namespaced_custom_object_status(
+                    *self._at, name, {"status": status}, _content_type=MERGE_PATCH, _request_timeout=10
+                )
+            except ApiException as e:
+                if e.status == 404:
+                    return
+            except (aiohttp.ClientError, OSError):
+                pass
+            else:
+                self.answered[name] = asyncio.get_running_loop().time()
+                return
+            await asyncio.sleep(0.05)
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            now = time.time()
+            for sandbox in list(self.seen.values()):
+                end = sandbox["spec"].get("shutdownTime")
+                if end is None or dt.datetime.fromisoformat(end).timestamp() > now:
+                    continue
+                if sandbox["spec"].get("shutdownPolicy") == "Delete":
+                    with contextlib.suppress(ApiException, aiohttp.ClientError, OSError):
+                        await self._api.delete_namespaced_custom_object(
+                            *self._at, sandbox["metadata"]["name"], _request_timeout=10
+                        )
