@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,3 +202,24 @@ async def test_everything_but_language_servers_is_there(stub: Stub) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="no language server") as caught:
             await call
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_an_interpreter_that_cannot_be_started_is_an_answer(tmp_path: Path) -> None:
+    few = ("/bin/sh", "-c", 'ulimit -n 40; exec "$0" "$@"', sys.executable, "-m", "prodisco_sandbox.server")
+    with running(tmp_path, "--max-concurrent", "50", "--spare-interpreters", "0", command=few) as server:
+        async with server.connect() as stub:
+            ids = [(await stub.ExecuteAsync(code(SLEEP))).execution_id for _ in range(16)]
+            answers = [await stub.GetExecution(get(execution_id)) for execution_id in ids]
+            assert answers[0].state == pb.EXECUTION_STATE_RUNNING
+            assert answers[-1].state == pb.EXECUTION_STATE_FAILED
+            assert "cannot start an interpreter" in answers[-1].result.error
+            for execution_id in ids:
+                await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=execution_id))
+            assert (await stub.Execute(code("print(1)"))).output == "1\n"
+
+
+async def test_long_error_texts_are_cut(stub: Stub) -> None:
+    answer = await stub.Execute(code("raise ValueError('x' * 5_000_000)"))
+    assert answer.error.startswith("ValueError: xxx")
+    assert answer.error.endswith("characters]")
+    assert len(answer.error) < 70_000

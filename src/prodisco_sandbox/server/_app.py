@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,7 +23,7 @@ from ._cache import ScriptCache
 from ._containment import Containment
 from ._executions import Executions
 from ._interpreter import Processes
-from ._options import Options
+from ._options import Options, OptionsError
 from ._service import SandboxService
 from ._undecodable import Undecodable
 
@@ -44,6 +45,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 
+_KILL_TIMEOUT = 15.0
 _LAST_ANSWERS = 1.0
 """Seconds for the answers of what was killed at the end to get out."""
 
@@ -53,29 +55,29 @@ class Places:
 
     def __init__(self, options: Options) -> None:
         self._made: list[Path] = []
-        # Scripts outlive their server, unless the server is but a part of its parent.
-        self._keep_cache = not options.exit_with_parent
         self._socket = options.socket if options.host is None else None
         if self._socket is not None:
             self._make(self._socket.parent)
-        before = len(self._made)
+        private = self._private(options)
+        self.temporary = private / "tmp"
+        self._make(self.temporary)
+        kept = list(self._made)
         self._make(options.cache_dir)
-        if self._keep_cache:
-            del self._made[before:]
-        private = self._private(options.cache_dir)
         self.workspace = options.workspace or private / "workspace"
         self._make(self.workspace)
         self.workspace = self.workspace.resolve()
-        self.temporary = private / "tmp"
-        self._make(self.temporary)
+        if not options.exit_with_parent:
+            # What was asked for by name outlives the server, unless the server is but a
+            # part of its parent.
+            self._made = kept
         self.bound = False
 
-    def _private(self, fallback: Path) -> Path:
+    def _private(self, options: Options) -> Path:
         """A private directory, on a read-only root file system where the cache is."""
         try:
             path = tempfile.mkdtemp(prefix=PRIVATE_PREFIX)
         except FileNotFoundError:
-            path = tempfile.mkdtemp(prefix=PRIVATE_PREFIX, dir=fallback)
+            path = tempfile.mkdtemp(prefix=PRIVATE_PREFIX, dir=options.cache_dir)
         self._made.append(Path(path))
         return Path(path).resolve()
 
@@ -99,7 +101,13 @@ def _log_leftover(_function: object, path: str, error: object) -> None:
 
 
 async def serve(options: Options) -> None:
-    """Serves until a signal, or the parent's end, says stop."""
+    """Serves until a signal, or the parent's end, says stop.
+
+    Raises:
+        OptionsError: A setting cannot be carried out here.
+    """
+    if sys.platform != "linux":
+        raise OptionsError(f"this is {sys.platform}: the server contains what it runs by means of Linux")
     stop = _Stop()
     stop.on_signals()
     places = Places(options)
@@ -111,36 +119,46 @@ async def serve(options: Options) -> None:
 
 async def _serve(options: Options, places: Places, stop: _Stop) -> None:
     containment = Containment(options, places.workspace, places.temporary)
-    processes = Processes(containment, options.spare_interpreters)
-    processes.install()
-    cache = ScriptCache(options.cache_dir, options.cache_limit)
-    executions = Executions(options, processes, cache)
-    service = SandboxService(options, executions, cache)
+    try:
+        processes = Processes(containment, options.spare_interpreters)
+        cache = ScriptCache(options.cache_dir, options.cache_limit)
+        executions = Executions(options, processes, cache)
+        service = SandboxService(options, executions, cache)
+        server, standard_health = await _server(service)
+        target = _transport.bind(server, options)
+        places.bound = True
+        processes.install()
+        if options.workspace is not None:
+            await executions.measure()
+        await server.start()
+        if options.exit_with_parent:
+            stop.on_end_of_input()
+        try:
+            print(f"listening on {target}", flush=True)  # noqa: T201
+            log.info("listening on %s, workspace %s", target, places.workspace)
+            processes.start_spares()
+            await stop.asked.wait()
+            service.healthy = False
+            await standard_health.enter_graceful_shutdown()
+        finally:
+            grace = 0.0 if stop.at_once.is_set() else options.grace_period
+            await _drain(executions, grace, stop)
+            await server.stop(_LAST_ANSWERS)
+            await processes.close()
+    finally:
+        containment.close()
+
+
+async def _server(service: SandboxService) -> tuple[grpc.aio.Server, Any]:
+    """The gRPC server with all its services, and the one that tells its health."""
     standard_health = health.aio.HealthServicer()  # type: ignore[attr-defined]
     server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[Undecodable()])
     sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(standard_health, server)
     name = sandbox_pb2.DESCRIPTOR.services_by_name["SandboxService"].full_name
-    _reflect(server, [name, health.SERVICE_NAME])
     await standard_health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    target = _transport.bind(server, options)
-    places.bound = True
-    await server.start()
-    if options.exit_with_parent:
-        stop.on_end_of_input()
-    try:
-        print(f"listening on {target}", flush=True)  # noqa: T201
-        log.info("listening on %s, workspace %s", target, places.workspace)
-        processes.start_spares()
-        await stop.asked.wait()
-        service.healthy = False
-        await standard_health.enter_graceful_shutdown()
-    finally:
-        grace = 0.0 if stop.at_once.is_set() else options.grace_period
-        await _drain(executions, grace, stop)
-        await server.stop(_LAST_ANSWERS)
-        await processes.close()
-        containment.close()
+    _reflect(server, [name, health.SERVICE_NAME])
+    return server, standard_health
 
 
 def _reflect(server: grpc.aio.Server, names: list[str]) -> None:
@@ -159,7 +177,10 @@ async def _drain(executions: Executions, grace: float, stop: _Stop) -> None:
     await asyncio.wait([drained, hurried], return_when=asyncio.FIRST_COMPLETED)
     hurried.cancel()
     executions.kill_all()
-    await drained
+    done, _ = await asyncio.wait([drained], timeout=_KILL_TIMEOUT)
+    if not done:
+        drained.cancel()
+        log.error("some executions cannot be killed, and are left behind")
 
 
 class _Stop:

@@ -134,4 +134,4 @@ def _remove_tree(base: Path) -> None:
             try:
                 path.rmdir()
             except OSError as error:
-                log.warning("could not remove cgroup %s: %s", path, error)
+                log.debug("could not remove cgroup %s: %s", path, error)

@@ -32,7 +32,7 @@ def check(options: Options) -> str | None:
                 health_pb2.HealthCheckRequest(), timeout=_TIMEOUT
             )
         except grpc.RpcError as error:
-            return f"{target}: {error}"
+            return f"{target}: {error.code().name}: {error.details()}"
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         return f"{target}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}"
     return None

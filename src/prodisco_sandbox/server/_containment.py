@@ -45,6 +45,10 @@ class Containment:
         self._landlock = 0 if self.prefix else _confine.landlock_version()
         self.cgroups = self._find_cgroups()
         self._warn()
+        if hidden := [
+            path for path in self._hidden() if any(path.is_relative_to(w) for w in self._writable())
+        ]:
+            log.warning("%s lies where executions may write, hence read: keep it elsewhere", hidden[0])
 
     def job(self) -> dict[str, Any]:
         """The fields of a job that confine it."""
@@ -61,9 +65,16 @@ class Containment:
             },
             "max_processes": options.max_processes if self._counts_by_user else None,
             "landlock": self._landlock,
-            "writable": [str(path) for path in (self.workspace, self.temporary, *options.writable)],
-            "hidden": [str(options.tls_key)] if options.transport_mode != "insecure" else [],
+            "writable": [str(path) for path in self._writable()],
+            "hidden": [str(path) for path in self._hidden()],
         }
+
+    def _writable(self) -> list[Path]:
+        return [self.workspace, self.temporary, *self._options.writable]
+
+    def _hidden(self) -> list[Path]:
+        key = self._options.tls_key
+        return [] if key is None or self._options.transport_mode == "insecure" else [key]
 
     @property
     def max_processes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 PREVIEW = 100
 """Characters of the code that a list of executions shows."""
 _OVERHEAD = 2048
+_QUEUED_BYTES = 256 << 20
+"""Of code that waits, however few executions it is; one may still pass it."""
+_ERROR = 65536
 _USAGE_INTERVAL = 0.5
 _WHY: dict[int, str] = {
     signal.SIGXCPU: " (SIGXCPU): it used up its CPU time (--cpu-limit)",
@@ -147,7 +151,8 @@ class Executions:
         if self._draining:
             raise DrainingError
         full = len(self._running) >= self._options.max_concurrent
-        if full and len(self._pending) >= self._options.max_queued:
+        waiting = sum(pending.size for pending in self._pending.values()) if full else 0
+        if full and (len(self._pending) >= self._options.max_queued or waiting > _QUEUED_BYTES):
             raise QueueFullError
         execution = Execution(source, timeout_ms, self._options.max_output, **kind)
         self._all[execution.id] = execution
@@ -192,8 +197,14 @@ class Executions:
     def _start(self, execution: Execution) -> None:
         execution.state = State.RUNNING
         execution.started_at_ms = now_ms()
+        try:
+            run = _Run(self._processes, self._cache, execution)
+        except OSError as error:
+            log.warning("cannot start an interpreter: %s", error)
+            self._finish(execution, State.FAILED, f"the server cannot start an interpreter: {error}")
+            return
+        self._running[execution.id] = run
         self._idle.clear()
-        run = self._running[execution.id] = _Run(self._processes, self._cache, execution)
         run.task.add_done_callback(lambda _: self._ended(run))
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_usage(), name="watch-usage")
@@ -210,13 +221,23 @@ class Executions:
             bound = max(self._options.workspace_limit, self._used)
             self._used = await asyncio.to_thread(self._processes.usage, bound)
             if self._used > bound:
-                text = (
-                    f"more than {bound >> 20} MiB in the workspace (--workspace-limit-mb is"
-                    f" {self._options.workspace_limit >> 20}): remove files first"
-                )
-                log.warning("ending %d executions: %s", len(self._running), text)
-                for run in list(self._running.values()):
-                    run.stop(State.FAILED, text)
+                await self._overflow(bound)
+
+    async def _overflow(self, bound: int) -> None:
+        text = (
+            f"more than {bound >> 20} MiB in the workspace (--workspace-limit-mb is"
+            f" {self._options.workspace_limit >> 20}): remove files first"
+        )
+        runs = list(self._running.values())
+        log.warning("ending %d executions: %s", len(runs), text)
+        for run in runs:
+            run.stop(State.FAILED, text)
+        await asyncio.wait([run.task for run in runs])
+        await self.measure()
+
+    async def measure(self) -> None:
+        """Takes what is in the workspace now for what may be there."""
+        self._used = await asyncio.to_thread(self._processes.usage, sys.maxsize)
 
     def _ended(self, run: _Run) -> None:
         execution = run.execution
@@ -236,15 +257,15 @@ class Executions:
         execution.finished_at_ms = now_ms()
         execution.notify()
         self._retained += execution.size
-        asyncio.get_running_loop().call_later(self._options.retain_for, self._forget, execution)
+        asyncio.get_running_loop().call_later(self._options.retain_for, self._forget, execution.id)
         if self._retained > self._options.retain_limit:
             for old in [e for e in self._all.values() if e.state.final]:
                 if self._retained <= self._options.retain_limit:
                     break
-                self._forget(old)
+                self._forget(old.id)
 
-    def _forget(self, execution: Execution) -> None:
-        if self._all.pop(execution.id, None):
+    def _forget(self, execution_id: str) -> None:
+        if execution := self._all.pop(execution_id, None):
             self._retained -= execution.size
 
 
@@ -304,11 +325,16 @@ class _Run:
         if outcome.exit == 0:
             return State.COMPLETED, None
         if outcome.report and self.execution.tests is None:
-            return State.FAILED, outcome.report
+            return State.FAILED, shortened(outcome.report)
         if outcome.exit > 0:
             return State.FAILED, f"exit status {outcome.exit}"
         number = -outcome.exit
         return State.FAILED, f"killed by signal {number}{_WHY.get(number, '')}"
+
+
+def shortened(text: str) -> str:
+    """An error text of bounded length, which says so where it was cut."""
+    return text if len(text) <= _ERROR else f"{text[:_ERROR]}\n[cut: {len(text):,} characters]"
 
 
 def now_ms() -> int:

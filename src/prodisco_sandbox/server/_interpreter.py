@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import marshal
 import os
@@ -122,46 +123,49 @@ class Processes:
         await self.kill_orphans()
 
     def _start(self) -> Interpreter:
-        containment = self.containment
-        cgroup = containment.cgroups and containment.cgroups.make(containment.max_processes)
-        control, status, out, err = (os.pipe2(os.O_CLOEXEC) for _ in range(4))
-        theirs = (control[0], status[1], out[1], err[1])
-        ours = (control[1], status[0], out[0], err[0])
-        command = [
-            *containment.prefix,
-            *(sys.executable, "-I", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, str(status[1])),
-        ]
-        if cgroup and containment.prefix:
-            # Bubblewrap forks at once, and must be in there by then.
-            command[:0] = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(cgroup.path / "cgroup.procs")]
-        try:
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+            cgroup = self._make_cgroup(undo)
+            ends = [_pipe(undo, theirs, ours) for ours in ("write", "read", "read", "read")]
+            (control, status, out, err), (child_control, child_status, child_out, child_err) = zip(
+                *ends, strict=True
+            )
             process = subprocess.Popen(  # noqa: S603
-                command,
-                stdin=control[0],
-                stdout=out[1],
-                stderr=err[1],
-                pass_fds=(status[1],),
-                env=containment.environ,
+                self._command(child_status, cgroup),
+                stdin=child_control,
+                stdout=child_out,
+                stderr=child_err,
+                pass_fds=(child_status,),
+                env=self.containment.environ,
                 cwd="/",
                 start_new_session=True,
             )
-        except OSError:
-            for descriptor in ours:
-                os.close(descriptor)
-            raise
-        finally:
-            for descriptor in theirs:
-                os.close(descriptor)
+            undo.pop_all()
         exited = asyncio.get_running_loop().create_future()
         self._exits[process.pid] = exited
         # The reaper below reaps it; this object must not.
         process.returncode = 0
-        if cgroup:
+        interpreter = Interpreter(self, process.pid, exited, self._prelude, control, status, out, err)
+        if cgroup is not None:
             exited.add_done_callback(lambda _: self._remove_cgroup(cgroup))
-        interpreter = Interpreter(self, process.pid, exited, self._prelude, *ours)
-        if cgroup and not containment.prefix:
-            interpreter.join(cgroup)
+            if not self.containment.prefix:
+                interpreter.join(cgroup)
         return interpreter
+
+    def _make_cgroup(self, undo: contextlib.ExitStack) -> Cgroup | None:
+        if self.containment.cgroups is None:
+            return None
+        cgroup = self.containment.cgroups.make(self.containment.max_processes)
+        undo.callback(cgroup.remove)
+        return cgroup
+
+    def _command(self, status: int, cgroup: Cgroup | None) -> list[str]:
+        bootstrap = ["-I", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, str(status)]
+        command = [*self.containment.prefix, sys.executable, *bootstrap]
+        if cgroup is not None and self.containment.prefix:
+            # Bubblewrap forks at once, and must be in there by then.
+            step_in = 'echo $$ >"$0" && exec "$@"'
+            command[:0] = ["/bin/sh", "-c", step_in, str(cgroup.path / "cgroup.procs")]
+        return command
 
     def _remove_cgroup(self, cgroup: Cgroup) -> None:
         if not cgroup.remove():
@@ -367,6 +371,15 @@ class _PipeWriter:
             self._closed = True
             self._loop.remove_writer(self._descriptor)
             os.close(self._descriptor)
+
+
+def _pipe(undo: contextlib.ExitStack, theirs: contextlib.ExitStack, ours: str) -> tuple[int, int]:
+    """A pipe, as our end and the child's; which is closed by whom is noted."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    mine, its = (read, write) if ours == "read" else (write, read)
+    undo.callback(os.close, mine)
+    theirs.callback(os.close, its)
+    return mine, its
 
 
 def _prelude() -> bytes:

@@ -138,7 +138,7 @@ SETTINGS = (
     _Setting("max-concurrent", "SANDBOX_MAX_CONCURRENT", _integer(1, 1000), "8", "executions that run at once"),
     _Setting("max-queued", "SANDBOX_MAX_QUEUED", _integer(0, 100_000), "64", "executions that may wait for their turn"),
     _Setting("max-processes", "SANDBOX_MAX_PROCESSES", _integer(1, 32_768), "64", "processes and threads of an execution"),
-    _Setting("max-output", "SANDBOX_MAX_OUTPUT", _integer(1, 16 * _MIB), "1000000", "characters kept of an execution's output, and of its error output"),
+    _Setting("max-output", "SANDBOX_MAX_OUTPUT", _integer(1, 4 * _MIB), "1000000", "characters kept of an execution's output, and of its error output"),
     _Setting("cpu-limit", "SANDBOX_CPU_LIMIT", _integer(1, 86_400), "120", "CPU seconds of each process"),
     _Setting("memory-limit-mb", "SANDBOX_MEMORY_LIMIT_MB", _integer(32, _BIG, _MIB), "2048", "MiB of address space of each process"),
     _Setting("file-size-limit-mb", "SANDBOX_FILE_SIZE_LIMIT_MB", _integer(1, _BIG, _MIB), "256", "MiB of a file"),

@@ -14,7 +14,16 @@ import grpc
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 
 from ._cache import CacheEntry, ScriptCache
-from ._executions import PREVIEW, DrainingError, Execution, Executions, QueueFullError, State, now_ms
+from ._executions import (
+    PREVIEW,
+    DrainingError,
+    Execution,
+    Executions,
+    QueueFullError,
+    State,
+    now_ms,
+    shortened,
+)
 from ._options import DEFAULT_TIMEOUT_MS, MAX_TIMEOUT_MS, MIN_TIMEOUT_MS, Options
 from ._unimplemented import NoLanguageServer
 
@@ -175,12 +184,10 @@ class SandboxService(NoLanguageServer):
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
             text = (
                 f"{self._options.max_concurrent} executions are running (--max-concurrent)"
-                f" and {self._options.max_queued} are waiting (--max-queued)"
+                f" and as many as may are waiting (--max-queued: {self._options.max_queued})"
             )
         except DrainingError:
             code, text = grpc.StatusCode.UNAVAILABLE, "the server is shutting down"
-        except OSError as error:
-            code, text = grpc.StatusCode.RESOURCE_EXHAUSTED, f"cannot start an interpreter: {error}"
         return await _abort(context, code, text)
 
 
@@ -247,7 +254,7 @@ def _test_response(execution: Execution) -> pb.ExecuteTestResponse:
             pb.TestResult(
                 name=test["name"],
                 passed=test["outcome"] == "passed",
-                error=test["error"],
+                error=test["error"] and shortened(test["error"]),
                 duration_ms=test["duration_ms"],
             )
             for test in tests

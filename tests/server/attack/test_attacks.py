@@ -298,8 +298,8 @@ print("given")
 
 async def test_a_stopped_supervisor_does_not_hold_the_server(server: Server, stub: Stub) -> None:
     """As code could do it where Landlock does not keep signals inside."""
-    call = stub.ExecuteStream(code("import os, time; print(os.getpid()); time.sleep(1000)"))
-    first = await anext(aiter(call))
+    chunks = aiter(stub.ExecuteStream(code("import os, time; print(os.getpid()); time.sleep(1000)")))
+    first = await anext(chunks)
     pid = int(first.output)
     table = _tree.children_by_parent()
     supervisor = next(parent for parent in table[server.pid] if pid in table.get(parent, ()))
@@ -308,6 +308,8 @@ async def test_a_stopped_supervisor_does_not_hold_the_server(server: Server, stu
     assert (await stub.CancelExecution(request, timeout=15)).success
     assert not alive(pid)
     assert not alive(supervisor)
+    last = [chunk async for chunk in chunks][-1]
+    assert last.result.state == pb.EXECUTION_STATE_CANCELLED
 
 
 async def test_a_thousand_queued_executions(server: Server, stub: Stub) -> None:
