@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from . import manifest
@@ -83,21 +84,18 @@ class Creation:
             lease = await self._leases.birth(deadline)
             version = await self._resources.api_version(deadline)
             body = manifest.sandbox_body(self._config, version, session.name, session.session_hash, lease)
-            # A request that has been sent is never cut off: its answer holds the uid that
-            # the Sandbox is deleted by. Whoever closes the session waits for it.
-            session.request = self._tasks.spawn(self._request(session, body), f"create:{session.name}")
-            await asyncio.wait({session.request})
             try:
-                created = session.request.result() or await self._resources.get(session.name, deadline)
+                created = await self._send(session, "create", partial(self._resources.create, body))
+                created = created or await self._resources.get(session.name, deadline)
             except AlreadyExistsError as e:
                 names += 1
-                if await self._resolve_conflict(session, e, deadline):
+                if await self._resolve_conflict(session, e, names, deadline):
                     return
                 continue
             except RetryableError as e:
                 created = await self._landed(session, deadline) if e.ambiguous else None
                 if created is None:
-                    await self._pause(e, attempt, deadline)
+                    await self._pause(e, "create", attempt, deadline)
                     attempt += 1
                     continue
             if created is not None:
@@ -112,19 +110,33 @@ class Creation:
             return
         raise SandboxConflictError(f"no free name for the sandbox after {names} tries: {session.name}")
 
-    async def _request(self, session: Session, body: Object) -> Object | None:
-        """One create request, and what it means for the session if nobody waits any more."""
+    async def _send(
+        self, session: Session, verb: str, request: Callable[[], Awaitable[Object | None]]
+    ) -> Object | None:
+        """One request that makes a Sandbox, or makes it the session's.
+
+        Once sent it is never cut off: its answer holds the uid that the Sandbox is deleted
+        by. Whoever closes the session waits for it.
+        """
+        session.request = self._tasks.spawn(self._answered(session, request), f"{verb}:{session.name}")
+        await asyncio.wait({session.request})
+        return session.request.result()
+
+    async def _answered(
+        self, session: Session, request: Callable[[], Awaitable[Object | None]]
+    ) -> Object | None:
+        """The request's answer, and what it means for the session if nobody waits any more."""
         session.leftover = True
         try:
-            created = await self._resources.create(body)
+            sandbox = await request()
         except SandboxError as e:
             # Only a clear refusal says that nothing is there, unless an earlier answer was lost.
             session.ambiguous = session.ambiguous or getattr(e, "ambiguous", False)
             session.leftover = session.ambiguous
             raise
-        if created is not None:
-            session.uid = manifest.uid(created)
-        return created
+        if sandbox is not None:
+            session.uid = manifest.uid(sandbox)
+        return sandbox
 
     async def _landed(self, session: Session, deadline: float) -> Object | None:
         """After a create whose answer was lost: the Sandbox, if it is there and is ours."""
@@ -140,13 +152,11 @@ class Creation:
             and labels.get(manifest.LABEL_INSTANCE) == self._config.instance_label
         )
 
-    async def _pause(self, error: RetryableError, attempt: int, deadline: float) -> None:
+    async def _pause(self, error: RetryableError, verb: str, attempt: int, deadline: float) -> None:
         pause = backoff(attempt) if error.retry_after is None else error.retry_after
         if asyncio.get_running_loop().time() + pause >= deadline:
             raise error
-        log.info(
-            "request_retried", verb="create", attempt=attempt + 1, pause=round(pause, 3), reason=str(error)
-        )
+        log.info("request_retried", verb=verb, attempt=attempt + 1, pause=round(pause, 3), reason=str(error))
         await asyncio.sleep(pause)
 
     def _found(self, session: Session, sandbox: Object) -> None:
@@ -156,9 +166,11 @@ class Creation:
         if session.observed is None or manifest.uid(session.observed) != session.uid:
             session.observed = sandbox
         # Without a watch nobody else will say when it is ready: read it at once.
-        session.observed_at = session.known_at if self._watching() else -math.inf
+        session.observed_at = session.known_at if self._watched(session) else -math.inf
 
-    async def _resolve_conflict(self, session: Session, error: AlreadyExistsError, deadline: float) -> bool:
+    async def _resolve_conflict(
+        self, session: Session, error: AlreadyExistsError, attempt: int, deadline: float
+    ) -> bool:
         """The name is taken: adopts the session's own Sandbox, or moves to another name.
 
         Returns:
@@ -174,7 +186,7 @@ class Creation:
                 return False
         if alive:
             newest = max(alive, key=lambda s: str((s.get("metadata") or {}).get("creationTimestamp") or ""))
-            return await self._adopt(session, newest, deadline)
+            return await self._adopt(session, newest, attempt, deadline)
         taken = await self._resources.get(session.name, deadline)
         if taken is None:
             return False
@@ -191,7 +203,7 @@ class Creation:
         incarnation = session.incarnation + 1
         self._table.rename(session, manifest.sandbox_name(session.session_id, incarnation), incarnation)
 
-    async def _adopt(self, session: Session, sandbox: Object, deadline: float) -> bool:
+    async def _adopt(self, session: Session, sandbox: Object, attempt: int, deadline: float) -> bool:
         """Claims a Sandbox by its instance label, so that our watch sees it.
 
         The last claimer wins; the loser's watch reports it gone, and it is not deleted.
@@ -200,27 +212,30 @@ class Creation:
         names = (manifest.sandbox_name(session.session_id, i) for i in range(INCARNATIONS))
         incarnation = next((i for i, known in enumerate(names) if known == name), session.incarnation)
         self._table.rename(session, name, incarnation)
-        session.uid, session.leftover = manifest.uid(sandbox), True
         session.observed = None
         lease = await self._leases.birth(deadline)
         patch: Object = {
             "metadata": {
-                "uid": session.uid,
+                "uid": metadata.get("uid"),
                 "resourceVersion": metadata.get("resourceVersion"),
                 "labels": {manifest.LABEL_INSTANCE: self._config.instance_label},
-            }
+            },
+            # A lease that nobody renews would end it under the session.
+            "spec": {"shutdownTime": None} if lease is None else manifest.lease_spec(lease),
         }
-        if lease is not None:
-            patch["spec"] = manifest.lease_spec(lease)
         try:
-            sandbox = await self._resources.patch(name, patch, deadline) or sandbox
+            claimed = await self._send(session, "claim", partial(self._resources.patch, name, patch))
         except (PreconditionError, NotFoundError):
-            session.uid, session.leftover = None, session.ambiguous
+            return False  # It has changed, or is gone: look again.
+        except RetryableError as e:
+            await self._pause(e, "patch", attempt - 1, deadline)
             return False
         except (SandboxPermissionError, UnsupportedError) as e:
             log.warning("sandbox_not_claimed", sandbox=name, reason=str(e))
-            lease = None
+            lease = claimed = None
+            session.leftover = True
             session.claimed = manifest.instance(sandbox) == self._config.instance_label
+        sandbox = claimed or sandbox
         self._found(session, sandbox)
         if lease is not None:
             self._leases.add(session)
@@ -241,6 +256,8 @@ class Creation:
         """
         loop = asyncio.get_running_loop()
         while True:
+            if manifest.is_deleting(session.observed or {}):
+                raise LostError(f"sandbox {session.name} is being deleted by somebody else")
             reading = manifest.readiness(session.observed or {}, self._config)
             if reading.state == "terminal":
                 raise TerminalError(f"sandbox {session.name} will never be ready: {reading.text}")
@@ -258,7 +275,7 @@ class Creation:
                 raise hopeless.twin()
             await asyncio.sleep(HEALTH_PAUSE)
             # Why is it not healthy? The Sandbox may say.
-            if loop.time() - session.observed_at >= self._interval():
+            if loop.time() - session.observed_at >= self._interval(session):
                 await self.refresh(session, deadline)
 
     def _client(self, session: Session, target: str) -> SandboxClient:
@@ -278,19 +295,32 @@ class Creation:
             session.client = self._make_client(session, target)
         return session.client
 
-    def _interval(self) -> float:
-        return WATCHED_INTERVAL if self._watching() else self._config.ready_poll_interval
+    def _watched(self, session: Session) -> bool:
+        return session.claimed and self._watching()
+
+    def _interval(self, session: Session) -> float:
+        return WATCHED_INTERVAL if self._watched(session) else self._config.ready_poll_interval
 
     async def _hear(self, session: Session, deadline: float) -> None:
         """Waits until there is news of the Sandbox, or reads it after a while."""
         session.news.clear()
         loop = asyncio.get_running_loop()
-        remaining = session.observed_at + self._interval() - loop.time()
+        remaining = session.observed_at + self._interval(session) - loop.time()
         try:
             async with asyncio.timeout(max(0.0, remaining)):
                 await session.news.wait()
+                return
         except TimeoutError:
-            await self.refresh(session, deadline)
+            pass
+        # News that come while it is read count: a get may hang while the watch goes on.
+        reading = self._tasks.spawn(self.refresh(session, deadline), f"read:{session.name}")
+        reading.add_done_callback(lambda _: session.news.set())
+        try:
+            await session.news.wait()
+        finally:
+            reading.cancel()
+        if reading.done():
+            reading.result()
 
     async def refresh(self, session: Session, deadline: float) -> None:
         """Reads the Sandbox.

@@ -383,6 +383,14 @@ async def test_a_get_that_never_answers_does_not_hold_a_creation_beyond_its_dead
         assert api.objects == []
 
 
+async def test_a_get_that_never_answers_hides_nothing_that_the_watch_says() -> None:
+    async with FakeCustomObjectsApi(auto_ready=20.0) as api, managed(api, ready_timeout=60.0) as manager:
+        api.faults.add("get", latency=math.inf)  # From 15 s on, when nothing has been heard.
+        await manager.get_client("s")
+        assert now() == pytest.approx(20.0, abs=1e-3)
+        assert api.count("get") == 1
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("verb", ["create", "get", "list", "watch", "delete", "patch", "discovery"])
 async def test_an_unexpected_exception_leaves_nothing_and_keeps_its_cause(verb: Any, after: bool) -> None:
