@@ -215,7 +215,9 @@ class Unwatchable(FakeCustomObjectsApi):
 
 
 @pytest.mark.parametrize("version", ["v1alpha1", "v1beta1"])
-async def test_where_it_cannot_watch_it_lists(version: str, tmp_path: Path) -> None:
+async def test_where_it_cannot_watch_it_lists(
+    version: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with Unwatchable(versions=[version]) as api:
         async with LocalCluster(custom_objects_api=api, python=stub(tmp_path), poll_interval=0.02) as cluster:
             sandbox = await create(cluster, "s", version)
@@ -228,6 +230,7 @@ async def test_where_it_cannot_watch_it_lists(version: str, tmp_path: Path) -> N
             async with asyncio.timeout(5):
                 while cluster.endpoint(sandbox) is not None:
                     await asyncio.sleep(0.01)
+        assert "task_failed" not in caplog.text
         # An API object that was passed in stays open.
         assert await api.get_api_resources(AT[0], version)
 

@@ -57,6 +57,10 @@ async def test_what_is_stuck_hidden_or_locked_goes_too(tmp_path: Path) -> None:
         await cluster.custom_objects_api.delete_namespaced_custom_object(*AT, "deleted")
         await until_gone(cluster.directory / "1")
         await sleepers(tmp_path, 1)
+        cluster.kill("kept")
+        api = cluster.custom_objects_api
+        await api.until(lambda: reason(api.get("kept")) == "PodFailed")
+        assert traces(cluster.directory) == []
     assert traces(tmp_path) == []
 
 
@@ -104,6 +108,7 @@ async def test_closing_goes_on_when_its_caller_is_cancelled(tmp_path: Path) -> N
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing
+    await until_gone(tmp_path)
     await cluster.aclose()
     assert traces(tmp_path) == []
 
