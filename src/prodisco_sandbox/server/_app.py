@@ -93,11 +93,21 @@ class Places:
         if self.bound and self._socket is not None:
             self._socket.unlink(missing_ok=True)
         for path in reversed(self._made):
-            shutil.rmtree(path, onerror=_log_leftover)
+            try:
+                _open_up(path)
+                shutil.rmtree(path)
+            except OSError as error:
+                log.warning("could not remove all of %s: %s", path, error)
 
 
-def _log_leftover(_function: object, path: str, error: object) -> None:
-    log.warning("could not remove %s: %s", path, error)
+def _open_up(path: Path) -> None:
+    """Undoes what code may have done to keep its directories from being removed."""
+    path.chmod(0o700)
+    for directory, names, _ in os.walk(path):
+        for name in names:
+            below = Path(directory, name)
+            if not below.is_symlink():
+                below.chmod(0o700)
 
 
 async def serve(options: Options) -> None:

@@ -209,6 +209,16 @@ async def test_signals_to_the_parents(server: Server, stub: Stub, number: signal
     assert server.process.poll() is None
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+async def test_a_workspace_that_resists_its_removal(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        async with server.connect() as stub:
+            source = "import os; os.makedirs('a/b'); open('a/b/c', 'w'); os.chmod('a/b', 0); os.chmod('a', 0)"
+            assert (await stub.Execute(code(source))).success
+        assert server.stop() == 0
+        assert sorted(os.listdir(tmp_path)) == ["cache", "log"]
+
+
 async def test_the_servers_environment_and_files(tmp_path: Path) -> None:
     with running(tmp_path, env={"SECRET": "s3cret-of-the-server"}) as server:
         async with server.connect() as stub:
