@@ -126,7 +126,7 @@ async def test_list_is_newest_first_and_filters(stub: Stub) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    limits = ("--max-concurrent", "1", "--max-queued", "1", "--retain-for", "0.2")
+    limits = ("--max-concurrent", "1", "--max-queued", "2", "--retain-for", "0.2")
     with running(tmp_path_factory.mktemp("small"), *limits) as server:
         yield server
 
@@ -134,14 +134,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 async def test_queue_is_bounded_and_in_order(small: Server) -> None:
     async with small.connect() as stub:
         first = await stub.ExecuteAsync(code(SLEEP))
-        second = await stub.ExecuteAsync(code("print('second')"))
-        assert second.state == pb.EXECUTION_STATE_PENDING
+        append = "open('order', 'a').write('{}'); print(open('order').read())"
+        second = await stub.ExecuteAsync(code(append.format("second ")))
+        third = await stub.ExecuteAsync(code(append.format("third")))
+        assert second.state == third.state == pb.EXECUTION_STATE_PENDING
         with pytest.raises(grpc.aio.AioRpcError, match="--max-queued") as caught:
-            await stub.Execute(code("print('third')"))
+            await stub.Execute(code("print('fourth')"))
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        waiting = asyncio.ensure_future(stub.GetExecution(get(second.execution_id, wait=True)))
+        waiting = asyncio.ensure_future(stub.GetExecution(get(third.execution_id, wait=True)))
         await stub.CancelExecution(pb.CancelExecutionRequest(execution_id=first.execution_id))
-        assert (await waiting).output == "second\n"
+        assert (await waiting).output == "second third\n"
 
 
 async def test_a_queued_execution_is_cancelled_without_having_run(small: Server) -> None:

@@ -95,3 +95,12 @@ def test_lists() -> None:
     options = parse(["--writable", "/a:/b", "--pass-env", "A, B,"], {})
     assert options.writable == (Path("/a"), Path("/b"))
     assert options.pass_env == ("A", "B")
+
+
+def test_the_documentation_lists_every_setting_with_its_default() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    for setting in SETTINGS:
+        row = next(line for line in text.splitlines() if line.startswith(f"| `--{setting.name}`"))
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[2] == f"`{setting.variable}`"
+        assert cells[3] == (f"`{setting.default}`" if setting.default else cells[3])
