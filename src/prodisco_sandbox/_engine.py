@@ -217,7 +217,7 @@ class Engine:
         elif isinstance(e, TimeoutError):
             state = "its creation has not been answered"
             if session.observed is not None:
-                reading = manifest.readiness(session.observed, self._config)
+                reading = self._reading(session.observed)
                 state = reading.text
                 if reading.target is not None and session.client is not None:
                     state = f"ready, but its server is not healthy ({session.client.health_error})"
@@ -230,7 +230,15 @@ class Engine:
         error.__cause__ = e
         return error
 
+    def _reading(self, sandbox: Object) -> manifest.Readiness:
+        try:
+            return manifest.readiness(sandbox, self._config)
+        except Exception as e:  # noqa: BLE001 - `endpoint` may be the caller's own function
+            return manifest.Readiness("waiting", None, f"its endpoint cannot be told: {e!r}")
+
     def _ready(self, session: Session, client: SandboxClient) -> None:
+        if self.table.current.get(session.session_id) is not session:
+            return  # Closed meanwhile, and the client has hidden the cancellation.
         session.check = None
         client.sandbox = SandboxRef(session.name, session.uid or "", session.incarnation)
         session.last_used = self._now()
@@ -334,19 +342,15 @@ class Engine:
         return self._watch.active
 
     def synced(self, sandboxes: list[Object], since: float) -> None:
-        listed = set()
+        listed = {manifest.uid(sandbox) for sandbox in sandboxes}
+        names = {manifest.name(sandbox) for sandbox in sandboxes}
         for sandbox in sandboxes:
-            listed.add(manifest.uid(sandbox))
             self.changed(sandbox)
         for session in list(self.table.current.values()):
-            if (
-                session.uid is None
-                or session.uid in listed
-                or not session.claimed
-                or session.known_at >= since
-            ):
-                continue
-            self._lost_unseen(session)
+            known = session.uid is not None or session.state is SessionState.READY
+            unseen = session.uid not in listed if session.uid else session.name not in names
+            if known and unseen and session.claimed and session.known_at < since:
+                self._lost_unseen(session)
 
     def changed(self, sandbox: Object) -> None:
         session = self._session_of(sandbox)
@@ -357,7 +361,7 @@ class Engine:
             session.observed_at = self._now()
             session.news.set()
             return
-        reading = manifest.readiness(sandbox, self._config)
+        reading = self._reading(sandbox)
         if reading.state == "terminal":
             session.leftover = session.leftover and not manifest.is_deleting(sandbox)
             self._lose(session, reading.text)

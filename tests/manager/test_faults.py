@@ -491,6 +491,32 @@ async def test_a_create_that_met_no_such_version_leaves_nothing_to_look_for() ->
 # The client
 
 
+async def test_a_client_that_hides_its_cancellation_does_not_undo_a_close() -> None:
+    class Stubborn(Clients):
+        def __call__(self, target: str) -> Any:
+            client = super().__call__(target)
+
+            async def wait_for_healthy(timeout: float) -> bool:
+                try:
+                    await asyncio.sleep(timeout)
+                except asyncio.CancelledError:
+                    return True
+                return False
+
+            client.wait_for_healthy = wait_for_healthy  # type: ignore[method-assign]
+            return client
+
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api, Stubborn(), max_sessions=1) as manager:
+            waiting = asyncio.create_task(manager.get_client("s"))
+            await asyncio.sleep(0.5)
+            await manager.on_session_closed("s")
+            with pytest.raises(SandboxError, match="closed"):
+                await waiting
+            assert manager.stats().closing == 0
+        assert api.objects == []
+
+
 async def test_shutdown_during_the_first_questions_leaves_no_task() -> None:
     for verb in ("patch", "discovery", "list", "watch", "create", "get"):
         async with FakeCustomObjectsApi(auto_ready=True) as api:

@@ -1,0 +1,410 @@
+"""A sandbox that dies, or seems to: who notices, who deletes, and what the next caller gets."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+
+from prodisco_sandbox import (
+    SandboxError,
+    SandboxFailedError,
+    SandboxRef,
+    SandboxTimeoutError,
+    SandboxUnavailableError,
+)
+from prodisco_sandbox.manifest import GROUP, PLURAL, name, sandbox_name
+from prodisco_sandbox.testing import FakeCustomObjectsApi
+
+from .support import Clients, PlainApi, StubClient, alive, conditions, managed, now, settle
+
+pytestmark = pytest.mark.looptime
+
+
+async def stub(getting: Any) -> StubClient:
+    client = await getting
+    assert isinstance(client, StubClient)
+    return client
+
+
+async def delete_as_others(api: FakeCustomObjectsApi, taken: str) -> None:
+    await api.delete_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, taken)
+
+
+# Death, and who deletes
+
+
+async def test_a_sandbox_that_others_have_deleted_is_noticed_and_made_again() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        old = await stub(manager.get_client("s"))
+        api.delete_now(manager.sandbox_name("s"))
+        await settle()
+        assert (manager.stats().ready, manager.stats().lost) == (0, 1)
+        assert old.closed
+        assert api.count("delete") == 0, "there is nothing to delete"
+        new = await manager.get_client("s")
+        assert new is not old
+        assert new.sandbox != old.sandbox
+        assert (manager.stats().created, manager.stats().recreated) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "status", [conditions("PodFailed"), conditions("PodSucceeded", kind="Finished", status="True")]
+)
+async def test_a_sandbox_that_has_come_to_its_end_is_deleted_once_by_its_closer(status: Any) -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        old = await manager.get_client("s")
+        api.set_status(manager.sandbox_name("s"), status)
+        await settle()
+        assert manager.stats().lost == 1
+        assert api.objects == []
+        assert api.count("delete") == 1
+        assert await manager.get_client("s") is not old
+
+
+async def test_a_sandbox_that_others_are_deleting_is_left_to_them() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.linger_deletes = True
+        old = await stub(manager.get_client("s"))
+        await delete_as_others(api, manager.sandbox_name("s"))
+        await settle()
+        assert manager.stats().lost == 1
+        assert old.closed
+        new = await manager.get_client("s")
+        assert new.sandbox is not None
+        assert new.sandbox.incarnation == 1, "the old name is still taken"
+        assert api.count("delete") == 1, "theirs"
+        api.finish_deletes()
+
+
+@pytest.mark.parametrize("watched", [True, False])
+async def test_a_creation_whose_sandbox_others_are_deleting_is_left_to_them(watched: bool) -> None:
+    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+        if not watched:
+            api.forbid("watch")
+        api.linger_deletes = True
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await api.until(lambda: api.objects)
+        await settle()
+        await delete_as_others(api, manager.sandbox_name("s"))
+        with pytest.raises(SandboxFailedError, match="being deleted"):
+            await waiting
+        await settle()
+        assert api.count("delete") == 1, "theirs"
+        assert manager.stats().closing == 0
+        api.finish_deletes()
+
+
+async def test_a_sandbox_that_fails_each_time_before_it_can_be_used_is_an_error() -> None:
+    class Failing(StubClient):
+        async def wait_for_healthy(self, timeout: float) -> bool:
+            self.health_checks += 1
+            asyncio.get_running_loop().call_soon(self.fail)  # Before whoever waits for it wakes up.
+            return True
+
+    clients = Clients(Failing)
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+        with pytest.raises(SandboxFailedError, match="died 3 times"):
+            await manager.get_client("s")
+        assert clients.made[0].health_checks == 3
+
+
+# Doubt
+
+
+async def test_a_blip_is_not_a_death() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        client.fail()
+        assert await manager.get_client("s") is client
+        assert (api.count("get"), client.health_checks) == (1, 2)
+        assert await manager.get_client("s") is client
+        assert (api.count("get"), client.health_checks) == (1, 2), "it is trusted again"
+        assert (manager.stats().lost, manager.stats().created) == (0, 1)
+
+
+async def test_however_many_ask_there_is_one_check() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        client.fail()
+        api.faults.add("get", latency=2.0)
+        got = await asyncio.gather(*(manager.get_client("s") for _ in range(10)))
+        async with manager.session("s") as same:
+            assert {id(c) for c in [*got, same]} == {id(client)}
+        assert (api.count("get"), client.health_checks) == (1, 2)
+
+
+async def test_a_client_is_never_handed_out_unchecked_after_a_failure() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        api.silence_watches()
+        api.delete_now(manager.sandbox_name("s"))
+        client.fail()
+        new = await manager.get_client("s")
+        assert new is not client
+        assert client.closed
+        assert client.health_checks == 1, "the Sandbox is asked first, and it is gone"
+        assert (manager.stats().lost, manager.stats().recreated) == (1, 1)
+        assert api.count("delete") == 0
+
+
+async def test_a_sandbox_found_to_be_at_its_end_is_deleted_and_made_again() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        api.silence_watches()
+        api.set_status(manager.sandbox_name("s"), conditions("PodFailed"))
+        client.fail()
+        assert await manager.get_client("s") is not client
+        assert api.count("delete") == 1
+        assert len(api.objects) == 1
+
+
+@pytest.mark.parametrize("error", [503, ConnectionResetError, RuntimeError])
+async def test_while_the_api_server_cannot_be_asked_the_session_is_kept(error: Any) -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        with api.faults.add("get", error=error):
+            client.fail()
+            results = await asyncio.gather(
+                *(manager.get_client("s") for _ in range(3)), return_exceptions=True
+            )
+            kind = SandboxError if error is RuntimeError else SandboxUnavailableError
+            assert all(isinstance(result, kind) for result in results)
+            assert len({id(result) for result in results}) == 3, "an exception is not shared"
+            assert now() <= 10.0
+            with pytest.raises(SandboxError):
+                await manager.get_client("s")
+        assert manager.stats().ready == 1
+        assert await manager.get_client("s") is client
+        assert manager.stats().lost == 0
+
+
+async def test_a_get_that_hangs_holds_a_check_for_ten_seconds() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        api.faults.add("get", latency=math.inf)
+        client.fail()
+        with pytest.raises(SandboxUnavailableError, match="did not answer a get within 10 s"):
+            await manager.get_client("s")
+        assert now() == pytest.approx(10.0, abs=1e-3)
+        assert manager.stats().ready == 1
+
+
+async def test_health_that_never_comes_back_ends_the_session_at_the_deadline() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=40.0) as manager:
+        client = await stub(manager.get_client("s"))
+        client.healthy = False
+        client.fail()
+        with pytest.raises(SandboxTimeoutError, match="not healthy"):
+            await manager.get_client("s")
+        assert now() == pytest.approx(40.0, abs=0.01)
+        await settle()
+        assert client.closed
+        assert api.objects == []
+        assert manager.stats().lost == 1
+        assert await manager.get_client("s") is not client
+
+
+async def test_health_that_comes_back_keeps_the_client() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        client.healthy = False
+        client.fail()
+        asyncio.get_running_loop().call_later(30, setattr, client, "healthy", True)
+        assert await manager.get_client("s") is client
+        assert 30 <= now() <= 31.2
+        assert manager.stats().lost == 0
+
+
+async def test_a_death_during_the_check_is_noticed_at_once() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        client.healthy = False
+        client.fail()
+        asyncio.get_running_loop().call_later(7, api.delete_now, manager.sandbox_name("s"))
+        assert await manager.get_client("s") is not client
+        assert now() == pytest.approx(7.0, abs=1e-3)
+        assert manager.stats().recreated == 1
+
+
+async def test_a_session_that_is_being_checked_for_somebody_is_not_idle() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, session_idle_timeout=5.0, idle_check_interval=1.0) as manager,
+    ):
+        client = await stub(manager.get_client("s"))
+        client.healthy = False
+        client.fail()
+        asyncio.get_running_loop().call_later(60, setattr, client, "healthy", True)
+        assert await manager.get_client("s") is client
+        assert manager.stats().reaped == 0
+
+
+async def test_a_doubted_session_that_nobody_asks_for_is_reaped_like_any_other() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, session_idle_timeout=5.0, idle_check_interval=1.0) as manager,
+    ):
+        client = await stub(manager.get_client("s"))
+        client.fail()
+        await asyncio.sleep(10)
+        assert manager.stats().reaped == 1
+        assert (api.objects, api.count("get")) == ([], 0)
+
+
+async def test_a_check_goes_on_when_its_caller_is_cancelled() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        client.fail()
+        with api.faults.add("get", hold=True) as gate:
+            first = asyncio.create_task(manager.get_client("s"))
+            await gate.reached()
+            second = asyncio.create_task(manager.get_client("s"))
+            await settle()
+            first.cancel()
+            await settle()
+        assert await second is client
+        assert api.count("get") == 1
+
+
+async def test_closing_ends_a_check() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        client.healthy = False
+        client.fail()
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(3)
+        await manager.on_session_closed("s")
+        with pytest.raises(SandboxError, match="closed"):
+            await waiting
+        assert now() == pytest.approx(3.0, abs=1e-3)
+        assert (api.objects, manager.stats().lost) == ([], 0)
+
+
+# Readiness that goes and comes, and pods that are replaced
+
+
+async def test_readiness_that_goes_and_comes_back_keeps_the_client() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await manager.get_client("s")
+        taken = manager.sandbox_name("s")
+        api.set_condition(taken, "Ready", "False", "DependenciesNotReady")
+        await settle()
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(20)
+        assert not waiting.done()
+        api.set_condition(taken, "Ready", "True")
+        assert await waiting is client
+        assert now() == pytest.approx(20.0, abs=1e-3)
+        assert (manager.stats().lost, manager.stats().recreated) == (0, 0)
+
+
+async def test_readiness_that_was_gone_for_a_moment_is_checked() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        for status in ("False", "True"):
+            api.set_condition(manager.sandbox_name("s"), "Ready", status)
+        await settle()
+        assert await manager.get_client("s") is client
+        assert client.health_checks == 2
+
+
+async def test_a_replaced_pod_is_a_new_machine() -> None:
+    clients = Clients()
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+        old = await stub(manager.get_client("s"))
+        [sandbox] = api.objects
+        taken, uid = name(sandbox), sandbox["metadata"]["uid"]
+        api.set_ready(taken, podIPs=["10.9.9.9"])
+        await settle()
+        new = await manager.get_client("s")
+        assert clients.made == [old, new]
+        assert old.closed
+        assert new.target == "10.9.9.9:50051"
+        assert (old.sandbox, new.sandbox) == (SandboxRef(taken, uid, 0), SandboxRef(taken, uid, 1))
+        stats = manager.stats()
+        assert (stats.created, stats.recreated, stats.lost, api.count("create")) == (1, 1, 0, 1)
+
+
+async def test_a_pod_replaced_behind_a_service_is_a_new_machine_too() -> None:
+    clients = Clients()
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, clients, endpoint="service") as manager,
+    ):
+        old = await manager.get_client("s")
+        api.set_ready(manager.sandbox_name("s"), podIPs=["10.9.9.9"])
+        await settle()
+        new = await manager.get_client("s")
+        assert (new is old, new.target == old.target) == (False, True)
+
+
+async def test_a_pod_replaced_while_the_first_is_waited_for_gets_the_client() -> None:
+    clients = Clients(lambda target: StubClient(target, healthy=target.startswith("10.9.")))
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(5)
+        api.set_ready(manager.sandbox_name("s"), podIPs=["10.9.9.9"])
+        client = await waiting
+        assert clients.made[-1] is client
+        assert clients.made[0].closed
+        assert 5.0 <= now() <= 6.2
+
+
+async def test_what_a_client_of_the_past_says_counts_no_more() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        old = await stub(manager.get_client("s"))
+        api.set_ready(manager.sandbox_name("s"), podIPs=["10.9.9.9"])
+        await settle()
+        new = await stub(manager.get_client("s"))
+        reads = api.count("get")
+        old.fail()
+        assert await manager.get_client("s") is new
+        assert api.count("get") == reads
+
+
+async def test_an_endpoint_function_that_fails_harms_nobody_else() -> None:
+    def endpoint(sandbox: dict[str, Any]) -> str:
+        return f"{sandbox['status']['podIPs'][0]}:50051"
+
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, endpoint=endpoint) as manager:
+        clients = {s: await manager.get_client(s) for s in "ab"}
+        api.set_status(sandbox_name("a"), {"podIPs": []})
+        await settle()
+        with pytest.raises(SandboxError, match="IndexError"):
+            await manager.get_client("a")
+        assert manager.stats().ready == 2
+        api.delete_now(sandbox_name("b"))
+        await settle()
+        assert manager.stats().lost == 1, "the watch goes on"
+        api.set_ready(sandbox_name("a"))
+        assert await manager.get_client("a") is not clients["a"], "another pod"
+
+
+# Without a watch
+
+
+async def test_who_only_polls_notices_a_death_at_the_reapers_tick() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.faults.add("watch", error=405)
+        api.faults.add("list", error=403, when=lambda r: now() < 59)  # The watch's own lists.
+        for session_id in "abc":
+            await manager.get_client(session_id)
+        await asyncio.sleep(59.5)
+        api.delete_now(sandbox_name("a"))
+        api.set_condition(sandbox_name("b"), "Ready", "False", "PodFailed")
+        await asyncio.sleep(1)
+        assert (manager.stats().ready, manager.stats().lost) == (1, 2)
+        assert alive(api) == [sandbox_name("c")]
+
+
+async def test_who_only_polls_notices_a_death_of_what_has_no_uid() -> None:
+    api = PlainApi()
+    async with managed(api) as manager:
+        old = await manager.get_client("s")
+        api.objects.clear()
+        await asyncio.sleep(61)
+        assert manager.stats().lost == 1
+        assert await manager.get_client("s") is not old
