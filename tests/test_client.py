@@ -369,8 +369,10 @@ async def test_messages_up_to_64_mib_go_both_ways(server: FakeSandboxServer, cli
     assert (await client.execute(code=code)).output == code
 
     with pytest.raises(SandboxError, match="over the size limit of 64 MiB") as caught:
-        await client.execute(code="x" * (65 << 20))
+        await client.execute(code="x" * (64 << 20))
     assert (type(caught.value), caught.value.status) == (SandboxError, "RESOURCE_EXHAUSTED")
+    with pytest.raises(SandboxError, match="code is over the size limit of 64 MiB of a message"):
+        await client.execute(code="x" * (64 << 20) + "x")
     assert len(server.calls) == 1
 
     server.script("Execute", pb.ExecuteResponse(error="x" * (65 << 20)).SerializeToString())

@@ -123,6 +123,42 @@ async def test_cancelling_a_call_reaches_the_server(server: FakeSandboxServer, c
     assert await ended(server, "Execute") == "cancelled"
 
 
+@pytest.mark.parametrize("rpc", ["Execute", "ExecuteStream", "Check"])
+async def test_a_cancellation_comes_out_as_it_went_in(
+    server: FakeSandboxServer, client: SandboxClient, rpc: str
+) -> None:
+    """anyio tells its cancel scopes by the message of the CancelledError."""
+    server.script(rpc, NEVER)
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "Execute": lambda: client.execute(code="x"),
+        "ExecuteStream": lambda: anext(client.execute_stream(code="x")),
+        "Check": lambda: client.wait_for_healthy(5),
+    }
+    task = asyncio.ensure_future(calls[rpc]())
+    await server.wait_for_call(rpc)
+    task.cancel("by whom")
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert caught.value.args == ("by whom",)
+    assert await ended(server, rpc) == "cancelled"
+
+
+async def test_whenever_it_comes_a_cancellation_is_not_lost(client: SandboxClient) -> None:
+    cancelled = 0
+    for turns in range(100):
+        task = asyncio.create_task(client.execute(code="x"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if task.done():
+            break
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        cancelled += 1
+    assert cancelled > 5
+    assert client.in_flight == 0
+
+
 async def test_a_timeout_around_a_call_is_a_timeout(server: FakeSandboxServer, client: SandboxClient) -> None:
     async with asyncio.timeout(5):
         scope = asyncio.timeout(None)

@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ._messages import ExecutionChunk, HealthStatus, read_chunk
+from ._messages import MAX_MESSAGE_BYTES, ExecutionChunk, HealthStatus, read_chunk
 from ._target import grpc_address
 from .config import TlsConfig
 from .errors import (
@@ -30,8 +30,6 @@ from .errors import (
 )
 from .proto import sandbox_pb2 as pb
 from .proto import sandbox_pb2_grpc as pb_grpc
-
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, Self
 
+from .errors import SandboxError
 from .proto import sandbox_pb2 as pb
 
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _INT32_MAX = 2**31 - 1
 
 
@@ -448,9 +450,16 @@ def timeout_ms(timeout: object) -> int | None:
 
 
 def text(name: str, value: object, *, empty: bool = False) -> str:
-    """Checks a string that UTF-8 can encode."""
+    """Checks a string that UTF-8 can encode and a message can hold.
+
+    Raises:
+        SandboxError: No message can. gRPC itself says so of what is a little too long, but
+            of what it cannot even encode (2 GiB) it sends an empty message.
+    """
     if not isinstance(value, str) or not (value or empty):
         raise ValueError(f"{name} is {value!r}: it must be a {'' if empty else 'non-empty '}string")
+    if len(value) > MAX_MESSAGE_BYTES:
+        raise SandboxError(f"{name} is over the size limit of {MAX_MESSAGE_BYTES >> 20} MiB of a message")
     if not value.isascii():
         try:
             value.encode()
