@@ -128,7 +128,7 @@ def test_pod_template_with_bad_metadata_is_named(metadata: object) -> None:
         {"endpoint": lambda sandbox: None},
         {"sandbox_image": "registry.example/team/image@sha256:0123"},
     ],
-    ids=str,
+    ids=lambda settings: "-".join(settings),
 )
 def test_edges_of_the_ranges_are_inside(settings: dict[str, Any]) -> None:
     config = multi(**settings)
