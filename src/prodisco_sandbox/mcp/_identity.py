@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from mcp.server.auth.middleware.auth_context import get_access_token
@@ -15,6 +16,9 @@ from mcp.server.connection import Connection
 from mcp.server.mcpserver import Context
 from mcp.server.streamable_http import MCP_SESSION_ID_HEADER
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
+
+Policy = Callable[[Context[Any, Any]], str | None]
+"""What a request says: which session it belongs to, or who asks."""
 
 _KEY = "prodisco_sandbox.session_key"
 _HANDLE_PREFIX = "sbx_"
@@ -31,7 +35,7 @@ def principal(ctx: Context[Any, Any]) -> str | None:
     return None if token is None else json.dumps(principal_components(token))
 
 
-def session_key(ctx: Context[Any, Any]) -> str | None:
+def session_key(ctx: Context[Any, Any], principal: Policy = principal) -> str | None:
     """The session that a request belongs to; the default policy of `add_sandbox_tools`.
 
     Up to protocol 2025-11-25 a connection is a session. On streamable HTTP that is one
@@ -40,6 +44,10 @@ def session_key(ctx: Context[Any, Any]) -> str | None:
     2026-07-28, the SDK passes it on unchecked. On stdio the connection is the process's.
 
     From protocol 2026-07-28 on, requests stand alone and belong to no session.
+
+    Args:
+        ctx: The request.
+        principal: Who asks; the one that `add_sandbox_tools` was given.
 
     Returns:
         None where there is no session: then a handle says which sandbox is meant.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,12 @@ from mcp.server.mcpserver import Context
 
 from .._log import get_logger
 from ..client import SandboxClient, SandboxRef
+from ..errors import SandboxError
 from ..manager import SandboxManager
 from . import _texts as texts
-from ._identity import Handles, connection_with_key
+from ._identity import Handles, Policy, connection_with_key
 
 log = get_logger("mcp")
-
-Policy = Callable[[Context[Any, Any]], str | None]
 
 REMEMBERED = 4096
 """How many sessions are remembered beyond those that there are, to tell a return from a first use."""
@@ -102,7 +101,7 @@ class Sandboxes:
         self._admit(key, who)
         if handle is None:
             self._close_with_connection(ctx, key)
-        use: Use | None = None
+        unreachable = handle is not None and not known  # until the model has the handle
         self._uses[key] += 1
         try:
             async with self._manager.session(key) as client:
@@ -110,12 +109,15 @@ class Sandboxes:
                 use = Use(client, handle, memory.note)
                 yield use
                 if use.told:
-                    memory.note = None
+                    memory.note, unreachable = None, False
+        except SandboxError:  # There is none; or the manager is closing it already.
+            unreachable = False
+            raise
         finally:
             self._uses[key] -= 1
             if not self._uses[key]:
                 del self._uses[key]
-            if handle is not None and not known and (use is None or not use.told):
+            if unreachable:
                 await self._abandon(key)
 
     def _resolve(
@@ -162,7 +164,7 @@ class Sandboxes:
 
     def _close_with_connection(self, ctx: Context[Any, Any], key: str) -> None:
         connection = connection_with_key(ctx, key)
-        mark = f"prodisco_sandbox.closes.{id(self)}"
+        mark = f"prodisco_sandbox.closes.{id(self)}.{key}"
         if connection is not None and mark not in connection.state:
             connection.state[mark] = True
             connection.exit_stack.push_async_callback(self._connection_closed, key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 from typing import Annotated, Any
 
@@ -18,12 +19,12 @@ from ..errors import SandboxError
 from ..manager import SandboxManager
 from . import _parameters as p
 from . import _texts as texts
-from ._identity import Handles
+from ._identity import Handles, Policy
 from ._identity import principal as default_principal
 from ._identity import session_key as default_session_key
 from ._output import Clip, SandboxOutput, read_executions, read_report
 from ._progress import Progress
-from ._sandboxes import CLEANUP_TIMEOUT, Policy, RefusedError, Sandboxes, Use
+from ._sandboxes import CLEANUP_TIMEOUT, RefusedError, Sandboxes, Use
 
 log = get_logger("mcp")
 
@@ -75,6 +76,8 @@ def add_sandbox_tools(
     for argument, value in (("max_per_principal", max_per_principal), ("max_output", max_output)):
         if value < 1:
             raise ValueError(f"{argument} is {value!r}: it must be an integer of at least 1")
+    if session_key is default_session_key:
+        session_key = functools.partial(default_session_key, principal=principal)
     sandboxes = Sandboxes(
         manager,
         session_key=session_key,

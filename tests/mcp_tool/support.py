@@ -126,7 +126,7 @@ async def connect(url: str, era: str, *, token: str | None = None, **headers: st
     if token is not None:
         extra["Authorization"] = f"Bearer {token}"
     async with (
-        httpx2.AsyncClient(headers=extra, timeout=30) as http,
+        httpx2.AsyncClient(headers=extra, timeout=30, verify=False) as http,
         Client(streamable_http_client(url, http_client=http), mode=era) as client,
     ):
         yield client

@@ -1,0 +1,219 @@
+"""The program's options, its probes and its end, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+from mcp import Client
+from mcp.server import MCPServer
+
+from prodisco_sandbox import SandboxManager, SandboxManagerConfig
+from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
+from prodisco_sandbox.mcp import __main__ as program
+from prodisco_sandbox.mcp._serve import add_probes, serve_http
+
+from .support import call, connect, over_http, rig, text_of, until
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "one of the arguments --local --kubernetes is required"),
+        (["--local", "--kubernetes"], "not allowed with"),
+        (["--local", "--port", "70000"], "70000 is no port"),
+        (["--local", "--path", "mcp"], "must begin with '/'"),
+        (["--local", "--drain-timeout", "-1"], "no number of seconds"),
+        (["--local", "--drain-timeout", "nan"], "no number of seconds"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        program.main(arguments)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert text in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "arguments"),
+    [
+        ("SANDBOX_MAX_SESSIONS", "many", ["--kubernetes"]),
+        ("SANDBOX_MAX_SESSIONS", "many", ["--local"]),
+        ("SANDBOX_HANDLE_SECRET", "short", ["--local"]),
+    ],
+)
+def test_a_wrong_variable_is_named_without_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    arguments: list[str],
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert program.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert variable.lower().removeprefix("sandbox_") in error.lower()
+    assert "Traceback" not in error
+
+
+def test_a_port_that_is_taken_is_known_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert program.main(["--local", "--transport", "http", "--port", str(port)]) == 1
+    assert "in use" in capsys.readouterr().err
+
+
+async def test_on_kubernetes_the_environment_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "NAMESPACE": "lab",
+        "IMAGE": "me/mine:1",
+        "MAX_SESSIONS": "7",
+        "MODE": "single",
+    }.items():
+        monkeypatch.setenv(f"SANDBOX_{name}", value)
+    args = program._parser().parse_args(["--kubernetes"])
+    async with program._manager(args) as manager:
+        config = manager._config
+        assert (config.mode, config.namespace, config.sandbox_image, config.max_sessions) == (
+            "multi",
+            "lab",
+            "me/mine:1",
+            7,
+        )
+
+
+async def test_locally_it_reads_how_many_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SANDBOX_MAX_SESSIONS", "7")
+    async with program._manager(program._parser().parse_args(["--local"])) as manager:
+        assert (manager._config.mode, manager._config.max_sessions) == ("multi", 7)
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_it_listens_on_loopback_and_warns_of_anything_else(
+    caplog: pytest.LogCaptureFixture, host: str, warns: bool
+) -> None:
+    parser = program._parser()
+    assert parser.get_default("host") == "127.0.0.1"
+    args = parser.parse_args(["--local", "--transport", "http", "--port", "0", "--host", host])
+    with program._listener(args) as listener:
+        assert listener is not None
+        assert listener.getsockname()[0] == host
+    assert ("callers are not authenticated" in caplog.text) == warns
+
+
+async def test_after_sigterm_it_is_not_ready_and_ends_when_the_calls_have_ended() -> None:
+    done = ExecutionChunk("e1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
+    async with rig() as r:
+        go_on = asyncio.Event()
+        r.sandbox.script("ExecuteStream", [ExecutionChunk("e1", "output", "begun"), go_on, done])
+        listener = socket.create_server(("127.0.0.1", 0))
+        base = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        serving = asyncio.create_task(
+            serve_http(
+                r.server,
+                r.tools,
+                listener=listener,
+                path="/mcp",
+                allowed_hosts=["127.0.0.1:*"],
+                drain_timeout=5,
+            )
+        )
+        async with connect(f"{base}/mcp", "legacy") as client, httpx2.AsyncClient(verify=False) as http:
+            for probe in ("healthz", "readyz"):
+                assert (await http.get(f"{base}/{probe}")).text == "ok\n"
+            refused = await http.post(f"{base}/mcp", headers={"Host": "evil.example", **JSON}, json={})
+            assert refused.status_code == 421
+            last = asyncio.create_task(call(client, ""))
+            await r.sandbox.wait_for_call("ExecuteStream")
+            assert callable(signal.getsignal(signal.SIGTERM)), "else it would end these tests"
+            signal.raise_signal(signal.SIGTERM)
+            await until(lambda: r.tools.draining)
+            assert (await http.get(f"{base}/readyz")).status_code == 503
+            assert (await http.get(f"{base}/healthz")).status_code == 200
+            assert "shutting down" in text_of(await call(client, ""))
+            go_on.set()
+            assert (await last).structured_content == {
+                "success": True,
+                "state": "COMPLETED",
+                "execution_id": "e1",
+                "output": "begun",
+                "execution_time_ms": 0,
+            }
+        async with asyncio.timeout(10):
+            await serving
+        assert r.api.objects == []
+        for task in asyncio.all_tasks():
+            if getattr(task.get_coro(), "__name__", "") == "_shutdown_watcher":
+                task.cancel()
+
+
+JSON = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+
+
+async def test_probes_need_no_authentication() -> None:
+    async with rig(auth=True) as r:
+        add_probes(r.server, r.tools)
+        async with over_http(r.server) as url, httpx2.AsyncClient(verify=False) as http:
+            assert (await http.post(url, headers=JSON, json={})).status_code == 401
+            assert (await http.get(url.replace("/mcp", "/readyz"))).status_code == 200
+
+
+async def test_the_example_is_a_server_with_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SANDBOX_MAX_SESSIONS", "3")
+    names = runpy.run_path(str(Path(__file__).parents[2] / "examples/mcp_server.py"))
+    async with Client(names["server"]) as client:
+        assert [tool.name for tool in (await client.list_tools()).tools] == ["run_sandbox", "sandboxes"]
+        result = await client.call_tool("sandboxes", {})
+        assert result.structured_content == {"result": "0 are ready, 0 are being made"}
+
+
+# Without the SDK
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_without_the_sdk_the_error_names_the_extra() -> None:
+    result = python("import sys; sys.modules['mcp'] = None; import prodisco_sandbox.mcp")
+    assert result.stderr.splitlines()[-1] == (
+        "ImportError: prodisco_sandbox.mcp needs the official MCP SDK, version 2.3 or newer:"
+        " pip install 'prodisco-sandbox[mcp]'"
+    )
+
+
+def test_an_old_sdk_is_as_none() -> None:
+    old = "sys.modules['mcp'] = sys.modules['mcp.server'] = types.ModuleType('mcp')"
+    code = f"import sys, types; {old}; import prodisco_sandbox.mcp"
+    assert "version 2.3 or newer" in python(code).stderr
+
+
+def test_what_the_sdk_lacks_is_not_blamed_on_it() -> None:
+    result = python("import sys; sys.modules['anyio'] = None; import prodisco_sandbox.mcp")
+    assert result.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of anyio")
+
+
+def test_the_library_does_not_load_the_sdk() -> None:
+    code = "import sys, prodisco_sandbox; prodisco_sandbox.SandboxManager; print('mcp' in sys.modules)"
+    assert python(code).stdout == "False\n"
+
+
+def test_what_is_public() -> None:
+    import prodisco_sandbox.mcp as package
+
+    assert set(package.__all__) <= set(dir(package))
+    manager = SandboxManager(SandboxManagerConfig(mode="single"))
+    tools = package.add_sandbox_tools(MCPServer("test"), manager)
+    assert isinstance(tools, package.SandboxTools)
+    assert not tools.draining

@@ -1,0 +1,247 @@
+"""Real clients, real transports, real processes as sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import anyio
+import pytest
+from mcp import Client
+from mcp.client.stdio import StdioServerParameters
+
+from .support import ERAS, call, connect, local_server, refused, run, until
+
+WRITE = "open('diary.txt', 'w').write('the owl')"
+READ = "print(open('diary.txt').read())"
+LOOK = "import os; print(os.path.exists('diary.txt'))"
+
+
+async def test_two_clients_of_each_era_have_state_of_their_own() -> None:
+    async with local_server() as (url, manager), AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connect(url, era)) for era in ERAS for _ in range(2)]
+        begun = await asyncio.gather(
+            *(run(client, WRITE if n % 2 == 0 else "print('hello')") for n, client in enumerate(clients))
+        )
+        known = [{"sandbox": result["sandbox"]} if "sandbox" in result else {} for result in begun]
+        assert [bool(handle) for handle in known] == [False, False, True, True]
+        seen = await asyncio.gather(
+            *(run(client, READ if n % 2 == 0 else LOOK, **known[n]) for n, client in enumerate(clients))
+        )
+        assert [result["output"] for result in seen] == ["the owl\n", "False\n"] * 2
+        assert manager.stats().created == 4
+
+
+@pytest.mark.parametrize("era", ERAS)
+async def test_output_comes_while_the_script_runs_and_a_cancel_stops_it(era: str) -> None:
+    code = """\
+import pathlib, time
+print("working", flush=True)
+time.sleep(1)
+pathlib.Path("finished").touch()
+"""
+    async with local_server() as (url, _manager), connect(url, era) as client:
+        known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
+        working = anyio.Event()
+
+        async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+            if message == "working\n":
+                working.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(
+                lambda: client.call_tool(
+                    "run_sandbox", {"code": code, **known}, progress_callback=on_progress
+                )
+            )
+            with anyio.fail_after(5):
+                await working.wait()
+            tasks.cancel_scope.cancel()
+
+        async def state() -> str:
+            (last,) = (await run(client, mode="list", limit=1, **known))["executions"]
+            return str(last["state"])
+
+        with anyio.fail_after(5):
+            while await state() == "RUNNING":
+                await asyncio.sleep(0.02)
+        assert await state() == "CANCELLED"
+        assert (await run(client, "import os; print(os.listdir())", **known))["output"] == "[]\n"
+
+
+async def test_modes_work_together_on_the_reference_server() -> None:
+    async with local_server() as (url, _manager), connect(url, "legacy") as client:
+        started = await run(client, "import time\nprint('a' * 40_000)\ntime.sleep(30)", mode="async")
+        known = {"execution_id": started["execution_id"]}
+        with anyio.fail_after(5):
+            while len((first := await run(client, mode="status", **known))["output"]) < 30_000:
+                await asyncio.sleep(0.02)
+        rest = await run(client, mode="status", output_offset=first["output_offset"], **known)
+        assert len(first["output"] + rest["output"]) == 40_001
+        assert [e["state"] for e in (await run(client, mode="list", states=["RUNNING"]))["executions"]]
+        assert (await run(client, mode="cancel", **known))["state"] == "CANCELLED"
+        ended = await run(client, mode="status", wait=True, **known)
+        assert (ended["state"], ended["success"]) == ("CANCELLED", False)
+        error = await call(client, "print('begun', flush=True)\nwhile True: pass", timeout_ms=1)
+        assert error.is_error
+        assert error.structured_content is not None
+        assert (error.structured_content["state"], error.structured_content["output"]) == (
+            "TIMEOUT",
+            "begun\n",
+        )
+        assert "needs" in await refused(client, mode="status")
+
+
+# The server as a program
+
+
+def program(*arguments: str, **environment: str) -> StdioServerParameters:
+    # The SDK's client passes on little.
+    coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE")}
+    return StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "prodisco_sandbox.mcp", *arguments],
+        env={**coverage, **environment},
+    )
+
+
+async def test_the_program_serves_both_eras_on_stdio() -> None:
+    async def talk(era: str) -> None:
+        async with Client(program("--local", "--log-level", "debug"), mode=era) as client:
+            # What tools print does not come between the messages.
+            first = await run(client, WRITE + "; print('x' * 100_000)")
+            known = {"sandbox": first["sandbox"]} if "sandbox" in first else {}
+            assert bool(known) == (era != "legacy")
+            with anyio.move_on_after(0.3):
+                await run(client, "import time; time.sleep(30)", **known)
+            assert (await run(client, READ, **known))["output"] == "the owl\n"
+            executions = (await run(client, mode="list", limit=2, **known))["executions"]
+            assert executions[1]["state"] == "CANCELLED", "though it never printed anything"
+
+    await asyncio.gather(*(talk(era) for era in ERAS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_program_on_stdio_ends_at_a_signal_though_its_input_is_open(number: int) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "prodisco_sandbox.mcp",
+        "--local",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    params = b'{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"t","version":"0"}}'
+    process.stdin.write(b'{"jsonrpc":"2.0","id":0,"method":"initialize","params":' + params + b"}\n")
+    async with asyncio.timeout(20):
+        assert b"prodisco-sandbox" in await process.stdout.readline()
+        process.send_signal(number)
+        assert await process.stdout.read() == b""
+        assert await process.wait() == 0
+
+
+class Program:
+    """The program on HTTP, in a process of its own."""
+
+    def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
+        self._log, self._arguments = log, arguments
+        self._environment = {**os.environ, **environment}
+        self.url = ""
+
+    async def __aenter__(self) -> Self:
+        with self._log.open("w") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "prodisco_sandbox.mcp", "--local", "--transport", "http", *self._arguments),
+                stderr=log,
+                env=self._environment,
+            )
+        await until(lambda: "listening on " in self._log.read_text(), timeout=20)
+        self.url = self._log.read_text().partition("listening on ")[2].split()[0]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+
+@pytest.mark.slow
+async def test_the_program_on_http_finishes_what_it_has_begun(tmp_path: Path) -> None:
+    async with (
+        Program(tmp_path / "log", "--port", "0") as program,
+        connect(program.url, "legacy") as one,
+        connect(program.url, "2026-07-28") as two,
+    ):
+        began = [anyio.Event(), anyio.Event()]
+        code = "import time; print('begun', flush=True); time.sleep(1); print('done')"
+
+        async def work(client: Client, event: anyio.Event) -> Any:
+            async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+                event.set()
+
+            return await client.call_tool("run_sandbox", {"code": code}, progress_callback=on_progress)
+
+        calls = [asyncio.create_task(work(*pair)) for pair in zip((one, two), began, strict=True)]
+        with anyio.fail_after(10):
+            for event in began:
+                await event.wait()
+        program.process.terminate()
+        while "shutting down" not in (await call(one, "")).content[0].text:  # type: ignore[union-attr]
+            await asyncio.sleep(0.01)
+        for result in await asyncio.gather(*calls):
+            assert result.structured_content["output"] == "begun\ndone\n"
+        async with asyncio.timeout(15):
+            assert await program.process.wait() == 0
+
+
+@pytest.mark.slow
+async def test_a_restarted_server_knows_the_handles_and_not_the_sessions(tmp_path: Path) -> None:
+    secret = "kept over the restart"
+    async with Program(tmp_path / "1", "--port", "0", SANDBOX_HANDLE_SECRET=secret) as program:
+        port = program.url.rpartition(":")[2].removesuffix("/mcp")
+        async with connect(program.url, "2026-07-28") as client, connect(program.url, "legacy") as session:
+            handle = (await run(client, WRITE))["sandbox"]
+            await run(session, WRITE)
+            program.process.kill()
+            await program.process.wait()
+            again = Program(tmp_path / "2", "--port", port, SANDBOX_HANDLE_SECRET=secret)
+            async with again:
+                result = await run(client, LOOK, sandbox=handle)
+                assert result["output"] == "False\n"
+                assert "may be a new, empty sandbox" in result["note"]
+                with pytest.raises(Exception, match=r"[Ss]ession"):
+                    await run(session, LOOK)
+                async with connect(again.url, "legacy") as client_again:
+                    assert (await run(client_again, LOOK))["output"] == "False\n"
+            without = Program(tmp_path / "3", "--port", port)
+            async with without:
+                assert "call again without `sandbox`" in await refused(client, LOOK, sandbox=handle)
+
+
+@pytest.mark.slow
+async def test_fifty_clients_at_once() -> None:
+    async with local_server(max_sessions=50, ready_timeout=110.0) as (url, manager):
+        begun = time.monotonic()
+
+        async def talk(number: int) -> str:
+            async with connect(url, ERAS[number % 2]) as client:
+                result = await run(client, f"open('n', 'w').write('{number}')", timeout_ms=60_000)
+                known = {"sandbox": result["sandbox"]} if "sandbox" in result else {}
+                read = await run(client, "print(open('n').read())", timeout_ms=60_000, **known)
+                return str(read["output"])
+
+        outputs = await asyncio.gather(*(talk(number) for number in range(50)))
+        assert outputs == [f"{number}\n" for number in range(50)]
+        stats = manager.stats()
+        assert (stats.created, stats.failed) == (50, 0)
+        print(f"50 clients: {time.monotonic() - begun:.1f} s")
