@@ -45,7 +45,7 @@ async def open_custom_objects_api() -> Any:
                 config_file=files, context=context, client_configuration=configuration, persist_config=False
             )
             if hasattr(loader, "exec_plugin_expiry"):
-                configuration.refresh_api_key_hook = partial(_refresh_exec_token, loader)
+                configuration.refresh_api_key_hook = partial(_refresh_exec_token, loader, asyncio.Lock())
     except Exception as e:  # kubernetes_asyncio lets through whatever a broken file makes it raise
         raise SandboxUnavailableError(
             f"no usable Kubernetes configuration: {e}; looked {looked}; set KUBECONFIG (and K8S_CONTEXT)"
@@ -70,7 +70,8 @@ def _kubeconfig_files() -> str:
     return os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
 
 
-async def _refresh_exec_token(loader: Any, configuration: Any) -> None:
+async def _refresh_exec_token(loader: Any, turn: asyncio.Lock, configuration: Any) -> None:
     """Runs the exec credential plugin again once its token has expired; called before each request."""
-    await loader.load_from_exec_plugin()
+    async with turn:  # Many requests at once find it expired: one of them runs the plugin.
+        await loader.load_from_exec_plugin()
     configuration.api_key["BearerToken"] = loader.token
