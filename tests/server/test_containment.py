@@ -26,7 +26,12 @@ async def output(stub: Stub, source: str) -> str:
 
 
 async def test_the_environment_is_scrubbed(tmp_path: Path) -> None:
-    env = {"SECRET_TOKEN": "s3cret", "SANDBOX_TLS_KEY_PATH": "/k", "GIVEN": "yes", "PYTHONPATH": "/nowhere"}
+    env = {
+        "SECRET_TOKEN": "s3cret",
+        "SANDBOX_TLS_KEY_PATH": "/k",
+        "GIVEN": "yes",
+        "PYTHONSTARTUP": "/nowhere",
+    }
     with running(tmp_path, "--pass-env", "GIVEN,ABSENT", env=env) as server:
         async with server.connect() as stub:
             names = await output(stub, "import os; print(*os.environ, os.environ['GIVEN'])")

@@ -33,11 +33,15 @@ async def test_a_live_socket_is_refused(server: Server) -> None:
 
 
 async def test_a_busy_port_is_refused() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        assert "cannot listen on 127.0.0.1" in await refusal("--host", "127.0.0.1", "--port", str(port))
+    # By a server like it: SO_REUSEPORT, gRPC's default, would have them share the port.
+    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    try:
+        target = bind(server, parse(["--host", "127.0.0.1", "--port", "0"], {}))
+        await server.start()
+        refused = await refusal("--host", "127.0.0.1", "--port", target.rpartition(":")[2])
+        assert f"cannot listen on {target}" in refused
+    finally:
+        await server.stop(None)
 
 
 async def test_a_stale_socket_is_replaced_and_any_other_file_is_not(tmp_path: Path) -> None:
@@ -56,7 +60,7 @@ async def test_a_stale_socket_is_replaced_and_any_other_file_is_not(tmp_path: Pa
     finally:
         os.umask(umask)
         await server.stop(None)
-    path.unlink(missing_ok=True)
+    assert not path.exists()
     path.write_text("precious")
     assert "exists and is not a socket" in await refusal("--socket", str(path))
     assert path.read_text() == "precious"

@@ -55,9 +55,8 @@ class Places:
 
     def __init__(self, options: Options) -> None:
         self._made: list[Path] = []
-        self._socket = options.socket if options.host is None else None
-        if self._socket is not None:
-            self._make(self._socket.parent)
+        if options.host is None:
+            self._make(options.socket.parent)
         private = self._private(options)
         self.temporary = private / "tmp"
         self._make(self.temporary)
@@ -70,7 +69,6 @@ class Places:
             # What was asked for by name outlives the server, unless the server is but a
             # part of its parent.
             self._made = kept
-        self.bound = False
 
     def _private(self, options: Options) -> Path:
         """A private directory, on a read-only root file system where the cache is."""
@@ -89,9 +87,7 @@ class Places:
         self._made.append(path)
 
     def remove(self) -> None:
-        """Removes the socket, and the directories that this server made."""
-        if self.bound and self._socket is not None:
-            self._socket.unlink(missing_ok=True)
+        """Removes the directories that this server made; gRPC has removed the socket."""
         for path in reversed(self._made):
             try:
                 _open_up(path)
@@ -136,7 +132,6 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
         service = SandboxService(options, executions, cache)
         server, standard_health = await _server(service)
         target = _transport.bind(server, options)
-        places.bound = True
         processes.install()
         if options.workspace is not None:
             await executions.measure()
