@@ -249,6 +249,48 @@ async def test_faults_of_the_api_are_survived(tmp_path: Path) -> None:
         await until_gone(cluster.directory / "1")
 
 
+async def test_a_status_that_may_not_be_written_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
+        api = cluster.custom_objects_api
+        api.forbid("patch_status")
+        await create(cluster, "s")
+        async with asyncio.timeout(5):
+            while "sandbox_abandoned" not in caplog.text:
+                await asyncio.sleep(0.01)
+        assert list(cluster.directory.iterdir()) == []
+
+
+async def test_once_it_can_watch_again_it_lists_no_more(tmp_path: Path) -> None:
+    async with LocalCluster(python=stub(tmp_path), poll_interval=0.01) as cluster:
+        api, controller = cluster.custom_objects_api, cluster._controller
+        assert controller is not None
+        await api.until(lambda: api.watches)
+        lists = api.count("list")
+        controller.down()
+        await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        assert api.count("list") == lists + 1
+
+
+async def test_a_server_that_ends_says_how(tmp_path: Path) -> None:
+    scripts = {
+        "0": ("PodSucceeded", "The server ended with status 0"),
+        "7": ("PodFailed", "The server ended with status 7: too bad"),
+    }
+    end = 'case "$6" in */1/socket) exit 0;; */2/socket) echo too bad >&2; exit 7;; *) kill -ABRT $$;; esac\n'
+    async with LocalCluster(python=stub(tmp_path, f"#!/bin/sh\n{end}")) as cluster:
+        api = cluster.custom_objects_api
+        for name in ("0", "7", "abort"):
+            await create(cluster, name)
+            await api.until(lambda name=name: condition(api.get(name), "Finished"))
+        for name, expected in scripts.items():
+            found = condition(api.get(name))
+            assert (found["reason"], found["message"]) == expected
+        assert condition(api.get("abort"))["message"] == "The server ended with signal 6"
+
+
 async def test_a_later_cluster_runs_what_is_there_and_not_what_is_over(tmp_path: Path) -> None:
     async with FakeCustomObjectsApi() as api:
         first = LocalCluster(custom_objects_api=api, python=stub(tmp_path))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 from _local import AT, condition, create, processes, reason, stub, traces, until_gone
 
 from prodisco_sandbox import SandboxUnavailableError
-from prodisco_sandbox.local import LocalCluster, _keeper
+from prodisco_sandbox.local import LocalCluster, _keeper, _processes
 
 # Leaves a process in a session of its own; the first one also locks files, and does not end
 # when it is asked to.
@@ -148,23 +151,49 @@ async def test_signals_of_the_terminal_do_not_reach_the_keeper(tmp_path: Path) -
         assert os.getsid(server) == server
 
 
+# A server that does not look at its input.
+DEAF = '#!/bin/sh\necho "listening on unix:$6"\nexec sleep 60\n'
+
+
 async def test_a_killed_keeper_takes_the_servers_along(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    deaf = '#!/bin/sh\necho "listening on unix:$6"\nexec sleep 60\n'
-    async with LocalCluster(directory=tmp_path, python=stub(tmp_path, deaf)) as cluster:
+    async with LocalCluster(directory=tmp_path, python=stub(tmp_path, DEAF)) as cluster:
+        await ready(cluster, "s")
         api = cluster.custom_objects_api
-        sandbox = await create(cluster, "s")
-        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
-        os.kill(keeper_of(tmp_path), signal.SIGKILL)
-        await api.until(lambda: reason(api.get("s")) == "PodFailed")
-        assert cluster.endpoint(sandbox) is None
+        keeper = keeper_of(tmp_path)
+        os.kill(keeper, signal.SIGSTOP)
+        await create(cluster, "ordered")
+        await api.until(lambda: reason(api.get("ordered")) == "DependenciesNotReady")
+        os.kill(keeper, signal.SIGKILL)
+        await api.until(lambda: {reason(sandbox) for sandbox in api.objects} == {"PodFailed"})
+        assert all(cluster.endpoint(sandbox) is None for sandbox in api.objects)
         await create(cluster, "later")
         await api.until(lambda: reason(api.get("later")) == "PodFailed")
         async with asyncio.timeout(5):
             while processes(tmp_path):
                 await asyncio.sleep(0.01)
     assert "keeper_lost" in caplog.text
+    assert traces(tmp_path) == []
+
+
+async def test_a_keeper_that_hangs_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_processes, "END_TIMEOUT", 0.1)
+    async with LocalCluster(directory=tmp_path, python=stub(tmp_path, DEAF)) as cluster:
+        await ready(cluster, "s")
+        os.kill(keeper_of(tmp_path), signal.SIGSTOP)
+    assert "keeper_stuck" in caplog.text
+    await until_gone(tmp_path)
+
+
+async def test_a_keeper_that_is_slow_to_start_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_processes, "START_TIMEOUT", 0.001)
+    with pytest.raises(SandboxUnavailableError, match=r"did not start in 0.001 s"):
+        await LocalCluster(directory=tmp_path).start()
     assert traces(tmp_path) == []
 
 
@@ -254,6 +283,50 @@ async def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
     assert traces(tmp_path) == []
 
 
+def talk(base: Path, parent: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Starts a keeper, and speaks for its cluster."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(5)
+    command = [sys.executable, "-I", "-c", _processes._BOOTSTRAP, _keeper.__file__, str(base), str(parent)]
+    with theirs:
+        return subprocess.Popen(command, stdin=theirs.fileno(), stderr=subprocess.DEVNULL), ours
+
+
+def test_a_keeper_whose_cluster_is_gone_already(tmp_path: Path) -> None:
+    process, ours = talk(tmp_path, parent=1)
+    with process, ours:
+        assert process.wait(5) == 0
+    assert traces(tmp_path) == []
+
+
+def test_a_keeper_whose_cluster_vanishes_without_having_listened(tmp_path: Path) -> None:
+    process, ours = talk(tmp_path, os.getpid())
+    with process, ours:
+        assert b"ready" in ours.recv(1000, socket.MSG_PEEK)
+        argv = ["/bin/sh", "-c", "echo listening on x; exec sleep 60"]
+        orders = [
+            {"do": "stop", "server": "unknown"},
+            {"do": "start", "server": "1", "argv": argv, "env": {}},
+        ]
+        ours.sendall(b"".join(json.dumps(order).encode() + b"\n" for order in orders))
+        while b"said" not in ours.recv(1000, socket.MSG_PEEK):
+            pass
+        ours.close()
+        assert process.wait(5) == 0
+    assert traces(tmp_path) == []
+
+
+def test_a_keeper_that_breaks_leaves_nothing_either(tmp_path: Path) -> None:
+    process, ours = talk(tmp_path, os.getpid())
+    with process, ours:
+        argv = ["/bin/sh", "-c", "echo listening on x; exec sleep 60"]
+        orders = [{"do": "start", "server": "1", "argv": argv, "env": {}}, {"not": "an order"}]
+        ours.sendall(b"".join(json.dumps(order).encode() + b"\n" for order in orders))
+        assert process.wait(5) == 1
+        assert b"KeyError" in ours.recv(10_000)
+    assert traces(tmp_path) == []
+
+
 def test_what_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked = tmp_path / "locked" / "inner"
     locked.mkdir(parents=True)
@@ -263,6 +336,28 @@ def test_what_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.
     locked.parent.chmod(0)
     assert _keeper.remove(tmp_path / "locked")
     assert not (tmp_path / "locked").exists()
+    # Whoever may do everything, as root may, meets no lock above.
+    (tmp_path / "busy" / "inner").mkdir(parents=True)
+    (tmp_path / "busy" / "link").symlink_to(tmp_path)
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: monkeypatch.setattr(shutil, "rmtree", rmtree))
+    assert _keeper.remove(tmp_path / "busy")
     (tmp_path / "busy").mkdir()
-    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     assert not _keeper.remove(tmp_path / "busy")
+
+
+def test_what_is_gone_already_is_no_error(tmp_path: Path) -> None:
+    with subprocess.Popen(["/bin/true"]) as process:
+        process.wait(5)
+    _keeper.kill_trees([process.pid])
+    assert _keeper.remove(tmp_path / "nothing")
+    assert "cannot be read" in _keeper._tail(tmp_path / "nothing")
+
+
+async def test_what_is_left_behind_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with LocalCluster(directory=tmp_path) as cluster:
+        cluster._keeper._hear({"event": "left", "what": "a file"})
+    _processes._log_leftover(None, "another", OSError("busy"))
+    assert "what='a file'" in caplog.text
+    assert "what='another' reason='busy'" in caplog.text

@@ -51,12 +51,10 @@ class Exit:
 
     def __str__(self) -> str:
         if self.status == KILLED:
-            return "The server was killed with SIGKILL"
-        how = f"ended with status {self.status}"
-        if self.status < 0:
-            how = f"was ended by {signal.Signals(-self.status).name}"
+            return "The server was killed with SIGKILL"  # Its log knows nothing of it.
+        how = f"status {self.status}" if self.status >= 0 else f"signal {-self.status}"
         last = self.log.rpartition("\n")[2][:300]
-        return f"The server {how}" + (f": {last}" if last else "")
+        return f"The server ended with {how}" + (f": {last}" if last else "")
 
 
 class ServerProcess:
