@@ -1,0 +1,33 @@
+"""SandboxResources on the fake API, as several test files use it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from prodisco_sandbox import (
+    SandboxManagerConfig,
+)
+from prodisco_sandbox.kubernetes import SandboxResources
+from prodisco_sandbox.manifest import sandbox_body
+from prodisco_sandbox.testing import FakeCustomObjectsApi
+
+
+@contextlib.asynccontextmanager
+async def cluster(
+    version: str = "auto", **options: Any
+) -> AsyncIterator[tuple[FakeCustomObjectsApi, SandboxResources]]:
+    async with FakeCustomObjectsApi(**options) as api:
+        resources = SandboxResources(settings(version), api)
+        yield api, resources
+        await resources.aclose()
+
+
+def settings(version: str = "auto") -> SandboxManagerConfig:
+    choice: Any = version
+    return SandboxManagerConfig(mode="multi", instance_id="me", api_version=choice)
+
+
+def body(taken: str = "sandbox-x", version: str = "v1beta1") -> dict[str, Any]:
+    return sandbox_body(settings(), version, taken, "0" * 40)
