@@ -16,7 +16,7 @@ from .support import (
     Definitions,
     Namespace,
     connected,
-    make_namespace,
+    made_namespace,
 )
 
 _numbers = itertools.count(1)
@@ -63,13 +63,11 @@ async def namespace(
     server: AuditedServer, definitions: Definitions, definition: Path | tuple[str, ...], version: str
 ) -> AsyncIterator[Namespace]:
     definitions.use(definition)
-    name = f"test-{next(_numbers)}"
-    account = make_namespace(server, name)
-    async with connected(server) as api, connected(server, user=account) as manager_api:
-        yield Namespace(name, server, api, manager_api, account, version)
+    async with made_namespace(server, f"test-{next(_numbers)}", version) as namespace:
+        yield namespace
 
 
 @pytest.fixture
 async def controller(namespace: Namespace) -> AsyncIterator[Controller]:
-    async with connected(namespace.server, connections=8) as api, Controller(namespace, api) as controller:
+    async with connected(namespace.server, pool=8) as api, Controller(namespace, api) as controller:
         yield controller

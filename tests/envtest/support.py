@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +19,13 @@ import aiohttp
 import yaml
 from _apiserver import ApiServer
 from _sandbox_crd import sandbox_crd
-from kubernetes_asyncio.client import ApiClient, ApiException, Configuration, CustomObjectsApi
+from kubernetes_asyncio.client import (
+    ApiClient,
+    ApiException,
+    AuthorizationV1Api,
+    Configuration,
+    CustomObjectsApi,
+)
 from manager.support import Clients
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
@@ -138,6 +145,13 @@ class Namespace:
     async def _is_empty(self) -> bool:
         return not await self.list()
 
+    async def may(self, verb: str) -> bool:
+        """Whether the manager may do this to Sandboxes: new rights take a moment to count."""
+        resource = {"verb": verb, "group": GROUP, "resource": PLURAL, "namespace": self.name}
+        review = {"spec": {"user": self.account, "resourceAttributes": resource}}
+        answer = await AuthorizationV1Api(self.api.api_client).create_subject_access_review(review)
+        return bool(answer.status.allowed)
+
     async def kubectl(self, *args: str, text: str | None = None) -> str:
         return await asyncio.to_thread(self.server.kubectl, f"--namespace={self.name}", *args, text=text)
 
@@ -174,31 +188,47 @@ def rights(namespace: str) -> tuple[list[Object], str]:
     return objects, account
 
 
-def make_namespace(server: ApiServer, name: str) -> str:
-    """Makes a namespace with the rights of deploy/base/rbac.yaml; returns the user that has them."""
+@asynccontextmanager
+async def made_namespace(server: AuditedServer, name: str, version: str) -> AsyncIterator[Namespace]:
     objects, account = rights(name)
     objects.insert(0, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-    server.kubectl("create", "--validate=false", "-f", "-", text=json.dumps(listed(objects)))
-    return account
-
-
-def listed(objects: list[Object]) -> Object:
-    return {"apiVersion": "v1", "kind": "List", "items": objects}
+    listed = {"apiVersion": "v1", "kind": "List", "items": objects}
+    await asyncio.to_thread(server.kubectl, "create", "--validate=false", "-f", "-", text=json.dumps(listed))
+    async with connected(server) as api, connected(server, user=account) as manager_api:
+        namespace = Namespace(name, server, api, manager_api, account, version)
+        await until(lambda: namespace.may("list"), f"the rights in {name}")
+        yield namespace
+    # aiohttp does not wait for the end of TLS, and the loop may be closed before.
+    await until(lambda: connections(server.port) == 0, "the connections to be closed")
 
 
 @asynccontextmanager
 async def connected(
-    server: ApiServer, *, user: str | None = None, connections: int = 100
+    server: ApiServer, *, user: str | None = None, pool: int = 100
 ) -> AsyncIterator[CustomObjectsApi]:
     """The administrator's CustomObjectsApi, or one that acts as another user."""
     configuration = Configuration(host=server.url)
     configuration.ssl_ca_cert = str(server.directory / "ca.crt")
     configuration.api_key["BearerToken"] = f"Bearer {server.token()}"
-    configuration.connection_pool_maxsize = connections
+    configuration.connection_pool_maxsize = pool
     async with ApiClient(configuration) as client:
         if user is not None:
             client.set_default_header("Impersonate-User", user)
         yield CustomObjectsApi(client)
+
+
+def connections(port: int) -> int:
+    """How many connections this process has to a port of this machine."""
+    ours = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            ours.add(os.readlink(descriptor))
+    found = 0
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        remote, inode = fields[2], fields[9]
+        found += int(remote.rpartition(":")[2], 16) == port and f"socket:[{inode}]" in ours
+    return found
 
 
 def eventually(met: Callable[[], bool], what: str, seconds: float = 20) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
-from .support import Controller, Namespace
+from .support import Controller, Namespace, connections
 
 pytestmark = pytest.mark.envtest
 
@@ -63,16 +61,3 @@ async def connections_counted(port: int) -> AsyncIterator[list[int]]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-def connections(port: int) -> int:
-    ours = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            ours.add(os.readlink(descriptor))
-    found = 0
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        remote, inode = fields[2], fields[9]
-        found += int(remote.rpartition(":")[2], 16) == port and f"socket:[{inode}]" in ours
-    return found

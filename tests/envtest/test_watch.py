@@ -23,7 +23,7 @@ from .support import (
     Namespace,
     condition,
     connected,
-    make_namespace,
+    made_namespace,
     ready,
     until,
 )
@@ -89,12 +89,8 @@ async def test_a_replaced_pod_gets_a_new_client(namespace: Namespace, controller
 @pytest.fixture
 async def uncached(uncached_server: AuditedServer) -> AsyncIterator[Namespace]:
     Definitions(uncached_server).use(VERSIONS)
-    account = make_namespace(uncached_server, "uncached")
-    async with (
-        connected(uncached_server) as api,
-        connected(uncached_server, user=account) as manager_api,
-    ):
-        yield Namespace("uncached", uncached_server, api, manager_api, account, VERSIONS[0])
+    async with made_namespace(uncached_server, "uncached", VERSIONS[0]) as namespace:
+        yield namespace
 
 
 async def test_a_compaction_cuts_the_watch_and_nothing_is_missed(
@@ -104,7 +100,7 @@ async def test_a_compaction_cuts_the_watch_and_nothing_is_missed(
     caplog.set_level(logging.INFO, "prodisco_sandbox.watch")
     gate = Gate(uncached.manager_api)
     async with (
-        connected(uncached.server, connections=8) as api,
+        connected(uncached.server, pool=8) as api,
         Controller(uncached, api),
         uncached.managed(api=gate) as manager,
     ):
