@@ -88,6 +88,7 @@ async def test_what_does_not_come_to_tests_is_an_error(stub: Stub) -> None:
         assert answer.summary.total == 0
 
 
+@pytest.mark.slow
 async def test_tests_before_a_timeout_or_a_crash_count(stub: Stub) -> None:
     tests = "def test_good(): pass\ndef test_stuck():\n    while True: pass\n"
     answer = await run(stub, tests, timeout_ms=1000)

@@ -181,6 +181,7 @@ async def test_finished_executions_are_forgotten_by_age(small: Server) -> None:
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.slow
 async def test_finished_executions_are_forgotten_by_size(tmp_path: Path) -> None:
     with running(tmp_path, "--retain-limit-mb", "1") as server:
         async with server.connect() as stub:
@@ -206,6 +207,7 @@ async def test_everything_but_language_servers_is_there(stub: Stub) -> None:
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.slow
 async def test_an_interpreter_that_cannot_be_started_is_an_answer(tmp_path: Path) -> None:
     few = ("/bin/sh", "-c", 'ulimit -n 40; exec "$0" "$@"', sys.executable, "-m", "prodisco_sandbox.server")
     with running(tmp_path, "--max-concurrent", "50", "--spare-interpreters", "0", command=few) as server:
