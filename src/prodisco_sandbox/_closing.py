@@ -80,10 +80,6 @@ class Closing:
             try:
                 async with self._deletes:
                     await self._delete_once(session)
-                if session.ambiguous:
-                    # Also where one was found: a second create may still be on its way.
-                    until = asyncio.get_running_loop().time() + AMBIGUOUS_FOR
-                    self._ambiguous[session.name] = (session.session_hash, until)
                 return
             except SandboxError as e:
                 attempt += 1
@@ -121,6 +117,11 @@ class Closing:
             and labels.get(manifest.LABEL_INSTANCE) == self._config.instance_label
         )
 
+    def remember(self, session: Session) -> None:
+        """Notes that a create of a session that has ended may still land, a second one too."""
+        until = asyncio.get_running_loop().time() + AMBIGUOUS_FOR
+        self._ambiguous[session.name] = (session.session_hash, until)
+
     async def look_again(self) -> None:
         """Looks for Sandboxes whose create was given up but may have landed since."""
         for name, (session_hash, until) in list(self._ambiguous.items()):
@@ -128,9 +129,10 @@ class Closing:
             # A session that has the name by now has met, or will meet, what lands there.
             if self._table.named(name) is None:
                 found = await self._resources.get(name)
-                if found is not None and self._may_delete(found, session_hash):
-                    await self._delete_seen(found)
-                elif now < until:
+                landed = found is not None and self._may_delete(found, session_hash)
+                if found is not None and landed and not await self._delete_seen(found):
+                    continue
+                if not landed and now < until:
                     continue
             self._ambiguous.pop(name, None)
 

@@ -333,6 +333,8 @@ class Engine:
             await self._closing.close_client(session.client)
         if session.leftover:
             await self._closing.delete(session)
+        if session.ambiguous:
+            self._closing.remember(session)
         took = round(self._now() - begun, 3)
         log.info("sandbox_closed", sandbox=session.name, reason=reason, duration=took)
 

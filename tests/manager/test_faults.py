@@ -96,6 +96,35 @@ async def test_a_create_that_lands_after_its_session_was_closed_is_found_by_shut
         assert api.objects == []
 
 
+async def test_a_create_that_lands_after_its_session_has_died_is_found() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.faults.add("create", latency=40.0, lands=True, times=1)
+        await manager.get_client("s")
+        assert api.count("create") == 2
+        await asyncio.sleep(10)
+        api.delete_now(manager.sandbox_name("s"))
+        await asyncio.sleep(30)
+        assert (len(alive(api)), manager.stats().lost) == (1, 1)
+        await asyncio.sleep(20)
+        assert api.objects == []
+
+
+async def test_a_late_landing_that_changes_under_its_deletion_is_not_forgotten() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api, idle_check_interval=20.0) as manager:
+        api.faults.add("create", latency=15.0, lands=True, times=1)
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(1)
+        await manager.on_session_closed("s")
+        await asyncio.gather(waiting, return_exceptions=True)
+        with api.faults.add("delete", hold=True) as gate:
+            await gate.reached(timeout=30)
+            api.set_condition(manager.sandbox_name("s"), "Ready", "False")
+        await settle()
+        assert alive(api)
+        await asyncio.sleep(21)
+        assert api.objects == []
+
+
 async def test_a_late_landing_is_not_taken_from_the_session_that_came_back() -> None:
     async with (
         FakeCustomObjectsApi(auto_ready=True) as api,
