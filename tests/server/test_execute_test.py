@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 
 from .support import Stub
