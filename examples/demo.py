@@ -1,7 +1,8 @@
 """Sessions as an MCP server has them, each in a sandbox of its own, on this machine.
 
 `make demo` runs it: real servers and real code, but processes instead of pods. On a
-cluster only the two lines that mention LocalCluster differ.
+cluster there is no LocalCluster, and the manager's settings name a namespace; the rest is
+the same.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import stat
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,13 @@ async def test_a_cluster_is_started_once() -> None:
             await cluster.start()
     await cluster.aclose()
     with pytest.raises(SandboxError, match="make a new one"):
+        await cluster.start()
+
+
+async def test_it_needs_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = LocalCluster()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SandboxError, match="needs Linux, not darwin"):
         await cluster.start()
 
 

@@ -168,9 +168,13 @@ class LocalCluster:
         """Starts the controller. If this fails or is cancelled, the cluster is closed.
 
         Raises:
-            SandboxError: It was started or closed before.
+            SandboxError: It was started or closed before, or this is not Linux.
             SandboxUnavailableError: The system refuses a process.
         """
+        if sys.platform != "linux":
+            raise SandboxError(
+                f"a local cluster needs Linux, not {sys.platform}: /proc, and the kernel's help"
+            )
         if self._controller is not None or self._closing is not None:
             raise SandboxError("a cluster is started once: make a new one")
         self._controller = Controller(
