@@ -40,7 +40,7 @@ CHANNEL_OPTIONS = [
     # A port that is taken is an error, not a server that gets half of the calls.
     ("grpc.so_reuseport", 0),
     # Clients keep long calls alive with pings every 10 s.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
