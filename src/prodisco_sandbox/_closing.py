@@ -18,8 +18,6 @@ from .manifest import Object
 if TYPE_CHECKING:
     from .client import SandboxClient
 
-log = get_logger("manager")
-
 QUICK_RETRIES = 5
 """Deletes that are repeated with backoff before the next try is the reaper's tick."""
 AMBIGUOUS_FOR = 60.0
@@ -42,6 +40,7 @@ class Closing:
         watching: Callable[[], bool],
         wall_clock: Callable[[], float],
     ) -> None:
+        self._log = get_logger("manager", resources.events)
         self._config = config
         self._resources = resources
         self._table = table
@@ -64,17 +63,17 @@ class Closing:
         self._again.set()
         self._again = asyncio.Event()
 
-    async def close_client(self, client: SandboxClient) -> None:
+    async def close_client(self, name: str, client: SandboxClient) -> None:
         try:
             async with asyncio.timeout(CLIENT_CLOSE_TIMEOUT):
                 await client.close()
         except Exception as e:  # noqa: BLE001 - whatever it is, it is logged
             # The channel's end is no reason to keep the Sandbox.
-            log.warning("client_close_failed", reason=repr(e))
+            self._log.warning("client_close_failed", sandbox=name, reason=repr(e))
 
     async def delete(self, session: Session) -> None:
         """Deletes the session's Sandbox, however often that takes."""
-        attempt, pause = 0, 0.0
+        attempt, pause, begun = 0, 0.0, asyncio.get_running_loop().time()
         while True:
             again = self._again
             try:
@@ -84,7 +83,14 @@ class Closing:
             except SandboxError as e:
                 attempt += 1
                 self._table.totals.delete_retries += 1
-                log.warning("sandbox_delete_failed", sandbox=session.name, attempt=attempt, reason=str(e))
+                took = round(asyncio.get_running_loop().time() - begun, 3)
+                self._log.warning(
+                    "sandbox_delete_failed",
+                    sandbox=session.name,
+                    attempt=attempt,
+                    reason=str(e),
+                    duration=took,
+                )
                 pause = backoff(attempt)
                 if isinstance(e, RetryableError) and e.retry_after is not None:
                     pause = e.retry_after
@@ -108,7 +114,7 @@ class Closing:
                 return
             uid = uid or manifest.uid(found)
         await self._resources.delete(session.name, uid)
-        log.info("sandbox_deleted", sandbox=session.name, uid=uid)
+        self._log.info("sandbox_deleted", sandbox=session.name, uid=uid)
 
     def _may_delete(self, sandbox: Object, session_hash: str) -> bool:
         labels = manifest.labels(sandbox)
@@ -142,7 +148,7 @@ class Closing:
         version = (sandbox.get("metadata") or {}).get("resourceVersion")
         deleted = await self._resources.delete(name, uid, deadline, version=version)
         if deleted:
-            log.info("orphan_deleted", sandbox=name, uid=uid, instance=manifest.instance(sandbox))
+            self._log.info("orphan_deleted", sandbox=name, uid=uid, instance=manifest.instance(sandbox))
         return deleted
 
     async def clean_up(self, *, all_instances: bool, deadline: float) -> int:

@@ -28,8 +28,6 @@ from .manifest import Object
 if TYPE_CHECKING:
     from .client import SandboxClient
 
-log = get_logger("manager")
-
 WATCHED_INTERVAL = 15.0
 """A creating session that hears nothing from the watch for this long is read with get."""
 HEALTH_SLICE = 1.0
@@ -59,9 +57,10 @@ class Creation:
         tasks: OwnedTasks,
         *,
         make_client: Callable[[Session, str], SandboxClient],
-        discard: Callable[[SandboxClient], None],
+        discard: Callable[[str, SandboxClient], None],
         watching: Callable[[], bool],
     ) -> None:
+        self._log = get_logger("manager", resources.events)
         self._config = config
         self._resources = resources
         self._table = table
@@ -95,7 +94,7 @@ class Creation:
             except RetryableError as e:
                 created = await self._landed(session, deadline) if e.ambiguous else None
                 if created is None:
-                    await self._pause(e, "create", attempt, deadline)
+                    await self._pause(session, e, "create", attempt, deadline)
                     attempt += 1
                     continue
             if created is not None:
@@ -104,7 +103,7 @@ class Creation:
                 self._leases.add(session)
             self._table.totals.created += 1
             self._table.totals.recreated += session.recreated
-            log.info(
+            self._log.info(
                 "sandbox_created", sandbox=session.name, uid=session.uid, incarnation=session.incarnation
             )
             return
@@ -152,11 +151,20 @@ class Creation:
             and labels.get(manifest.LABEL_INSTANCE) == self._config.instance_label
         )
 
-    async def _pause(self, error: RetryableError, verb: str, attempt: int, deadline: float) -> None:
+    async def _pause(
+        self, session: Session, error: RetryableError, verb: str, attempt: int, deadline: float
+    ) -> None:
         pause = backoff(attempt) if error.retry_after is None else error.retry_after
         if asyncio.get_running_loop().time() + pause >= deadline:
             raise error
-        log.info("request_retried", verb=verb, attempt=attempt + 1, pause=round(pause, 3), reason=str(error))
+        self._log.info(
+            "request_retried",
+            verb=verb,
+            sandbox=session.name,
+            attempt=attempt + 1,
+            pause=round(pause, 3),
+            reason=str(error),
+        )
         await asyncio.sleep(pause)
 
     def _found(self, session: Session, sandbox: Object) -> None:
@@ -228,10 +236,10 @@ class Creation:
         except (PreconditionError, NotFoundError):
             return False  # It has changed, or is gone: look again.
         except RetryableError as e:
-            await self._pause(e, "patch", attempt - 1, deadline)
+            await self._pause(session, e, "patch", attempt - 1, deadline)
             return False
         except (SandboxPermissionError, UnsupportedError) as e:
-            log.warning("sandbox_not_claimed", sandbox=name, reason=str(e))
+            self._log.warning("sandbox_not_claimed", sandbox=name, reason=str(e))
             lease = claimed = None
             session.leftover = True
             session.claimed = manifest.instance(sandbox) == self._config.instance_label
@@ -239,7 +247,7 @@ class Creation:
         self._found(session, sandbox)
         if lease is not None:
             self._leases.add(session)
-        log.info("sandbox_adopted", sandbox=name, uid=session.uid, incarnation=incarnation)
+        self._log.info("sandbox_adopted", sandbox=name, uid=session.uid, incarnation=incarnation)
         return True
 
     # Its client
@@ -283,12 +291,14 @@ class Creation:
         ips = manifest.pod_ips(session.observed or {})
         moved = bool(ips and session.pod_ips and ips != session.pod_ips)
         if session.client is not None and (moved or session.target != target):
-            self._discard(session.client)
+            self._discard(session.name, session.client)
             session.client = None
             if moved:
                 session.incarnation += 1
                 self._table.totals.recreated += 1
-                log.warning("sandbox_pod_replaced", sandbox=session.name, incarnation=session.incarnation)
+                self._log.warning(
+                    "sandbox_pod_replaced", sandbox=session.name, incarnation=session.incarnation
+                )
         session.pod_ips = ips or session.pod_ips
         if session.client is None:
             session.target = target

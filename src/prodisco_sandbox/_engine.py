@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +19,7 @@ from ._watch import SandboxWatch
 from .client import SandboxClient, SandboxRef
 from .config import SandboxManagerConfig
 from .errors import (
+    SandboxCapacityError,
     SandboxError,
     SandboxFailedError,
     SandboxManagerClosedError,
@@ -26,8 +27,6 @@ from .errors import (
 )
 from .kubernetes import SandboxResources
 from .manifest import Object
-
-log = get_logger("manager")
 
 ROUNDS = 3
 """How often a caller asks again when the sandbox dies before it gets the client."""
@@ -56,8 +55,10 @@ class Engine:
         self.table = SessionTable(config.max_sessions)
         self._config = config
         self._client_factory = client_factory
-        self._tasks = OwnedTasks()
-        self._resources = SandboxResources(config, api)
+        self.events: Counter[str] = Counter()
+        self._log = get_logger("manager", self.events)
+        self._tasks = OwnedTasks(self.events)
+        self._resources = SandboxResources(config, api, self.events)
         selector = manifest.managed_selector(instance=config.instance_label)
         self._watch = SandboxWatch(self._resources, selector, self)
         self._watch_task: asyncio.Task[None] | None = None
@@ -160,7 +161,12 @@ class Engine:
             since=self._now(),
             recreated=session_hash in self._ended,
         )
-        if self.table.admit(session, may_queue=self._config.capacity_timeout > 0):
+        try:
+            started = self.table.admit(session, may_queue=self._config.capacity_timeout > 0)
+        except SandboxCapacityError as e:
+            self._refused(session, e)
+            raise
+        if started:
             self._begin(session)
         else:
             patience = self._config.capacity_timeout
@@ -176,7 +182,12 @@ class Engine:
             error = SandboxTimeoutError(
                 f"the session's previous sandbox {session.after.name} could not be deleted in time"
             )
+        self._refused(session, error)
         self._end(session, "queued", error)
+
+    def _refused(self, session: Session, error: SandboxError) -> None:
+        waited = round(self._now() - session.since, 3)
+        self._log.info("session_refused", sandbox=session.name, reason=str(error), duration=waited)
 
     def _begin(self, session: Session) -> None:
         if session.timer is not None:
@@ -198,12 +209,12 @@ class Engine:
         else:
             self._ready(session, client)
             took = round(self._now() - session.since, 3)
-            log.info("sandbox_ready", sandbox=session.name, target=session.target, duration=took)
+            self._log.info("sandbox_ready", sandbox=session.name, target=session.target, duration=took)
 
     def _fail(self, session: Session, error: SandboxError) -> None:
         self.table.totals.failed += 1
         took = round(self._now() - session.since, 3)
-        log.warning("sandbox_failed", sandbox=session.name, reason=str(error), duration=took)
+        self._log.warning("sandbox_failed", sandbox=session.name, reason=str(error), duration=took)
         self._end(session, "failed", error)
 
     def _failure(self, session: Session, e: Exception) -> SandboxError:
@@ -250,14 +261,14 @@ class Engine:
 
         def suspect() -> None:
             if session.client is client and session.state is SessionState.READY and session.usable:
-                log.info("sandbox_suspect", sandbox=session.name, reason="a call failed")
+                self._log.info("sandbox_suspect", sandbox=session.name, reason="a call failed")
                 self.table.doubt(session)
 
         client.on_suspect = suspect
         return client
 
-    def _discard(self, client: SandboxClient) -> None:
-        self._tasks.spawn(self._closing.close_client(client), "sandbox-client-close")
+    def _discard(self, name: str, client: SandboxClient) -> None:
+        self._tasks.spawn(self._closing.close_client(name, client), f"sandbox-client-close:{name}")
 
     # Doubt and death
 
@@ -268,7 +279,8 @@ class Engine:
 
     async def _check(self, session: Session) -> None:
         """Finds out whether a doubted sandbox lives: the Sandbox first, then its server's health."""
-        deadline = self._now() + self._config.ready_timeout
+        begun = self._now()
+        deadline = begun + self._config.ready_timeout
         try:
             async with asyncio.timeout_at(deadline):
                 await self._creation.refresh(session, min(deadline, self._now() + CHECK_READ_TIMEOUT))
@@ -282,14 +294,17 @@ class Engine:
             # The cluster cannot be asked: what it holds may be well, so it is kept.
             session.error = self._failure(session, e)
             session.check = None
-            log.warning("sandbox_check_failed", sandbox=session.name, reason=str(session.error))
+            took = round(self._now() - begun, 3)
+            reason = str(session.error)
+            self._log.warning("sandbox_check_failed", sandbox=session.name, reason=reason, duration=took)
             session.settled.set()
         else:
             self._ready(session, client)
 
     def _lose(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
         self.table.totals.lost += 1
-        log.warning("sandbox_lost", sandbox=session.name, reason=reason)
+        lived = round(self._now() - session.since, 3)
+        self._log.warning("sandbox_lost", sandbox=session.name, reason=reason, duration=lived)
         self._end(session, "lost", error)
 
     def _lost_unseen(self, session: Session) -> None:
@@ -330,13 +345,13 @@ class Engine:
         if pending := {task for task in working if task is not None and not task.done()}:
             await asyncio.wait(pending)
         if session.client is not None:
-            await self._closing.close_client(session.client)
+            await self._closing.close_client(session.name, session.client)
         if session.leftover:
             await self._closing.delete(session)
         if session.ambiguous:
             self._closing.remember(session)
         took = round(self._now() - begun, 3)
-        log.info("sandbox_closed", sandbox=session.name, reason=reason, duration=took)
+        self._log.info("sandbox_closed", sandbox=session.name, reason=reason, duration=took)
 
     # The watch tells
 
@@ -370,7 +385,7 @@ class Engine:
         elif session.usable:
             ips = manifest.pod_ips(sandbox)
             if reading.state == "waiting" or (ips and session.pod_ips and ips != session.pod_ips):
-                log.info("sandbox_suspect", sandbox=session.name, reason=reading.text)
+                self._log.info("sandbox_suspect", sandbox=session.name, reason=reading.text)
                 self.table.doubt(session)
 
     def deleted(self, sandbox: Object) -> None:
@@ -421,7 +436,7 @@ class Engine:
         for session in self.table.idle(now, self._config.session_idle_timeout):
             self.table.totals.reaped += 1
             idle = round(now - (session.idle_since() or now), 3)
-            log.info("sandbox_reaped", sandbox=session.name, idle=idle)
+            self._log.info("sandbox_reaped", sandbox=session.name, idle=idle)
             self._end(session, "reaped", None)
         self._closing.retry_now()
         if self._sweep_task is None or self._sweep_task.done():
@@ -439,14 +454,15 @@ class Engine:
                 selector = manifest.managed_selector(instance=self._config.instance_label)
                 self.synced((await self._resources.list(selector))[0], since)
         except SandboxError as e:
-            log.info("sandbox_sweep_failed", reason=str(e))
+            self._log.info("sandbox_sweep_failed", reason=str(e))
 
     # Shutdown
 
     async def shutdown(self) -> None:
         """Ends everything; bounded by shutdown_timeout."""
         self._closed = True
-        deadline = self._now() + self._config.shutdown_timeout
+        begun = self._now()
+        deadline = begun + self._config.shutdown_timeout
         for session in list(self.table.current.values()):
             self._end(session, "shutdown", SandboxManagerClosedError("the manager has been shut down"))
         self._closing.retry_now(last_chance=True)
@@ -457,10 +473,11 @@ class Engine:
             async with asyncio.timeout_at(deadline):
                 await self._closing.look_again()
         except (SandboxError, TimeoutError) as e:
-            log.info("sandbox_sweep_failed", reason=str(e))
+            self._log.info("sandbox_sweep_failed", reason=str(e))
         left = [s.name for s in self.table.closing.values()] + self._closing.abandoned
         stuck = await self._tasks.end()
         await self._leases.aclose()
         await self._resources.aclose()
         if left or stuck:
-            log.error("shutdown_incomplete", sandboxes=sorted(left), tasks=sorted(stuck))
+            took = round(self._now() - begun, 3)
+            self._log.error("shutdown_incomplete", sandboxes=sorted(left), tasks=sorted(stuck), duration=took)

@@ -15,8 +15,6 @@ from ._tasks import SingleFlight
 from .errors import SandboxError, SandboxPermissionError
 from .kubernetes import SandboxResources
 
-log = get_logger("leases")
-
 PROBE = "sandbox-lease-probe"
 """Name of a Sandbox that does not exist; patching it tells whether one may patch."""
 CONCURRENT_RENEWALS = 10
@@ -42,6 +40,7 @@ class Leases:
         wall_clock: Callable[[], float],
         on_lost: Callable[[Session], None],
     ) -> None:
+        self._log = get_logger("leases", resources.events)
         self._resources = resources
         self._enabled = duration is not None
         self._duration = duration or 0.0
@@ -79,7 +78,7 @@ class Leases:
             return True
         except (SandboxPermissionError, UnsupportedError) as e:
             if self._refused_at is None:
-                log.warning("leases_off", reason=str(e))
+                self._log.warning("leases_off", reason=str(e))
             self._refused_at = asyncio.get_running_loop().time()
             return False
         return True
@@ -129,7 +128,7 @@ class Leases:
                 self._on_lost(session)
             attempt = self._failures[session] = self._failures.get(session, 0) + 1
             pause = min(RETRY_MOST, self._duration / 8, RETRY_FIRST * 2.0 ** min(attempt - 1, 10))
-            log.warning("lease_renewal_failed", sandbox=session.name, attempt=attempt, reason=str(e))
+            self._log.warning("lease_renewal_failed", sandbox=session.name, attempt=attempt, reason=str(e))
             due = begun + pause
         else:
             self._failures.pop(session, None)

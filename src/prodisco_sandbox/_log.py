@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import structlog
 
 
-def get_logger(area: str) -> structlog.stdlib.BoundLogger:
+def get_logger(area: str, counts: Counter[str] | None = None) -> structlog.stdlib.BoundLogger:
     """A logger of events (``sandbox_ready``) with key=value pairs.
 
     structlog unconfigured prints to standard output, which would corrupt an MCP server
@@ -15,11 +16,22 @@ def get_logger(area: str) -> structlog.stdlib.BoundLogger:
     silent below warnings until the program configures logging, and rendered here, so
     that no structlog configuration is needed. The pairs are also on the log record's
     ``sandbox`` attribute, for handlers that write JSON.
+
+    Args:
+        area: Last part of the logger's name.
+        counts: Counts the events by name, also those that are too low to be logged.
     """
+
+    def count(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        if counts is not None:
+            counts[event["event"]] += 1
+        return event
+
     logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         logging.getLogger(f"prodisco_sandbox.{area}"),
         wrapper_class=structlog.stdlib.BoundLogger,
         processors=[
+            count,
             structlog.stdlib.filter_by_level,
             structlog.processors.format_exc_info,
             _render,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from ._log import get_logger
 from .errors import SandboxError, SandboxUnavailableError
-
-log = get_logger("manager")
 
 RESTART_PAUSE = 1.0
 END_TIMEOUT = 1.0
@@ -24,7 +23,8 @@ class OwnedTasks:
     end. Whoever waits for a task deals with its failure.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, events: Counter[str] | None = None) -> None:
+        self._log = get_logger("manager", events)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
@@ -36,7 +36,7 @@ class OwnedTasks:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.debug("task_ended", task=task.get_name(), reason=repr(error))
+            self._log.debug("task_ended", task=task.get_name(), reason=repr(error))
 
     def supervise(self, run: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[None]:
         """Runs something for ever: a failure is logged, and it is started again."""
@@ -45,8 +45,8 @@ class OwnedTasks:
             while True:
                 try:
                     return await run()
-                except Exception:
-                    log.exception("task_failed", task=name)
+                except Exception:  # noqa: BLE001 - whatever it is, it is logged
+                    self._log.exception("task_failed", task=name)
                     await asyncio.sleep(RESTART_PAUSE)
 
         return self.spawn(forever(), name)

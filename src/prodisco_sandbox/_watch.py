@@ -12,8 +12,6 @@ from .errors import SandboxError, SandboxPermissionError
 from .kubernetes import SandboxResources, backoff
 from .manifest import Object
 
-log = get_logger("watch")
-
 REFUSED_FIRST, REFUSED_MOST = 10.0, 300.0
 """A watch that was refused is tried again after 10 s, doubling to 300 s."""
 
@@ -44,6 +42,7 @@ class SandboxWatch:
 
     def __init__(self, resources: SandboxResources, selector: str, listener: WatchListener) -> None:
         self.active = True
+        self._log = get_logger("watch", resources.events)
         self._resources = resources
         self._selector = selector
         self._listener = listener
@@ -104,17 +103,17 @@ class SandboxWatch:
         if not self.active:
             self.active = True
             self._refusals = 0
-            log.info("watch_restored")
+            self._log.info("watch_restored")
 
     def _refuse(self, error: SandboxError) -> None:
         self._refusals += 1
         if self.active:
             self.active = False
-            log.warning("watch_refused", reason=str(error), instead="polling")
+            self._log.warning("watch_refused", reason=str(error), instead="polling")
             self._listener.down()
 
     async def _pause(self, reason: str) -> None:
         self._failures += 1
         pause = backoff(self._failures - 1)
-        log.info("watch_broken", reason=reason, attempt=self._failures, pause=round(pause, 3))
+        self._log.info("watch_broken", reason=reason, attempt=self._failures, pause=round(pause, 3))
         await asyncio.sleep(pause)

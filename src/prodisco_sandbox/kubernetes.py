@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -36,8 +37,6 @@ from ._tasks import SingleFlight
 from .config import SandboxManagerConfig
 from .errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
 from .manifest import GROUP, PLURAL, Object
-
-log = get_logger("kubernetes")
 
 REQUEST_TIMEOUT = 10.0
 """Bound on one request: kubernetes_asyncio itself has none."""
@@ -68,7 +67,11 @@ class SandboxResources:
     connections, with exponential backoff and jitter; without one it is tried once.
     """
 
-    def __init__(self, config: SandboxManagerConfig, api: Any | None = None) -> None:
+    def __init__(
+        self, config: SandboxManagerConfig, api: Any | None = None, events: Counter[str] | None = None
+    ) -> None:
+        self.events = events
+        self._log = get_logger("kubernetes", events)
         self._config = config
         self._given = api
         self._open = SingleFlight("kubernetes-config", open_custom_objects_api)
@@ -291,7 +294,8 @@ class SandboxResources:
             except VersionGoneError as e:
                 return await self._once_more(verb, bound, target, kwargs, e)
 
-        return await self.retry(verb, once, deadline)
+        name = args[0] if args and isinstance(args[0], str) else None
+        return await self.retry(verb, once, deadline, name)
 
     async def _once_more(
         self,
@@ -314,7 +318,13 @@ class SandboxResources:
         text = f"{error} (does the API server serve {GROUP}/{version}? see api_version)"
         raise retryable(404, text, None, ambiguous=False) from error.__cause__
 
-    async def retry(self, verb: str, once: Callable[[], Awaitable[T]], deadline: float | None) -> T:
+    async def retry(
+        self,
+        verb: str,
+        once: Callable[[], Awaitable[T]],
+        deadline: float | None,
+        sandbox: str | None = None,
+    ) -> T:
         """Repeats what fails for a reason that may pass, until the deadline."""
         loop = asyncio.get_running_loop()
         attempt = 0
@@ -326,7 +336,11 @@ class SandboxResources:
                 attempt += 1
                 if deadline is None or loop.time() + pause >= deadline:
                     raise
-                log.info("request_retried", verb=verb, attempt=attempt, pause=round(pause, 3), reason=str(e))
+                name = {} if sandbox is None else {"sandbox": sandbox}
+                took = round(pause, 3)
+                self._log.info(
+                    "request_retried", verb=verb, **name, attempt=attempt, pause=took, reason=str(e)
+                )
                 await asyncio.sleep(pause)
 
     async def _api(self) -> Any:

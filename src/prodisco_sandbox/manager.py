@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -41,6 +41,8 @@ class SandboxManagerStats:
         lost: Sessions whose sandbox died.
         failed: Creations that failed.
         delete_retries: Deletes that failed and were left to a retry.
+        events: How often each event has been logged, or would have been at a lower level:
+            ``{"sandbox_created": 7, "watch_broken": 1}``. Not part of a comparison.
     """
 
     queued: int = 0
@@ -54,6 +56,7 @@ class SandboxManagerStats:
     lost: int = 0
     failed: int = 0
     delete_retries: int = 0
+    events: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 class SandboxManager:
@@ -229,6 +232,7 @@ class SandboxManager:
             closing=counts[SessionState.CLOSING],
             waiting=table.waiting(),
             **asdict(table.totals),
+            events=dict(self._engine.events),
         )
 
     # Life
@@ -252,13 +256,15 @@ class SandboxManager:
         Idempotent. Safe to cancel: the shutdown goes on in a task of the manager's.
         Leaving ``async with`` waits for it even if cancelled.
         """
-        await asyncio.wait({self._shut_down()})
-        self._shut_down().result()
+        task = self._shut_down()
+        if not task.done():  # else its loop, another one perhaps, may be closed by now
+            await asyncio.wait({task})
+        task.result()
 
     def _shut_down(self) -> asyncio.Task[None]:
+        if self._loop is not None and (self._shutdown is None or not self._shutdown.done()):
+            self._check_place()
         if self._shutdown is None:
-            if self._loop is not None:
-                self._check_place()
             self._shutdown = asyncio.create_task(self._run_shutdown(), name="sandbox-shutdown")
         return self._shutdown
 
