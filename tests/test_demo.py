@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from _local import traces, until_gone
+from _local import traces
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
@@ -39,7 +38,6 @@ MILESTONES = [
 INTERRUPTED = {
     # When, by a line of the output, and the exit status.
     signal.SIGTERM: ("Two sessions begin", 143),
-    signal.SIGKILL: ("has sandbox", -signal.SIGKILL),
     signal.SIGINT: ("page 2", 130),
 }
 
@@ -90,14 +88,11 @@ def demos() -> Iterator[dict[str, Run]]:
 
 
 @pytest.mark.parametrize("number", INTERRUPTED)
-async def test_it_ends_well_when_it_is_interrupted(demos: dict[str, Run], number: signal.Signals) -> None:
+def test_it_ends_well_when_it_is_interrupted(demos: dict[str, Run], number: signal.Signals) -> None:
     demo = demos[number.name]
-    await asyncio.to_thread(demo.join, 60)
+    demo.join(60)
     assert demo.process.returncode == INTERRUPTED[number][1], demo.output
     assert demo.then, "it had started nothing"
-    if number is signal.SIGKILL:
-        await until_gone(demo.directory, 3)
-        return
     assert "Interrupted." in demo.output
     assert "nothing left behind: 0 processes" in demo.output
     assert "Traceback" not in demo.output
