@@ -29,6 +29,7 @@ from kubernetes_asyncio.client import (
 from manager.support import Clients
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
+from prodisco_sandbox.manifest import LABEL_MANAGED_BY, sandbox_body, sandbox_name, session_hash
 
 Object = dict[str, Any]
 
@@ -137,6 +138,18 @@ class Namespace:
         await self.api.patch_namespaced_custom_object_status(
             GROUP, self.version, self.name, PLURAL, name, {"status": status}, _content_type=MERGE_PATCH
         )
+
+    async def orphan(self, instance: str, lease: str | None, *, managed: bool = True) -> str:
+        """Makes a Sandbox as a manager that is no more left it; the controller keeps it past its lease."""
+        session = f"of {instance}, {managed}"
+        name = sandbox_name(session)
+        config = SandboxManagerConfig(mode="multi", namespace=self.name, instance_id=instance)
+        body = sandbox_body(config, self.version, name, session_hash(session), lease)
+        body["spec"]["shutdownPolicy"] = "Retain"
+        if not managed:
+            del body["metadata"]["labels"][LABEL_MANAGED_BY]
+        await self.api.create_namespaced_custom_object(GROUP, self.version, self.name, PLURAL, body)
+        return name
 
     async def empty(self) -> None:
         """Waits until no Sandbox is left."""

@@ -3,119 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
-import time
-from pathlib import Path
-from typing import Any
 
 import pytest
-from _sandbox_crd import real_crd, sandbox_crd
+from _sandbox_crd import sandbox_crd
 
-from prodisco_sandbox import SandboxManagerConfig, SandboxUnavailableError, TlsConfig
+from prodisco_sandbox import SandboxUnavailableError
 from prodisco_sandbox.local import LocalCluster
-from prodisco_sandbox.manifest import sandbox_body
 
-from .support import GROUP, PLURAL, VERSIONS, Definitions, Namespace, Object, connected, until
+from .life import live
+from .support import VERSIONS, Definitions, Namespace, connected, until
 
 pytestmark = pytest.mark.envtest
-
-SERVED = {
-    "sandboxes-v0.4.5.yaml": "v1alpha1",
-    "sandboxes-v0.4.6.yaml": "v1alpha1",
-    "sandboxes-v0.5.6.yaml": "v1beta1",
-    "sandboxes-v1beta1-only.yaml": "v1beta1",
-}
-"""The newest version that each release of agent-sandbox serves."""
-
-
-def each_release() -> list[Any]:
-    cases = []
-    for name, version in SERVED.items():
-        path = real_crd(name)
-        skip = pytest.mark.skipif(path is None, reason="AGENT_SANDBOX_CRDS is not set")
-        cases.append(pytest.param(path, version, id=name, marks=skip))
-    return cases
 
 
 @pytest.mark.parametrize("version", ["v1beta1", "v1alpha1"])
 async def test_a_session_lives_on_either_version(namespace: Namespace, version: str) -> None:
     await live(namespace, api_version=version, stored=version == VERSIONS[0])
-
-
-@pytest.mark.parametrize(("definition", "version"), each_release())
-async def test_a_session_lives_on_each_release(namespace: Namespace, definition: Path) -> None:
-    await live(namespace, api_version="auto")
-    for tls in (None, TlsConfig(ca="ca.crt", cert="tls.crt", key="tls.key", secret_name="sandbox-tls")):
-        await nothing_is_pruned(namespace, tls, service=definition.name != "sandboxes-v0.4.5.yaml")
-
-
-async def live(namespace: Namespace, api_version: str, *, stored: bool = True) -> None:
-    """Make, use, reap, make again, close.
-
-    Args:
-        namespace: Where.
-        api_version: As in the manager's settings.
-        stored: Whether that version is the stored one; without agent-sandbox's conversion
-            webhook another one's own fields are lost.
-    """
-    async with (
-        connected(namespace.server) as api,
-        LocalCluster(custom_objects_api=api, namespace=namespace.name) as cluster,
-        namespace.managed(
-            None,
-            api_version=api_version,
-            endpoint=cluster.endpoint,
-            session_idle_timeout=0.3,
-            idle_check_interval=0.1,
-        ) as manager,
-    ):
-        async with manager.session("session") as client:
-            (sandbox,) = await namespace.list()
-            is_as_made(sandbox, namespace.version, manager.sandbox_name("session"), stored=stored)
-            first = client.sandbox
-            assert first is not None
-            assert first.uid == sandbox["metadata"]["uid"]
-            assert (await client.execute(code="open('kept', 'w').write('42')")).success
-            assert (await client.execute(code="print(open('kept').read())")).output.strip() == "42"
-            await asyncio.sleep(0.5)  # Past the idle timeout: who is inside is not idle.
-            assert await manager.get_client("session") is client
-        await until(lambda: manager.stats().reaped == 1, "the idle session to be reaped")
-        await namespace.empty()
-
-        async with manager.session("session") as client:
-            assert client.sandbox is not None
-            assert client.sandbox.uid != first.uid
-            assert not (await client.execute(code="print(open('kept').read())")).success
-        await manager.on_session_closed("session")
-        assert not await namespace.list()
-        stats = manager.stats()
-        assert (stats.created, stats.recreated, stats.failed, stats.lost) == (2, 1, 0, 0)
-
-
-def is_as_made(sandbox: Object, version: str, name: str, *, stored: bool) -> None:
-    assert sandbox["apiVersion"] == f"{GROUP}/{version}"
-    assert sandbox["metadata"]["name"] == name
-    spec = sandbox["spec"]
-    if stored:
-        assert spec["replicas"] == 1 if version == "v1alpha1" else spec["operatingMode"] == "Running"
-    assert spec["shutdownPolicy"] == "Delete"
-    ahead = dt.datetime.fromisoformat(spec["shutdownTime"]).timestamp() - time.time()
-    assert 1780 < ahead <= 1800
-
-
-async def nothing_is_pruned(namespace: Namespace, tls: TlsConfig | None, *, service: bool) -> None:
-    """A field that a definition does not know vanishes without a word."""
-    config = SandboxManagerConfig(mode="multi", namespace=namespace.name, tls=tls)
-    body = sandbox_body(config, namespace.version, "whole", "0" * 40, "2100-01-01T00:00:00Z")
-    await namespace.api.create_namespaced_custom_object(
-        GROUP, namespace.version, namespace.name, PLURAL, body
-    )
-    stored = (await namespace.get("whole"))["spec"]
-    await namespace.delete("whole")
-    if not service:  # Up to 0.4.5 there is always a Service, and no field to ask for it.
-        assert "service" not in stored
-        body["spec"].pop("service")
-    assert stored == body["spec"]
 
 
 @pytest.fixture
