@@ -81,12 +81,14 @@ class LspSymbolKind(_OpenEnum):
 
 @dataclass(frozen=True, slots=True)
 class SandboxRef:
-    """Which sandbox a client leads to; another uid means that the old state is gone."""
+    """Which machine a client leads to: one that compares unequal has none of the old state."""
 
     name: str
     uid: str
+    """The Sandbox object's, for preconditions and kubectl."""
     incarnation: int
-    """How many sandboxes the session had before this one."""
+    """Which incarnation under this uid: it goes up when a pod is replaced under the Sandbox,
+    and when a name was still taken by a predecessor that was being deleted."""
 
 
 @dataclass(frozen=True, slots=True)
