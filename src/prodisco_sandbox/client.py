@@ -259,6 +259,7 @@ class SandboxClient:
             async with asyncio.timeout(timeout):
                 await self._until_healthy()
         except TimeoutError:
+            self._health_error = self.health_error or SandboxTimeoutError(f"no answer from {self.target}")
             return False
         except SandboxError as error:
             self._health_error = error
