@@ -83,6 +83,19 @@ def _read_pem(tls: TlsConfig, name: str) -> bytes | None:
     return data
 
 
+def _makers(stub: Callable[[Any], object]) -> dict[str, Callable[[Any], Any]]:
+    """How each method of a stub is made, by name; all of them would be some 15 KiB a channel."""
+
+    class Channel:
+        def __getattr__(self, kind: str) -> Any:
+            return lambda *args, **kwargs: lambda channel: getattr(channel, kind)(*args, **kwargs)
+
+    return vars(stub(Channel()))
+
+
+_METHODS = _makers(pb_grpc.SandboxServiceStub) | _makers(health_pb2_grpc.HealthStub)
+
+
 class Connection:
     """A channel that is made on first use, its calls, and the account of their use.
 
@@ -165,8 +178,7 @@ class Connection:
         return HealthStatus(answer.healthy, answer.kubernetes_context or None)
 
     async def _call(self, rpc: str, request: Any, timeout: float, *, suspicious: bool = False) -> Any:
-        methods = await self._ready(timeout)
-        call = methods[rpc](request, timeout=timeout)
+        call = (await self._method(rpc, timeout))(request, timeout=timeout)
         self._calls.add(call)
         try:
             await _ended(call)
@@ -184,8 +196,7 @@ class Connection:
         return answer
 
     async def start_stream(self, request: pb.ExecuteRequest, timeout: float) -> Any:
-        methods = await self._ready(timeout)
-        call = methods["ExecuteStream"](request, timeout=timeout)
+        call = (await self._method("ExecuteStream", timeout))(request, timeout=timeout)
         self._streams.add(call)
         return call
 
@@ -227,12 +238,19 @@ class Connection:
 
     # The channel
 
-    async def _ready(self, timeout: float) -> dict[str, Any]:
-        """The channel's methods by name; makes the channel on first use."""
+    async def _method(self, rpc: str, timeout: float) -> Any:
+        """One of the channel's methods; makes the channel on first use."""
         self._check_open()
         self._check_loop()
-        if self._methods:
-            return self._methods
+        method = self._methods.get(rpc)
+        if method is None:
+            await self._ready(timeout)
+            method = self._methods[rpc] = _METHODS[rpc](self._channel)
+        return method
+
+    async def _ready(self, timeout: float) -> None:
+        if self._channel is not None:
+            return
         if self._tls is not None and self._credentials is None:
             try:
                 async with asyncio.timeout(timeout):
@@ -243,9 +261,8 @@ class Connection:
                     status="DEADLINE_EXCEEDED",
                 ) from None
             self._check_open()
-        if not self._methods:
+        if self._channel is None:
             self._connect()
-        return self._methods
 
     def _check_open(self) -> None:
         if self.closed:
@@ -278,7 +295,6 @@ class Connection:
             channel = grpc.aio.secure_channel(self._address, self._credentials, options=options)
         self._channel = channel
         self._has_own_health_only = False
-        self._methods = vars(pb_grpc.SandboxServiceStub(channel)) | vars(health_pb2_grpc.HealthStub(channel))
 
     async def renew(self) -> None:
         """Lets the next call make a channel anew, if this one is unconnected and unused.
