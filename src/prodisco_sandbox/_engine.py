@@ -253,7 +253,8 @@ class Engine:
         session.check = None
         client.sandbox = SandboxRef(session.name, session.uid or "", session.incarnation)
         session.last_used = self._now()
-        session.observed = None  # A whole Sandbox, pod template and all, for each session.
+        # Each holds a whole Sandbox, pod template and all.
+        session.observed = session.request = session.creation = None
         self.table.ready(session)
 
     def _make_client(self, session: Session, target: str) -> SandboxClient:

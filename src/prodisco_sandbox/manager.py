@@ -11,16 +11,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import manifest
-from ._log import get_logger
-from ._sessions import Session, SessionState
 from .client import SandboxClient
 from .config import SandboxManagerConfig
 from .errors import SandboxError, SandboxManagerClosedError
 
 if TYPE_CHECKING:
     from ._engine import Engine
-
-log = get_logger("manager")
+    from ._sessions import Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +220,8 @@ class SandboxManager:
         """What is at hand at this moment, and totals so far."""
         if self._engine is None:
             return SandboxManagerStats()
+        from ._sessions import SessionState
+
         table = self._engine.table
         counts = table.counts()
         return SandboxManagerStats(
