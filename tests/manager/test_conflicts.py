@@ -226,9 +226,12 @@ async def test_who_may_not_patch_adopts_without_a_claim(caplog: pytest.LogCaptur
             assert instance(api.objects[0]) == "another"
             assert any("sandbox_not_claimed" in r.message for r in caplog.records)
             await asyncio.sleep(30)
-            api.cut_watches()
-            await asyncio.sleep(130)
-            assert await manager.get_client("s") is client, "its absence from the list means nothing"
+            reads = api.count("get")
+            api.cut_watches(api_error(410))
+            await asyncio.sleep(5)
+            assert api.count("list") > 2
+            assert await manager.get_client("s") is client
+            assert api.count("get") == reads, "its absence from the list means nothing"
             await manager.on_session_closed("s")
         assert api.objects == []
 
@@ -333,6 +336,31 @@ async def test_a_name_that_is_taken_by_others_is_a_conflict_and_theirs_is_left_a
         assert api.count("delete") == api.count("patch", sandbox_name("s")) == 0
         assert uid(api.objects[0]) == uid(theirs)
         await manager.get_client("t")  # The slot is free.
+
+
+async def test_a_create_without_an_answer_does_not_take_what_others_have_there() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        labels = {LABEL_INSTANCE: "me", LABEL_SESSION: "0" * 40}
+        await create_as_others(api, sandbox_name("s"), **labels)
+        api.faults.add("create", error=503, times=1)
+        with pytest.raises(SandboxConflictError):
+            await manager.get_client("s")
+        await settle()
+        assert (len(api.objects), api.count("delete"), manager.stats().closing) == (1, 0, 0)
+
+
+async def test_closing_a_create_without_an_answer_does_not_delete_what_others_have_there() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        labels = {LABEL_INSTANCE: "me", LABEL_SESSION: "0" * 40}
+        await create_as_others(api, sandbox_name("s"), **labels)
+        with api.faults.add("create", error=503, hold=True) as gate:
+            waiting = asyncio.create_task(manager.get_client("s"))
+            await gate.reached()
+            closing = asyncio.create_task(manager.on_session_closed("s"))
+            await settle()
+        await closing
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert (len(api.objects), api.count("delete"), manager.stats().closing) == (1, 0, 0)
 
 
 async def test_the_live_sandbox_of_another_session_is_never_adopted() -> None:

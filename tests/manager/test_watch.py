@@ -323,16 +323,23 @@ async def test_a_list_after_a_cut_finds_what_has_come_to_its_end() -> None:
         assert api.objects == []
 
 
-async def test_a_list_that_is_older_than_a_session_says_nothing_about_it() -> None:
+async def test_a_list_that_is_older_than_a_session_says_nothing_about_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("prodisco_sandbox._creation.WATCHED_INTERVAL", 1.0)
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("a")
         with api.faults.add("list", hold=True, after=True) as gate:
             api.cut_watches(api_error(410))
             await gate.reached()
             client = await manager.get_client("b")
+            reads = api.count("get")
+            api.faults.add("watch", hold=True)
         await settle()
+        assert (api.count("list"), api.count("watch")) == (2, 2)
         assert await manager.get_client("b") is client
-        assert (manager.stats().lost, api.count("get", manager.sandbox_name("b"))) == (0, 1)
+        assert api.count("get") == reads
+        api.faults.clear()
 
 
 async def test_a_server_that_says_410_every_time_is_not_hammered() -> None:
