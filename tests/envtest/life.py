@@ -27,7 +27,7 @@ async def live(namespace: Namespace, api_version: str, *, stored: bool = True) -
             None,
             api_version=api_version,
             endpoint=cluster.endpoint,
-            session_idle_timeout=0.3,
+            session_idle_timeout=0.2,
             idle_check_interval=0.1,
         ) as manager,
     ):
@@ -39,7 +39,7 @@ async def live(namespace: Namespace, api_version: str, *, stored: bool = True) -
             assert first.uid == sandbox["metadata"]["uid"]
             assert (await client.execute(code="open('kept', 'w').write('42')")).success
             assert (await client.execute(code="print(open('kept').read())")).output.strip() == "42"
-            await asyncio.sleep(0.5)  # Past the idle timeout: who is inside is not idle.
+            await asyncio.sleep(0.4)  # Past the idle timeout: who is inside is not idle.
             assert await manager.get_client("session") is client
         await until(lambda: manager.stats().reaped == 1, "the idle session to be reaped")
         await namespace.empty()

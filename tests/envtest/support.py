@@ -7,6 +7,8 @@ import contextlib
 import datetime as dt
 import json
 import os
+import re
+import textwrap
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -39,6 +41,7 @@ VERSIONS = ("v1beta1", "v1alpha1")
 """What the compact definition serves; the first is the stored one."""
 MERGE_PATCH = "application/merge-patch+json"
 DEPLOY = Path(__file__).parents[2] / "deploy"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "kubernetes.md"
 
 
 class AuditedServer(ApiServer):
@@ -187,6 +190,12 @@ class Namespace:
     def requests(self) -> Counter[str]:
         """The manager's requests on Sandboxes so far, by verb."""
         return self.server.requests(self.account)
+
+
+def examples(language: str) -> list[str]:
+    """The examples of docs/kubernetes.md."""
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(example) for example in found]
 
 
 def rights(namespace: str) -> tuple[list[Object], str]:

@@ -1,10 +1,11 @@
-"""A real API server takes the manifests of deploy/."""
+"""A real API server takes the manifests of deploy/ and the examples of docs/kubernetes.md."""
 
 from __future__ import annotations
 
 import pytest
+import yaml
 
-from .support import DEPLOY, AuditedServer
+from .support import DEPLOY, AuditedServer, examples
 
 pytestmark = pytest.mark.envtest
 
@@ -16,10 +17,29 @@ def prodisco(server: AuditedServer) -> AuditedServer:
     return server
 
 
-@pytest.mark.parametrize("directory", ["base", "overlays/api-access"])
-def test_the_api_server_accepts(prodisco: AuditedServer, directory: str) -> None:
-    said = prodisco.kubectl("apply", "--server-side", "--dry-run=server", "-k", str(DEPLOY / directory))
+def accepted(server: AuditedServer, *args: str, text: str | None = None) -> set[str]:
+    """The kinds of what the API server would take."""
+    said = server.kubectl("apply", "--server-side", "--dry-run=server", *args, text=text)
     lines = said.splitlines()
+    assert lines
     assert all(line.endswith("serverside-applied (server dry run)") for line in lines)
-    kinds = {line.split("/")[0].split(".")[0] for line in lines}
+    return {line.split("/")[0].split(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize("directory", ["base", "overlays/api-access"])
+def test_the_manifests_are_accepted(prodisco: AuditedServer, directory: str) -> None:
+    kinds = accepted(prodisco, "-k", str(DEPLOY / directory))
     assert kinds == {"namespace", "serviceaccount", "role", "rolebinding", "networkpolicy"}
+
+
+def test_the_documents_manifests_are_accepted(prodisco: AuditedServer) -> None:
+    found = [yaml.safe_load(example) for example in examples("yaml")]
+    kinds = {document["kind"].lower(): document for document in found}
+    # cert-manager's own kinds need its definitions.
+    assert kinds.pop("certificate")["apiVersion"] == "cert-manager.io/v1"
+    assert set(kinds) == {"statefulset", "runtimeclass"}
+    assert accepted(prodisco, "-f", "-", text=yaml.safe_dump_all(kinds.values())) == set(kinds)
+    labels = kinds["statefulset"]["spec"]["template"]["metadata"]["labels"]
+    policy = yaml.safe_load_all((DEPLOY / "base" / "networkpolicy.yaml").read_text())
+    let_in = next(policy)["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
+    assert let_in.items() <= labels.items()

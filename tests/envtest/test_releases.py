@@ -12,7 +12,7 @@ from prodisco_sandbox import SandboxFailedError, SandboxManagerConfig, TlsConfig
 from prodisco_sandbox.manifest import sandbox_body
 
 from .life import live
-from .support import GROUP, PLURAL, Namespace
+from .support import GROUP, PLURAL, Namespace, examples
 
 pytestmark = pytest.mark.envtest
 
@@ -70,3 +70,17 @@ async def test_what_is_wrong_in_a_container_is_named(namespace: Namespace) -> No
             with pytest.raises(SandboxFailedError, match=said) as raised:
                 await manager.get_client("session")
             assert raised.value.status == 422
+
+
+@pytest.mark.parametrize(("definition", "version"), each_release()[-1:])
+async def test_the_documents_pod_template_keeps_every_field(namespace: Namespace) -> None:
+    found: dict[str, Any] = {"TlsConfig": TlsConfig}
+    for example in examples("python"):
+        exec(example, found)
+    template, tls = found["pod_template_spec"], found["tls"]
+    config = SandboxManagerConfig(mode="multi", namespace=namespace.name, pod_template_spec=template, tls=tls)
+    body = sandbox_body(config, namespace.version, "documented", "0" * 40)
+    made = await namespace.api.create_namespaced_custom_object(
+        GROUP, namespace.version, namespace.name, PLURAL, body
+    )
+    assert made["spec"]["podTemplate"] == body["spec"]["podTemplate"]
