@@ -17,7 +17,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow unit lowest coverage check format proto clean FORCE
+.PHONY: help venv demo test slow reliability unit lowest coverage check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +35,9 @@ test: $(VENV)/.installed $(PROTO_VENV) ## the unit tests, with branch coverage
 
 slow: $(VENV)/.installed $(PROTO_VENV) ## the tests that take long
 	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+reliability: $(VENV)/.installed ## the reliability campaign, some ten minutes (SCALE=0.2: a fifth of it)
+	@$(PY) tools/campaign.py --scale $(or $(SCALE),1)
 
 unit: $(VENV)/.installed $(PROTO_VENV)
 	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)

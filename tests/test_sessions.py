@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
+from _counts import count, tries
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -184,6 +185,7 @@ class Table(RuleBasedStateMachine):
         self.table = SessionTable(self.cap)
         self.arrivals: list[Session] = []
         self.started: list[Session] = []
+        self.steps = 0
 
     def note(self, started: list[Session]) -> None:
         for session in started:
@@ -194,6 +196,9 @@ class Table(RuleBasedStateMachine):
                 assert earlier.after.state is not SessionState.GONE
             self.arrivals.remove(session)
         self.started += started
+
+    def teardown(self) -> None:
+        count("steps of the table's machine", self.steps)
 
     @rule(target=sessions, session_id=IDS, may_queue=st.booleans())
     def ask(self, session_id: str, may_queue: bool) -> Session:
@@ -239,6 +244,7 @@ class Table(RuleBasedStateMachine):
 
     @invariant()
     def never_more_than_the_cap(self) -> None:
+        self.steps += 1  # checked once after each
         assert self.holding() <= self.cap
 
     @invariant()
@@ -259,4 +265,4 @@ class Table(RuleBasedStateMachine):
 
 
 TestTable = Table.TestCase
-TestTable.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestTable.settings = settings(max_examples=tries(100), stateful_step_count=50, deadline=None)

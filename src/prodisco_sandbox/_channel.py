@@ -310,13 +310,16 @@ class Connection:
             await channel.close(None)
 
     async def close(self) -> None:
-        self.closed = True
-        self._executions.clear()
         channel, loop = self._channel, self._loop
         # In a forked process the channel is not ours; with its loop it has ended anyway.
-        if channel is None or loop is None or loop.is_closed() or self._pid != os.getpid():
+        if loop is None or loop.is_closed() or self._pid != os.getpid():
+            channel = None
+        if channel is not None:
+            self._check_loop()
+        self.closed = True
+        self._executions.clear()
+        if channel is None:
             return
-        self._check_loop()
         for call in (*self._calls, *self._streams):
             call.cancel()
         self._streams.clear()

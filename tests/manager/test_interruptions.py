@@ -18,6 +18,7 @@ from typing import Any
 
 import anyio
 import pytest
+from _counts import count
 
 from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.manifest import LABEL_SESSION, is_deleting, labels
@@ -275,6 +276,7 @@ async def test_interrupted_at_every_step(
         assert w.api.objects == [], f"left behind after {event.__name__} at step {step}"
         assert all(client.closed for client in w.clients.made)
         tried[scenario.__name__] += 1
+        count("cancellations at a step" if "cancel" in event.__name__ else "other interruptions at a step")
         if over:
             break
 
@@ -332,3 +334,4 @@ async def test_in_a_cancelled_scope_of_anyio(scenario: Callable[[World], Awaitab
                 await collect_what_was_left_by(scenario, w)
         assert w.api.objects == []
         tried[scenario.__name__] += 1
+        count("cancellations at a step")

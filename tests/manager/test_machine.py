@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 import looptime
+from _counts import count
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -32,11 +33,19 @@ PAUSES = st.sampled_from([0.0, 0.0, 0.01, 0.3, 2.0, 12.0, 45.0])
 VERBS = st.sampled_from(["create", "get", "list", "watch", "delete", "patch", "discovery"])
 ERRORS = st.sampled_from([429, 500, 503, 504, aiohttp.ServerDisconnectedError, TimeoutError])
 
+FIGURES = {
+    "cancel": "cancellations of callers",
+    **dict.fromkeys(("fault", "lost answer", "delay", "watch disturbed", "death"), "faults injected"),
+    **dict.fromkeys(("broken connection", "slow pod", "slow delete"), "faults injected"),
+}
+"""What moves are counted as; the others are just moves."""
+
 
 class Machine(RuleBasedStateMachine):
     """The moves that are tried, and what must hold after each."""
 
     moves: Counter[str] = Counter()
+    done: Counter[str]
 
     @initialize(seed=st.integers(0, 2**16), polling=st.booleans(), leases=st.booleans())
     def begin(self, seed: int, polling: bool, leases: bool) -> None:
@@ -54,6 +63,7 @@ class Machine(RuleBasedStateMachine):
         self.busy_when_reaped: list[str] = []
         self.pins: Counter[SandboxClient | None] = Counter()
         self.strays = 0
+        self.done = Counter({"runs of the manager's machine": 1})
         config = SandboxManagerConfig(
             mode="multi",
             instance_id="me",
@@ -96,6 +106,7 @@ class Machine(RuleBasedStateMachine):
 
     def move(self, name: str, pause: float) -> None:
         self.moves[name] += 1
+        self.done[FIGURES.get(name, "moves of the manager's machine")] += 1
         self.run(asyncio.sleep(pause))
         for _ in range(random.randrange(6)):
             self.run(asyncio.sleep(0))
@@ -265,6 +276,8 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "loop"):
             return
+        for what, number in self.done.items():
+            count(what, number)
         try:
             self.api.faults.clear()
             self.api.finish_deletes()
