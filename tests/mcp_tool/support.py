@@ -185,3 +185,46 @@ async def until(condition: Any, *, timeout: float = 5.0) -> None:
     async with asyncio.timeout(timeout):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+# Requests by hand, where a client would not make them
+
+
+def headers(session_id: str | None, token: str | None) -> dict[str, str]:
+    given = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25"}
+    if session_id is not None:
+        given["Mcp-Session-Id"] = session_id
+    if token is not None:
+        given["Authorization"] = f"Bearer {token}"
+    return given
+
+
+class open_session:
+    """Initializes a session by hand; gives its id, and ends it."""
+
+    def __init__(self, url: str, *, token: str | None = None) -> None:
+        self._url, self._token = url, token
+        self._session_id = ""
+
+    async def __aenter__(self) -> str:
+        params = {
+            "protocolVersion": "2025-11-25",
+            "capabilities": {},
+            "clientInfo": {"name": "test", "version": "0"},
+        }
+        body = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
+        async with httpx2.AsyncClient(verify=False) as http:
+            answer = await http.post(self._url, json=body, headers=headers(None, self._token))
+        self._session_id = answer.headers["mcp-session-id"]
+        return self._session_id
+
+    async def __aexit__(self, *_: object) -> None:
+        async with httpx2.AsyncClient(verify=False) as http:
+            await http.delete(self._url, headers=headers(self._session_id, self._token))
+
+
+async def tool_call(url: str, session_id: str, *, token: str | None = None) -> httpx2.Response:
+    params = {"name": "run_sandbox", "arguments": {"code": ""}}
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+    async with httpx2.AsyncClient(verify=False) as http:
+        return await http.post(url, json=body, headers=headers(session_id, token))

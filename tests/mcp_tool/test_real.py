@@ -103,7 +103,9 @@ async def test_modes_work_together_on_the_reference_server() -> None:
 
 def program(*arguments: str, **environment: str) -> StdioServerParameters:
     # The SDK's client passes on little.
-    coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE")}
+    coverage = {
+        name: value for name, value in os.environ.items() if name.startswith(("COVERAGE", "PYTHONPATH"))
+    }
     return StdioServerParameters(
         command=sys.executable,
         args=["-m", "prodisco_sandbox.mcp", *arguments],

@@ -7,7 +7,6 @@ import logging
 from typing import Any
 
 import anyio
-import httpx2
 import pytest
 from mcp import Client
 from mcp.server import MCPServer
@@ -15,10 +14,28 @@ from mcp.server.mcpserver import Context
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
-from prodisco_sandbox.mcp import add_sandbox_tools, sandbox_lifespan, session_key
-from prodisco_sandbox.testing import NEVER, FakeSandboxServer
+from prodisco_sandbox.mcp import (
+    _identity,
+    _sandboxes,
+    add_sandbox_tools,
+    sandbox_lifespan,
+    session_key,
+)
+from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 
-from .support import ERAS, call, connect, over_http, refused, rig, run, text_of, until
+from .support import (
+    ERAS,
+    call,
+    connect,
+    open_session,
+    over_http,
+    refused,
+    rig,
+    run,
+    text_of,
+    tool_call,
+    until,
+)
 
 MODERN = "2026-07-28"
 DONE = ExecutionChunk("e1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
@@ -113,6 +130,15 @@ async def test_the_header_of_another_session_counts_for_nothing() -> None:
         assert keys[0] is not None
         assert keys[1:] == [None, None, None]
         assert "own" not in keys[0], "the id itself stays where it is"
+
+
+async def test_should_the_sdk_hide_its_connections_everybody_gets_handles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_identity, "Connection", type("Other", (), {}))
+    async with rig() as r, Client(r.server, mode="legacy") as client:
+        handle = (await run(client, ""))["sandbox"]
+        assert (await run(client, "", sandbox=handle))["sandbox"] == handle
 
 
 # Handles, from 2026-07-28
@@ -229,14 +255,16 @@ async def test_who_comes_back_after_a_reap_is_told_once_that_the_files_are_gone(
     settings = {"session_idle_timeout": 0.2, "idle_check_interval": 0.05}
     async with rig(settings=settings) as r, Client(r.server, mode=era) as client:
         known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
+        (key,) = r.manager._current
         await until(lambda: r.manager.stats().reaped == 1 and not r.api.objects)
         r.sandbox.script("ExecuteTest", NEVER)
-        with anyio.move_on_after(0.1):  # Cancelled before it could be told.
-            await run(client, "", mode="test", tests="x", **known)
-        result = await run(client, "", **known)
-        assert "This is a new sandbox" in result["note"]
-        assert "gone" in result["note"]
-        assert "note" not in await run(client, "", **known)
+        async with r.manager.session(key):  # Made again, and not reaped any more.
+            with anyio.move_on_after(0.1):  # Cancelled before it could be told.
+                await run(client, "", mode="test", tests="x", **known)
+            result = await run(client, "", **known)
+            assert "This is a new sandbox" in result["note"]
+            assert "gone" in result["note"]
+            assert "note" not in await run(client, "", **known)
         assert r.manager.stats().recreated == 1
 
 
@@ -255,6 +283,17 @@ async def test_an_error_tells_it_too() -> None:
 
 def timeout() -> ExecutionOutcome:
     return ExecutionOutcome(False, ExecutionState.TIMEOUT, "timed out")
+
+
+async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sandboxes, "REMEMBERED", 0)
+    async with rig(settings={"max_sessions": 1}) as r, Client(r.server, mode=MODERN) as client:
+        for _ in range(2):
+            handle = (await run(client, ""))["sandbox"]
+            await r.manager.on_session_closed(next(iter(r.manager._current)))
+        sandboxes = r.tools._sandboxes
+        assert len(sandboxes._memories) == 1, "of handles that may never come back"
+        assert "This is a new sandbox" in (await run(client, "", sandbox=handle))["note"]
 
 
 # Sandboxes that nobody could come back to
@@ -283,6 +322,23 @@ async def test_a_sandbox_that_could_not_be_had_leaves_no_trace() -> None:
 # Cancellation
 
 
+async def cancelled_once_it_prints(client: Client, **known: str) -> None:
+    """Calls the tool, and cancels it when output has come, and with it the execution's id."""
+    printed = anyio.Event()
+
+    async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+        printed.set()
+
+    async def talk() -> None:
+        await client.call_tool("run_sandbox", {"code": "...", **known}, progress_callback=on_progress)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(talk)
+        with anyio.fail_after(5):
+            await printed.wait()
+        tasks.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("era", ERAS)
 @pytest.mark.parametrize("transport", ["memory", "http"])
 async def test_a_cancelled_call_cancels_the_execution(era: str, transport: str) -> None:
@@ -291,11 +347,8 @@ async def test_a_cancelled_call_cancels_the_execution(era: str, transport: str) 
         async with client_context as client:
             known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
             r.sandbox.script("ExecuteStream", [ExecutionChunk("e1", "output", "begun"), NEVER])
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(lambda: call(client, "...", **known))
-                stream = await r.sandbox.wait_for_call("ExecuteStream", count=2)
-                await asyncio.sleep(0.1)  # Until the id has come; before, there is none to cancel.
-                tasks.cancel_scope.cancel()
+            await cancelled_once_it_prints(client, **known)
+            stream = await r.sandbox.wait_for_call("ExecuteStream", count=2)
             cancel = await r.sandbox.wait_for_call("CancelExecution")
             assert cancel.request.execution_id == "e1"
             async with asyncio.timeout(5):
@@ -303,6 +356,17 @@ async def test_a_cancelled_call_cancels_the_execution(era: str, transport: str) 
             assert stream.outcome == "cancelled"
             r.sandbox.script("ExecuteStream", [DONE])
             assert "note" not in await run(client, "", **known), "the sandbox is the same"
+
+
+async def test_a_cancel_that_comes_too_late_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "prodisco_sandbox.mcp")
+    async with rig() as r, Client(r.server, mode="legacy") as client:
+        r.sandbox.script("CancelExecution", FakeStatus("NOT_FOUND"))
+        r.sandbox.script("ExecuteStream", [ExecutionChunk("e1", "output", "begun"), NEVER], [DONE])
+        await cancelled_once_it_prints(client)
+        await r.sandbox.wait_for_call("CancelExecution")
+        await until(lambda: "cancel_failed" in caplog.text)
+        assert (await run(client, ""))["success"]
 
 
 async def test_a_cancelled_wait_leaves_the_execution_alone() -> None:
@@ -410,46 +474,3 @@ async def test_handles_and_session_ids_are_in_no_log(caplog: pytest.LogCaptureFi
     assert "sandbox_ready" in log
     assert handle[4:30] not in log
     assert session_id not in log
-
-
-# Requests by hand, where a client would not make them
-
-
-def headers(session_id: str | None, token: str | None) -> dict[str, str]:
-    given = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25"}
-    if session_id is not None:
-        given["Mcp-Session-Id"] = session_id
-    if token is not None:
-        given["Authorization"] = f"Bearer {token}"
-    return given
-
-
-class open_session:
-    """Initializes a session by hand; gives its id, and ends it."""
-
-    def __init__(self, url: str, *, token: str | None = None) -> None:
-        self._url, self._token = url, token
-        self._session_id = ""
-
-    async def __aenter__(self) -> str:
-        params = {
-            "protocolVersion": "2025-11-25",
-            "capabilities": {},
-            "clientInfo": {"name": "test", "version": "0"},
-        }
-        body = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
-        async with httpx2.AsyncClient(verify=False) as http:
-            answer = await http.post(self._url, json=body, headers=headers(None, self._token))
-        self._session_id = answer.headers["mcp-session-id"]
-        return self._session_id
-
-    async def __aexit__(self, *_: object) -> None:
-        async with httpx2.AsyncClient(verify=False) as http:
-            await http.delete(self._url, headers=headers(self._session_id, self._token))
-
-
-async def tool_call(url: str, session_id: str, *, token: str | None = None) -> httpx2.Response:
-    params = {"name": "run_sandbox", "arguments": {"code": ""}}
-    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
-    async with httpx2.AsyncClient(verify=False) as http:
-        return await http.post(url, json=body, headers=headers(session_id, token))

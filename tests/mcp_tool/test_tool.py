@@ -11,6 +11,16 @@ import pytest_asyncio
 from mcp import Client
 from mcp.server.mcpserver import Context
 
+from prodisco_sandbox import (
+    SandboxCapacityError,
+    SandboxConflictError,
+    SandboxError,
+    SandboxFailedError,
+    SandboxManagerClosedError,
+    SandboxPermissionError,
+    SandboxTimeoutError,
+    SandboxUnavailableError,
+)
 from prodisco_sandbox.client import (
     CacheEntry,
     CancelResult,
@@ -24,7 +34,7 @@ from prodisco_sandbox.client import (
     TestResult,
     TestSummary,
 )
-from prodisco_sandbox.mcp import _progress
+from prodisco_sandbox.mcp import _progress, _texts
 from prodisco_sandbox.testing import NEVER, FakeStatus
 
 from .support import Rig, call, in_one_task, refused, rig, run, text_of
@@ -326,6 +336,34 @@ async def test_a_failure_tells_the_model_what_to_do_and_nothing_about_the_cluste
     error = await refused(client, **arguments)
     assert text in error
     assert r.sandbox.target not in error
+
+
+async def test_what_the_client_refuses_to_send_is_explained(r: Rig) -> None:
+    async with Client(r.server, mode="2026-07-28") as client:
+        result = await call(client, "print('\ud800')")
+        assert result.is_error
+        assert "code" in text_of(result)
+        assert result.structured_content is not None
+        assert result.structured_content.keys() == {"sandbox"}, "it is there, and can be used"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (SandboxManagerClosedError, "shutting down"),
+        (SandboxCapacityError, "All sandboxes are taken"),
+        (SandboxTimeoutError, "not ready in time"),
+        (SandboxUnavailableError, "cannot be reached"),
+        (SandboxPermissionError, "operator"),
+        (SandboxFailedError, "operator"),
+        (SandboxConflictError, "could not be had"),
+    ],
+)
+def test_why_there_is_no_sandbox_is_said_without_details(error: type[SandboxError], text: str) -> None:
+    said = _texts.no_sandbox(error("10.0.0.7 in namespace prodisco"))
+    assert text in said
+    assert "Nothing was run" in said
+    assert "10.0.0.7" not in said
 
 
 # Progress

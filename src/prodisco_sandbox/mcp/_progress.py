@@ -27,7 +27,8 @@ class Progress:
 
     In a task of its own, since a client that does not read must not hold up the reading
     from the sandbox. ``progress`` of a notification is the time since the call began, in
-    seconds; ``message`` is the new output. Without a progress token nothing is sent.
+    seconds; ``message`` is the new output. The SDK sends nothing where the client has not
+    asked for progress.
     """
 
     def __init__(self, ctx: Context[Any, Any]) -> None:
@@ -44,8 +45,6 @@ class Progress:
         """What a notification without output says."""
 
     def feed(self, text: str) -> None:
-        if self._task is None:
-            return
         kept = text[: self._room]
         self._room -= len(kept)
         self._skipped += len(text) - len(kept)
@@ -54,19 +53,18 @@ class Progress:
         self._news.set()
 
     async def __aenter__(self) -> Self:
-        meta = self._ctx.request_context.meta
-        if meta is not None and "progress_token" in meta:
-            self._task = asyncio.create_task(self._run(), name="sandbox-progress")
-            self._task.add_done_callback(_ended)
+        # Without a look at the token: a client in the same process needs none.
+        self._task = asyncio.create_task(self._run(), name="sandbox-progress")
+        self._task.add_done_callback(_ended)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._task is None:
-            return
         self._over.set()
         self._news.set()
+        if self._task is None:
+            return
         try:
             if kind is None:
                 await asyncio.wait({self._task}, timeout=FLUSH_TIMEOUT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -75,7 +75,6 @@ class Sandboxes:
         self._max_per_principal = max_per_principal
         self._handles = handles
         self._shared = manager._config.mode == "single"
-        self._uses: Counter[str] = Counter()
         self._owners: dict[str, str] = {}
         self._memories: OrderedDict[str, _Memory] = OrderedDict()
 
@@ -102,7 +101,6 @@ class Sandboxes:
         if handle is None:
             self._close_with_connection(ctx, key)
         unreachable = handle is not None and not known  # until the model has the handle
-        self._uses[key] += 1
         try:
             async with self._manager.session(key) as client:
                 memory = self._recall(key, client.sandbox, known=known)
@@ -114,9 +112,6 @@ class Sandboxes:
             unreachable = False
             raise
         finally:
-            self._uses[key] -= 1
-            if not self._uses[key]:
-                del self._uses[key]
             if unreachable:
                 await self._abandon(key)
 
@@ -148,7 +143,8 @@ class Sandboxes:
         self._owners[key] = who
 
     def _lives(self, key: str) -> bool:
-        return key in self._manager._current or self._uses[key] > 0
+        # From the moment that it was asked for: the manager registers it before it waits.
+        return key in self._manager._current
 
     def _recall(self, key: str, sandbox: SandboxRef | None, *, known: bool) -> _Memory:
         memory = self._memories.get(key)
