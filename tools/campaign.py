@@ -133,18 +133,16 @@ def main() -> None:
     scale = parser.parse_args().scale
     if not 0 < scale <= 10:
         parser.error(f"--scale is {scale}: it must be more than 0 and at most 10")
-    rows, total = [], 0.0
+    total = 0.0
+    print("| what | how much | leaks and broken promises found | took |")
+    print("| --- | --- | --- | --- |", flush=True)
     for part in PARTS:
-        print(f"... {part.title}", file=sys.stderr, flush=True)
         counted, seconds = run(part, scale)
         total += seconds
         if missing := [figure for figure in part.figures if not counted[figure]]:
             raise SystemExit(f"FAILED: {part.title}: nothing was counted as {', '.join(missing)}")
         figures = "; ".join(f"{counted[figure]:,} {figure}" for figure in part.figures)
-        rows.append(f"| {part.title} | {figures} | 0 | {seconds:.0f} s |")
-    print("| what | how much | leaks and broken promises found | took |")
-    print("| --- | --- | --- | --- |")
-    print("\n".join(rows))
+        print(f"| {part.title} | {figures} | 0 | {seconds:.0f} s |", flush=True)
     python = platform.python_version()
     print(f"\nScale {scale:g}, {total:.0f} s in all, Python {python}, {os.cpu_count()} processors.")
 

@@ -23,7 +23,7 @@ from prodisco_sandbox._target import grpc_address
 from prodisco_sandbox.manifest import LABEL_SESSION, labels, sandbox_body, sandbox_name, session_hash
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .failures import FAILURES, MARK, OTHER, SESSION, Failure, world
+from .failures import FAILURES, MARK, OTHER, SESSION, Failure, World, world
 from .support import StubClient, alive, left_behind, managed
 
 CONFIG = SandboxManagerConfig(mode="multi", instance_id="me")
@@ -149,17 +149,7 @@ def texts(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__ or error.__context__
 
 
-@pytest.mark.looptime
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.happens.__name__)
-async def test_no_failure_tells_the_session_id(failure: Failure, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("DEBUG")
-    with tasks_noted() as tasks:
-        async with world(**failure.settings) as w:
-            await failure.happens(w)
-            for sandbox in w.api.objects:
-                assert_untold("Sandbox", json.dumps(sandbox, ensure_ascii=False))
-            assert_untold("stats", repr(w.manager.stats()))
-            w.api.allow("create", "delete", "patch", "watch")
+def assert_nothing_told(w: World, tasks: list[asyncio.Task[Any]], caplog: pytest.LogCaptureFixture) -> None:
     for request in w.api.requests:
         assert_untold("request", repr(request))
     for client in w.clients.made:
@@ -172,7 +162,37 @@ async def test_no_failure_tells_the_session_id(failure: Failure, caplog: pytest.
     for error in w.errors:
         for text in texts(error):
             assert_untold("error", text)
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.happens.__name__)
+async def test_no_failure_tells_the_session_id(failure: Failure, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    with tasks_noted() as tasks:
+        async with world(**failure.settings) as w:
+            await failure.happens(w)
+            for sandbox in w.api.objects:
+                assert_untold("Sandbox", json.dumps(sandbox, ensure_ascii=False))
+            assert_untold("stats", repr(w.manager.stats()))
+            w.api.allow("create", "delete", "patch", "watch")
+    assert_nothing_told(w, tasks, caplog)
     count("failing paths searched for the session id")
+
+
+@pytest.mark.looptime
+async def test_a_life_without_failures_does_not_tell_it_either(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    with tasks_noted() as tasks:
+        async with world(session_idle_timeout=60.0) as w:
+            await w.manager.get_client(SESSION)
+            await asyncio.sleep(180)
+            await left_behind(w.api, SESSION)
+            async with w.manager.session(SESSION):
+                await asyncio.sleep(180)
+            await w.manager.on_session_closed(SESSION)
+            events = w.manager.stats().events
+    assert {"sandbox_created", "sandbox_reaped", "sandbox_adopted", "sandbox_closed"} <= events.keys()
+    assert_nothing_told(w, tasks, caplog)
 
 
 @pytest.mark.looptime
