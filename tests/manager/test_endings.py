@@ -1,0 +1,147 @@
+"""Ends that do not go smoothly: clients that will not close, deletes that never succeed, crashes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+
+from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig, SandboxTimeoutError
+from prodisco_sandbox.manifest import sandbox_name
+from prodisco_sandbox.testing import FakeCustomObjectsApi
+
+from .support import Clients, PlainApi, StubClient, alive, managed, now, settle
+
+pytestmark = pytest.mark.looptime
+
+
+async def test_a_client_that_will_not_close_keeps_no_sandbox(caplog: pytest.LogCaptureFixture) -> None:
+    class Stuck(StubClient):
+        async def close(self) -> None:
+            await asyncio.sleep(math.inf)
+
+    class Broken(StubClient):
+        async def close(self) -> None:
+            raise RuntimeError("boom")
+
+    for kind, seconds in ((Stuck, 5.0), (Broken, 0.0)):
+        async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, Clients(kind)) as manager:
+            await manager.get_client("s")
+            begun = now()
+            await manager.on_session_closed("s")
+            assert now() - begun == pytest.approx(seconds, abs=1e-3)
+            assert api.objects == []
+    assert len([r for r in caplog.records if "client_close_failed" in r.message]) == 2
+
+
+async def test_a_client_that_can_never_be_healthy_ends_the_creation_at_once() -> None:
+    class Hopeless(StubClient):
+        @property
+        def health_error(self) -> SandboxError:
+            return SandboxError("cannot read /tls/ca.crt")
+
+    clients = Clients(lambda target: Hopeless(target, healthy=False))
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+        with pytest.raises(SandboxError, match=r"cannot read /tls/ca\.crt"):
+            await manager.get_client("s")
+        assert now() == pytest.approx(1.0, abs=1e-3)
+        await settle()
+        assert api.objects == []
+
+
+async def test_a_pod_replaced_during_the_health_check_is_not_handed_out() -> None:
+    class Moving(StubClient):
+        async def wait_for_healthy(self, timeout: float) -> bool:
+            if not self.target.startswith("10.9."):
+                api.set_ready(sandbox_name("s"), podIPs=["10.9.9.9"])
+            await settle()
+            return True
+
+    clients = Clients(Moving)
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+        client = await manager.get_client("s")
+        assert client.target == "10.9.9.9:50051"
+        await settle()
+        assert [c.closed for c in clients.made] == [True, False]
+
+
+async def test_who_waits_for_a_delete_that_never_succeeds_is_told_so() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=30.0) as manager:
+        await manager.get_client("s")
+        fault = api.faults.add("delete", error=503)
+        await manager.on_session_closed("s")
+        begun = now()
+        with pytest.raises(SandboxTimeoutError, match=r"previous sandbox sandbox-.* could not be deleted"):
+            await manager.get_client("s")
+        assert now() - begun == pytest.approx(30.0, abs=1e-3)
+        assert manager.stats().queued == 0
+        fault.remove()
+        await asyncio.sleep(60)
+        await manager.get_client("s")
+        assert len(api.objects) == 1
+
+
+async def test_a_sweep_that_fails_is_repeated_at_the_next_tick() -> None:
+    api = PlainApi()
+    async with managed(api) as manager:
+        await manager.get_client("s")
+        lists = api.list_namespaced_custom_object
+
+        async def fail(group: str, version: str, namespace: str, plural: str) -> Any:
+            raise RuntimeError("boom")
+
+        api.list_namespaced_custom_object = fail  # type: ignore[method-assign]
+        api.objects.clear()
+        await asyncio.sleep(61)
+        assert manager.stats().lost == 0
+        api.list_namespaced_custom_object = lists  # type: ignore[method-assign]
+        await asyncio.sleep(60)
+        assert manager.stats().lost == 1
+
+
+async def test_shutdown_ends_though_late_creates_cannot_be_looked_for() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        config = SandboxManagerConfig(mode="multi", shutdown_timeout=7.0)
+        manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
+        with api.faults.add("create", lost=True, hold=True, times=1) as gate:
+            waiting = asyncio.create_task(manager.get_client("s"))
+            await gate.reached()
+            closing = asyncio.create_task(manager.on_session_closed("s"))
+            await settle()
+        await closing
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert api.objects == []
+        api.faults.add("get", latency=math.inf)
+        begun = now()
+        await manager.shutdown()
+        assert now() - begun == pytest.approx(7.0, abs=1e-3)
+
+
+async def test_a_watch_that_crashes_is_started_again(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        await api.until(lambda: api.watches)
+        api.watches[0].feed(b'{"type": "ADDED", "object": null}\n')
+        await asyncio.sleep(2)
+        assert any("task_failed" in r.message for r in caplog.records)
+        assert (len(api.watches), api.count("list")) == (1, 2)
+        api.delete_now(manager.sandbox_name("s"))
+        await settle()
+        assert manager.stats().lost == 1
+
+
+async def test_a_fresh_list_without_a_sandbox_under_way_is_looked_into() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await api.until(lambda: api.objects and api.watches)
+        await asyncio.sleep(3)
+        api.silence_watches()
+        api.delete_now(manager.sandbox_name("s"))
+        api.compact()
+        api.cut_watches()
+        with pytest.raises(SandboxError, match="deleted"):
+            await waiting
+        assert now() < 4
+        assert alive(api) == []
