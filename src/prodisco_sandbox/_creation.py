@@ -319,9 +319,11 @@ class Creation:
         try:
             async with asyncio.timeout(max(0.0, remaining)):
                 await session.news.wait()
-                return
         except TimeoutError:
             pass
+        else:
+            await self._resources.pace()  # What it hears makes it connect.
+            return
         # News that come while it is read count: a get may hang while the watch goes on.
         reading = self._tasks.spawn(self.refresh(session, deadline), f"read:{session.name}")
         reading.add_done_callback(lambda _: session.news.set())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
@@ -63,6 +63,39 @@ class OwnedTasks:
         if pending:
             _, pending = await asyncio.wait(pending, timeout=END_TIMEOUT)
         return [task.get_name() for task in pending]
+
+
+class Pace:
+    """Lets a few tasks go on in each pass of the event loop, first come first served.
+
+    What hundreds of tasks have to do at the same moment would else be done in one pass,
+    and everything else in the process would stand still meanwhile.
+    """
+
+    def __init__(self, per_pass: int) -> None:
+        self._per_pass = self._left = per_pass
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def __call__(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._left:
+            if self._left == self._per_pass:
+                loop.call_soon(self._next_pass)
+            self._left -= 1
+            return
+        turn = loop.create_future()
+        self._waiting.append(turn)
+        await turn
+
+    def _next_pass(self) -> None:
+        self._left = self._per_pass
+        while self._waiting and self._left:
+            turn = self._waiting.popleft()
+            if not turn.done():  # cancelled
+                turn.set_result(None)
+                self._left -= 1
+        if self._left < self._per_pass:
+            asyncio.get_running_loop().call_soon(self._next_pass)
 
 
 class SingleFlight(Generic[T]):
