@@ -374,10 +374,10 @@ async def the_reaper_breaks(w: World) -> None:
     assert w.manager._engine is not None
     tick, broken = w.manager._engine._tick, iter([True])
 
-    def once() -> None:
+    def once() -> Any:
         if next(broken, False):
             raise ZeroDivisionError
-        tick()
+        return tick()
 
     w.manager._engine._tick = once  # type: ignore[method-assign]
     await asyncio.sleep(150)
