@@ -47,13 +47,10 @@ async def test_a_killed_manager_is_succeeded_or_its_lease_ends(
 
 
 def run_and_kill(kubeconfig: Path, *args: object) -> None:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("manager_process.py")), *map(str, args)],
-        env={
-            "PATH": os.environ["PATH"],
-            "KUBECONFIG": str(kubeconfig),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        },
+        env=os.environ | {"KUBECONFIG": str(kubeconfig), "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
     )
