@@ -6,6 +6,7 @@ VENV ?= .venv
 EXTRAS ?= dev mcp server
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+UNIT := not slow and not process
 PROTO_PY := .venv-proto/bin/python
 PROTO := src/prodisco_sandbox/proto/sandbox.proto
 # Directories too: they change when a file goes.
@@ -27,7 +28,7 @@ venv: $(VENV)/.installed ## set up .venv: the tools, and the package as a built 
 demo: $(VENV)/.installed ## two sessions, each in a sandbox of its own, on this machine
 	@$(PY) examples/demo.py
 
-test: $(VENV)/.installed $(PROTO_VENV) ## the unit tests, with branch coverage
+test: $(VENV)/.installed $(PROTO_VENV) ## all but the slow tests, with branch coverage
 	@$(PY) -m coverage erase
 	@$(PY) -m coverage run -m pytest -m "not slow" $(PYTEST_ARGS)
 	@$(PY) -m coverage combine --quiet
@@ -39,14 +40,13 @@ slow: $(VENV)/.installed $(PROTO_VENV) ## the tests that take long
 reliability: $(VENV)/.installed ## the reliability campaign, some ten minutes (SCALE=0.2: a fifth of it)
 	@$(PY) tools/campaign.py --scale $(or $(SCALE),1)
 
-unit: $(VENV)/.installed $(PROTO_VENV)
-	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+unit: $(VENV)/.installed $(PROTO_VENV) ## the tests that start no process, in half a minute
+	@$(PY) -m pytest -m "$(UNIT)" $(PYTEST_ARGS)
 
-lowest: ## the unit tests with the lowest versions that pyproject.toml allows
-	@$(MAKE) --no-print-directory unit VENV=.venv-lowest BOUNDS=--lowest \
-	    PYTHON="$${PYTHON:-$$(tools/find-python 11 2>/dev/null || tools/find-python 13)}"
+lowest: ## the quick tests with the lowest versions that pyproject.toml allows
+	@$(MAKE) --no-print-directory unit UNIT="not slow" VENV=.venv-lowest BOUNDS=--lowest
 
-coverage: test ## the unit tests, with a coverage report in htmlcov/
+coverage: test ## make test, with a coverage report in htmlcov/
 	@$(PY) -m coverage html --quiet
 
 check: $(VENV)/.installed ## ruff, mypy --strict and the direction of imports

@@ -28,8 +28,14 @@ def pytest_configure() -> None:
     asyncio.set_event_loop(None)
 
 
+_WITH_PROCESSES = ("server/", "mcp_tool/", "reliability/", "envtest/", "cluster/", "test_local", "test_demo")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
     for item in items:
+        if item.path.relative_to(here).as_posix().startswith(_WITH_PROCESSES):
+            item.add_marker("process")
         for marker, variable in _NEEDED.items():
             if item.get_closest_marker(marker) and not os.environ.get(variable):
                 item.add_marker(pytest.mark.skip(reason=f"{variable} is not set"))
