@@ -272,6 +272,46 @@ async def until(met: Callable[[], bool | Awaitable[bool]], what: str, seconds: f
         await asyncio.sleep(0.02)
 
 
+class Wrapped:
+    """A CustomObjectsApi whose lists and watches a subclass meddles with."""
+
+    def __init__(self, api: CustomObjectsApi) -> None:
+        self._api = api
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._api, name)
+
+
+class Gate(Wrapped):
+    """Cuts the watch, and lets no new one through, while it is closed.
+
+    Attributes:
+        waiting: Whether a watch stands before the closed gate.
+    """
+
+    def __init__(self, api: CustomObjectsApi) -> None:
+        super().__init__(api)
+        self.waiting = False
+        self._opened = asyncio.Event()
+        self._opened.set()
+        self._response: Any = None
+
+    def close(self) -> None:
+        self._opened.clear()
+        self._response.close()
+
+    def open(self) -> None:
+        self._opened.set()
+
+    async def list_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("watch"):
+            return await self._api.list_namespaced_custom_object(*args, **kwargs)
+        self.waiting = not self._opened.is_set()
+        await self._opened.wait()
+        self._response = await self._api.list_namespaced_custom_object(*args, **kwargs)
+        return self._response
+
+
 # What agent-sandbox does
 
 

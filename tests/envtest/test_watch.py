@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from kubernetes_asyncio.client import ApiException, CustomObjectsApi
+from kubernetes_asyncio.client import ApiException
 
 from prodisco_sandbox import SandboxManagerConfig, kubernetes
 from prodisco_sandbox.manifest import sandbox_body
@@ -20,7 +20,9 @@ from .support import (
     AuditedServer,
     Controller,
     Definitions,
+    Gate,
     Namespace,
+    Wrapped,
     condition,
     connected,
     made_namespace,
@@ -96,7 +98,6 @@ async def uncached(uncached_server: AuditedServer) -> AsyncIterator[Namespace]:
 async def test_a_compaction_cuts_the_watch_and_nothing_is_missed(
     uncached: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kubernetes, "WATCH_TIMEOUT", 1)
     caplog.set_level(logging.INFO, "prodisco_sandbox.watch")
     gate = Gate(uncached.manager_api)
     async with (
@@ -107,13 +108,13 @@ async def test_a_compaction_cuts_the_watch_and_nothing_is_missed(
         ids = [f"session-{i}" for i in range(4)]
         names = [manager.sandbox_name(session) for session in ids]
         before = [await manager.get_client(session) for session in ids]
-        gate.open.clear()
-        await until(lambda: gate.waiting, "the watch's regular end")
+        gate.close()
+        await until(lambda: gate.waiting, "the watch's end")
         await uncached.delete(names[0])
         await uncached.patch_status(names[1], {"conditions": [TERMINAL[0]]})
         await asyncio.to_thread(uncached.server.compact)
         assert manager.stats().lost == 0
-        gate.open.set()
+        gate.open()
         await until(lambda: manager.stats().lost == 2, "the fresh list")
         assert "watch_broken reason='expired'" in caplog.text
         after = [await manager.get_client(session) for session in ids]
@@ -141,32 +142,6 @@ async def test_a_list_whose_pages_expire_begins_again(
         assert await manager.cleanup_orphaned_sandboxes() == 10
     assert pages.refused == 1
     assert not await namespace.list()
-
-
-class Wrapped:
-    """A CustomObjectsApi whose lists and watches a subclass meddles with."""
-
-    def __init__(self, api: CustomObjectsApi) -> None:
-        self._api = api
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._api, name)
-
-
-class Gate(Wrapped):
-    """Lets no new watch through while it is closed."""
-
-    def __init__(self, api: CustomObjectsApi) -> None:
-        super().__init__(api)
-        self.open = asyncio.Event()
-        self.open.set()
-        self.waiting = False
-
-    async def list_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("watch"):
-            self.waiting = not self.open.is_set()
-            await self.open.wait()
-        return await self._api.list_namespaced_custom_object(*args, **kwargs)
 
 
 class Compacting(Wrapped):
