@@ -124,12 +124,14 @@ class Connection:
 
     @property
     def in_flight(self) -> int:
-        self._forget_expired()
+        if self._executions:
+            self._forget_expired()
         return self._uses + len(self._streams) + len(self._executions)
 
     @property
     def last_used(self) -> float:
-        self._forget_expired()
+        if self._executions:
+            self._forget_expired()
         return self._last_used
 
     def execution_started(self, execution_id: str, timeout: float) -> None:
@@ -140,7 +142,7 @@ class Connection:
         self._executions.pop(execution_id, None)
 
     def _forget_expired(self) -> None:
-        if self._executions and self._loop is not None:
+        if self._loop is not None:
             now = self._loop.time()
             for execution_id, deadline in list(self._executions.items()):
                 if deadline <= now:

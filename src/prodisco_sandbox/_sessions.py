@@ -249,7 +249,8 @@ class SessionTable:
         """The ready sessions that nobody has used for `timeout` seconds."""
         idle = []
         for session in self.current.values():
-            if session.state is SessionState.READY:
+            # The session's own last use alone tells of most that they are not idle.
+            if session.state is SessionState.READY and now - session.last_used >= timeout:
                 since = session.idle_since()
                 if since is not None and now - since >= timeout:
                     idle.append(session)
