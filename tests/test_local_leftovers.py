@@ -274,13 +274,15 @@ async def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
             os.kill(forked, signal.SIGSTOP)
         try:
             os.kill(other, 0)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(10):
                 while processes(tmp_path).keys() - {forked} or any(tmp_path.iterdir()):
                     await asyncio.sleep(0.01)
         finally:
             os.kill(forked, signal.SIGKILL)
             os.kill(other, signal.SIGKILL)
-    assert traces(tmp_path) == []
+    async with asyncio.timeout(5):
+        while traces(tmp_path):  # A killed process takes a moment to go.
+            await asyncio.sleep(0.01)
 
 
 def talk(base: Path, parent: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
