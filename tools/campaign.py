@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 900
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ def run(part: Part, scale: float) -> tuple[Counter[str], float]:
             environ[part.variable] = str(max(1, round(1 / scale)))
         elif part.variable:
             environ[part.variable] = str(max(1, round(part.tries * scale)))
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *part.arguments]
+        # One test may be most of a part, and the machine slow: what hangs is still ended.
+        options = ("-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={TIMEOUT}")
+        command = [sys.executable, "-m", "pytest", *options, *part.arguments]
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)  # noqa: S603
         if path.exists():
             for line in path.read_text().splitlines():
