@@ -44,7 +44,7 @@ unit: $(VENV)/.installed $(PROTO_VENV) ## the tests that start no process, in ha
 	@$(PY) -m pytest -m "$(UNIT)" $(PYTEST_ARGS)
 
 lowest: ## the quick tests with the lowest versions that pyproject.toml allows
-	@$(MAKE) --no-print-directory unit UNIT="not slow" VENV=.venv-lowest BOUNDS=--lowest \
+	@$(MAKE) --no-print-directory unit UNIT="not slow and not envtest" VENV=.venv-lowest BOUNDS=--lowest \
 	    PYTHON="$${PYTHON:-$$(tools/find-python 11 2>/dev/null || tools/find-python 13)}"
 
 coverage: test ## make test, with a coverage report in htmlcov/
