@@ -18,7 +18,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow reliability unit lowest coverage check format proto clean FORCE
+.PHONY: help venv demo test slow reliability bench unit lowest coverage check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,6 +39,9 @@ slow: $(VENV)/.installed $(PROTO_VENV) ## the tests that take long
 
 reliability: $(VENV)/.installed ## the reliability campaign, some ten minutes (SCALE=0.2: a fifth of it)
 	@$(PY) tools/campaign.py --scale $(or $(SCALE),1)
+
+bench: $(VENV)/.installed ## the benchmarks of docs/benchmarks.md (BENCH=--quick: a look, in half a minute)
+	@$(PY) -m benchmarks $(BENCH) --json $(VENV)/benchmarks.json
 
 unit: $(VENV)/.installed $(PROTO_VENV) ## the tests that start no process, in half a minute
 	@$(PY) -m pytest -m "$(UNIT)" $(PYTEST_ARGS)

@@ -1,0 +1,68 @@
+"""Runs the scenarios of docs/benchmarks.md: `make bench`, or `python -m benchmarks --quick`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import resource
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from . import at_once, calls, imports, lookups, memory, readiness, reaping
+from .clusters import Cluster, FakeCluster, real_cluster
+from .measure import Figure, new_loop
+from .sandboxes import sandboxes
+from .scale import FULL, QUICK, Scale, Setting
+
+SCENARIOS = {1: lookups, 2: readiness, 3: at_once, 4: memory, 5: calls, 6: reaping, 7: imports}
+VERDICTS = {True: "yes", False: "NO", None: ""}
+
+
+async def measure(scale: Scale, only: list[int], *, real: bool) -> list[Figure]:
+    figures: list[Figure] = []
+    async with AsyncExitStack() as stack:
+        port = await stack.enter_async_context(sandboxes())
+        clusters: list[Cluster] = [FakeCluster(port)]
+        if real:
+            clusters.append(await stack.enter_async_context(real_cluster(port)))
+        setting = Setting(scale=scale, clusters=clusters, sandbox_port=port)
+        for number in only:
+            print(str(SCENARIOS[number].__doc__).strip().splitlines()[0], file=sys.stderr, flush=True)
+            figures += await SCENARIOS[number].run(setting)
+    return figures
+
+
+def row(figure: Figure) -> str:
+    what = figure.what + (f" ({figure.cluster})" if figure.cluster else "")
+    ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}x"
+    target = "" if figure.target is None else f"{'>=' if figure.at_least else '<='} {figure.target:g}"
+    value = f"{figure.value:.3f} {figure.unit}"
+    return f"| {figure.scenario} | {what} | {value} | {ratio} | {target} | {VERDICTS[figure.met]} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a look, in half a minute")
+    parser.add_argument("--only", type=int, nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    given = parser.parse_args()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    real = bool(os.environ.get("KUBEBUILDER_ASSETS"))
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        figures = runner.run(measure(QUICK if given.quick else FULL, given.only, real=real))
+    print(f"Python {platform.python_version()}, {os.cpu_count()} processors, {platform.machine()}\n")
+    print("| | what | value | ratio | target | met |\n| --- | --- | --- | --- | --- | --- |")
+    for figure in figures:
+        print(row(figure))
+    if given.json is not None:
+        given.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Scenario 6: the reaper's tick, and the end of many sessions at once."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from typing import Any
+
+from .clusters import FakeCluster
+from .contenders import library
+from .lookups import ready_manager
+from .measure import Figure, busy
+from .scale import Setting
+
+TICK, AT_ONCE, PASS = 1.0, 50, 5.0
+
+
+async def run(setting: Setting) -> list[Figure]:
+    count = setting.scale.idle
+    names = [f"session-{i}" for i in range(count)]
+    async with ready_manager(names) as manager:
+        assert manager._engine is not None
+        ticks = []
+        for session in manager._engine.table.current.values():
+            # Used by calls of its client alone, so that the reaper has to ask each client.
+            session.last_used -= 10_000
+            session.client._connection._last_used = asyncio.get_running_loop().time()
+        for _ in range(setting.scale.rounds):
+            begun = time.thread_time()
+            manager._engine._tick()
+            ticks.append((time.thread_time() - begun) * 1000)
+            await asyncio.sleep(0.01)
+        assert manager.stats().ready == count
+    return [
+        Figure(
+            scenario=6,
+            what=f"a reaper tick over {count:,} sessions, none of them idle",
+            value=statistics.median(ticks),
+            unit="ms",
+            target=TICK,
+        ),
+        *await _reaped(setting, names),
+    ]
+
+
+class _Counting:
+    """The API, with a count of the deletes that are under way."""
+
+    def __init__(self, api: Any) -> None:
+        self._api = api
+        self.most = self._now = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._api, name)
+
+    async def delete_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any:
+        self._now += 1
+        self.most = max(self.most, self._now)
+        try:
+            return await self._api.delete_namespaced_custom_object(*args, **kwargs)
+        finally:
+            self._now -= 1
+
+
+async def _reaped(setting: Setting, names: list[str]) -> list[Figure]:
+    cluster = FakeCluster(setting.sandbox_port)
+    async with cluster.access() as access:
+        access.api.faults.add("delete", latency=0.005)
+        access.api = counting = _Counting(access.api)
+        settings = {"session_idle_timeout": 1_000.0, "idle_check_interval": 0.2}
+        async with library(access, **settings) as contender:
+            await asyncio.gather(*map(contender.open, names))
+            async with busy() as passes:
+                for session in contender.manager._engine.table.current.values():
+                    session.last_used -= 2_000
+                begun = time.perf_counter()
+                while contender.manager.stats().ready or contender.manager.stats().closing:
+                    await asyncio.sleep(0.05)
+                seconds = time.perf_counter() - begun
+            assert contender.manager.stats().reaped == len(names)
+    return [
+        Figure(
+            scenario=6,
+            what=f"{len(names):,} sessions reaped at once, most deletes under way",
+            value=counting.most,
+            unit="",
+            target=AT_ONCE,
+            note=f"all closed and deleted in {seconds:.2f} s, at 5 ms a delete",
+        ),
+        Figure(
+            scenario=6,
+            what=f"{len(names):,} sessions reaped at once, longest pass of the loop",
+            value=passes.longest * 1000,
+            unit="ms",
+            target=PASS,
+        ),
+    ]
