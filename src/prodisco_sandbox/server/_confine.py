@@ -170,7 +170,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 def _all_but(hidden: Sequence[str]) -> tuple[list[str], list[str]]:
     """The directories above the hidden files, and the paths of all that is beside them."""
-    hidden = [os.path.realpath(path) for path in hidden]  # noqa: PTH
+    hidden = [os.path.realpath(path) for path in hidden]
     allowed: list[str] = []
     directories = ["/"] if hidden else []
     for directory in directories:  # grows while it is walked
