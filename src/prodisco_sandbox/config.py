@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -143,7 +142,7 @@ class SandboxManagerConfig:
     maps a Sandbox (a dict) to a gRPC target, None for "not known yet"."""
     tls: TlsConfig | None = None
     """TLS of the channels and of the default pod template; None: plaintext."""
-    instance_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    instance_id: str = field(default_factory=lambda: os.urandom(8).hex())
     """Who owns a Sandbox among several managers of one namespace: random per process
     unless set. A value that is set promises that one live manager uses it. What is no
     valid label value is hashed."""
