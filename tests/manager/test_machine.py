@@ -312,7 +312,7 @@ def test_a_second_create_lands_after_the_first_was_deleted() -> None:
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=int(os.environ.get("MACHINE_EXAMPLES", "25")),
+    max_examples=int(os.environ.get("MACHINE_EXAMPLES", "15")),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
