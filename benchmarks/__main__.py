@@ -17,7 +17,7 @@ from . import at_once, calls, imports, lookups, memory, readiness, reaping
 from .clusters import Cluster, FakeCluster, real_cluster
 from .measure import Figure, new_loop
 from .sandboxes import sandboxes
-from .scale import FULL, QUICK, Scale, Setting
+from .scale import FULL, QUICK, SMOKE, Scale, Setting
 
 SCENARIOS = {1: lookups, 2: readiness, 3: at_once, 4: memory, 5: calls, 6: reaping, 7: imports}
 VERDICTS = {True: "yes", False: "NO", None: ""}
@@ -41,13 +41,16 @@ def row(figure: Figure) -> str:
     what = figure.what + (f" ({figure.cluster})" if figure.cluster else "")
     ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}x"
     target = "" if figure.target is None else f"{'>=' if figure.at_least else '<='} {figure.target:g}"
-    value = f"{figure.value:.3f} {figure.unit}"
-    return f"| {figure.scenario} | {what} | {value} | {ratio} | {target} | {VERDICTS[figure.met]} |"
+    value = f"{figure.value:.3f} {figure.unit}".rstrip()
+    cells = (str(figure.scenario), what, value, ratio, target, VERDICTS[figure.met], figure.note)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a look, in half a minute")
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--quick", action="store_true", help="a look, in a minute")
+    scale.add_argument("--smoke", action="store_true", help="just to see that all of it runs")
     parser.add_argument("--only", type=int, nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     given = parser.parse_args()
@@ -55,9 +58,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     real = bool(os.environ.get("KUBEBUILDER_ASSETS"))
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        figures = runner.run(measure(QUICK if given.quick else FULL, given.only, real=real))
+        size = SMOKE if given.smoke else QUICK if given.quick else FULL
+        figures = runner.run(measure(size, given.only, real=real))
     print(f"Python {platform.python_version()}, {os.cpu_count()} processors, {platform.machine()}\n")
-    print("| | what | value | ratio | target | met |\n| --- | --- | --- | --- | --- | --- |")
+    print("| | what | value | ratio | target | met | |\n| --- | --- | --- | --- | --- | --- | --- |")
     for figure in figures:
         print(row(figure))
     if given.json is not None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import resource
 import selectors
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -24,8 +23,11 @@ class Figure:
         cluster: The API behind it, where there is one.
         reference: The value that it is compared with, and `against` what that is.
         ratio: Value to reference; a median of the rounds' ratios where rounds were paired.
-        target: What the ratio (without a reference: the value) should reach at most; at
-            least if `at_least` is set. None: shown beside the others.
+        target: What the ratio (without a ratio: the value) should reach at most; at least
+            if `at_least` is set. None: shown beside the others.
+        contender: Whose it is, where several do the same.
+        sessions: How many there were, where that varies.
+        note: What else there is to say.
     """
 
     scenario: int
@@ -38,6 +40,8 @@ class Figure:
     ratio: float | None = None
     target: float | None = None
     at_least: bool = False
+    contender: str = ""
+    sessions: int | None = None
     note: str = ""
 
     @property
@@ -91,30 +95,23 @@ async def interleaved(
 class Passes:
     """How long the event loop was busy at a stretch, from one poll for events to the next.
 
-    A task that beats like a heart would be late by so much. Other processes on the machine
-    make it longer: where the kernel has taken the processor away from this thread (an
-    involuntary context switch) the thread's processor time counts instead of the clock.
+    A task that beats like a heart would be late by so much.
 
     Attributes:
-        longest: Of the passes so far, in seconds.
-        total: Their sum.
+        longest: The most work in a pass so far, in seconds of the thread's processor time.
+        by_the_clock: The longest pass so far, in seconds. Other processes, and gRPC's own
+            thread, make it longer than the work in it, the more the fewer processors there are.
     """
 
     longest: float = 0.0
-    total: float = 0.0
-    count: int = 0
-    each: list[float] = field(default_factory=list)
+    by_the_clock: float = 0.0
 
     def reset(self) -> None:
-        self.longest = self.total = 0.0
-        self.count = 0
-        self.each.clear()
+        self.longest = self.by_the_clock = 0.0
 
-    def add(self, seconds: float) -> None:
-        self.longest = max(self.longest, seconds)
-        self.total += seconds
-        self.count += 1
-        self.each.append(seconds)
+    def add(self, work: float, clock: float) -> None:
+        self.longest = max(self.longest, work)
+        self.by_the_clock = max(self.by_the_clock, clock)
 
 
 class TimedSelector(selectors.DefaultSelector):
@@ -123,20 +120,15 @@ class TimedSelector(selectors.DefaultSelector):
     def __init__(self) -> None:
         super().__init__()
         self.passes = Passes()
-        self._began: tuple[float, float, int] | None = None
+        self._began: tuple[float, float] | None = None
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if self._began is not None:
-            clock, cpu, switches = self._began
-            undisturbed = _involuntary_switches() == switches
-            self.passes.add(time.perf_counter() - clock if undisturbed else time.thread_time() - cpu)
+            work, clock = self._began
+            self.passes.add(time.thread_time() - work, time.perf_counter() - clock)
         found = super().select(timeout)
-        self._began = (time.perf_counter(), time.thread_time(), _involuntary_switches())
+        self._began = (time.thread_time(), time.perf_counter())
         return found
-
-
-def _involuntary_switches() -> int:
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
 def new_loop() -> asyncio.AbstractEventLoop:

@@ -37,7 +37,7 @@ async def run(setting: Setting) -> list[Figure]:
         for what in ("channel", "library")
     }
     beyond = {unit: held["library"][unit] - held["channel"][unit] for unit in ("python", "resident")}
-    retained = await _in_process("finished", str(min(2_000, scale.finished)), str(scale.finished))
+    retained = await _in_process("finished", str(scale.before), str(scale.finished))
     return [
         Figure(
             scenario=4,
@@ -125,7 +125,7 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-async def _finished(warm_up: int, count: int) -> dict[str, float]:
+async def _finished(before: int, count: int) -> dict[str, float]:
     """KiB that each of `count` sessions leaves behind; every second is reaped, the others closed."""
 
     async def come_and_go(sessions: list[str]) -> None:
@@ -136,15 +136,15 @@ async def _finished(warm_up: int, count: int) -> dict[str, float]:
 
     settings = {"session_idle_timeout": 0.001, "idle_check_interval": 0.005, "max_sessions": BATCH}
     async with ready_manager([], history=100, **settings) as manager:
-        for start in range(0, warm_up, BATCH):
-            await come_and_go([f"early-{i}" for i in range(start, start + BATCH)])
-        gc.collect()
         tracemalloc.start()
-        for start in range(0, count, BATCH):
-            await come_and_go([f"late-{i}" for i in range(start, start + BATCH)])
-        gc.collect()
-        retained = tracemalloc.get_traced_memory()[0]
-    return {"retained": retained / count / 1024}
+        taken = []
+        for sessions in (before, count):
+            for start in range(0, sessions, BATCH):
+                await come_and_go([f"{sessions}-{i}" for i in range(start, start + BATCH)])
+            gc.collect()
+            taken.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    return {"retained": (taken[1] - taken[0]) / count / 1024}
 
 
 def main(what: str, *arguments: str) -> None:

@@ -92,6 +92,7 @@ async def run(setting: Setting) -> list[Figure]:
                     Figure(
                         scenario=2,
                         what=f"ready to client, {name}, {summary}",
+                        contender=name,
                         cluster=cluster.name,
                         value=measure(in_ms[name]),
                         unit="ms",

@@ -14,6 +14,8 @@ from .measure import Figure, busy
 from .scale import Setting
 
 TICK, AT_ONCE, PASS = 1.0, 50, 5.0
+BOUND = 120.0
+"""Seconds after which reaping is given up."""
 
 
 async def run(setting: Setting) -> list[Figure]:
@@ -69,11 +71,13 @@ async def _reaped(setting: Setting, names: list[str]) -> list[Figure]:
         access.api.faults.add("delete", latency=0.005)
         access.api = counting = _Counting(access.api)
         settings = {"session_idle_timeout": 1_000.0, "idle_check_interval": 0.2}
-        async with library(access, **settings) as contender:
+        async with asyncio.timeout(BOUND), library(access, **settings) as contender:
             await asyncio.gather(*map(contender.open, names))
             async with busy() as passes:
                 for session in contender.manager._engine.table.current.values():
                     session.last_used -= 2_000
+                    # "Never" is 0.0, which the clock of a machine just booted is not far from.
+                    session.client._connection._last_used -= 2_000
                 begun = time.perf_counter()
                 while contender.manager.stats().ready or contender.manager.stats().closing:
                     await asyncio.sleep(0.05)

@@ -25,6 +25,8 @@ class Scale:
     """Sessions whose memory is taken."""
     finished: int = 10_000
     """Sessions that come and go."""
+    before: int = 2_000
+    """Sessions that came and went before: what is kept of the latest few is all there."""
     calls: int = 300
     chunks: int = 100_000
     stream_rounds: int = 5
@@ -44,6 +46,7 @@ QUICK = Scale(
     patience=5.0,
     held=100,
     finished=500,
+    before=2_200,
     calls=100,
     chunks=5_000,
     stream_rounds=2,
@@ -58,6 +61,7 @@ SMOKE = Scale(
     patience=2.0,
     held=4,
     finished=8,
+    before=8,
     calls=3,
     chunks=10,
     stream_rounds=1,

@@ -37,7 +37,7 @@ _STATUS = {"conditions": list, "podIPs": list, "serviceFQDN": str}
 _CONDITION_FIELDS = ("lastTransitionTime", "message", "reason", "status", "type")
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def label_value_error(value: str) -> str | None:
     """What is wrong with a label value; None: nothing."""
     if len(value) > 63:
@@ -120,14 +120,14 @@ def _metadata_causes(metadata: Object) -> Iterator[Cause]:
             yield "FieldValueInvalid", "metadata.labels", problem
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _name_error(name: str) -> str | None:
     if len(name) > 253:
         return f'Invalid value: "{name}": must be no more than 253 characters'
     return None if _SUBDOMAIN.fullmatch(name) else f'Invalid value: "{name}": {_SUBDOMAIN_RULE}'
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def label_key_error(key: str) -> str | None:
     prefix, slash, part = key.rpartition("/")
     if len(part) <= 63 and _LABEL.fullmatch(part) and (not slash or _SUBDOMAIN.fullmatch(prefix)):
