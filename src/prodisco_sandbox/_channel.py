@@ -334,9 +334,9 @@ async def _ended(call: Any) -> None:
     Awaiting the call itself would hide who cancels: gRPC raises a CancelledError of its
     own in place of anyio's, which a cancel scope then does not know and lets out.
     """
-    ended = asyncio.Event()
-    call.add_done_callback(lambda _: ended.set())
-    await ended.wait()
+    ended = asyncio.get_running_loop().create_future()
+    call.add_done_callback(lambda _: ended.done() or ended.set_result(None))
+    await ended
 
 
 def cancelled_by_somebody() -> bool:

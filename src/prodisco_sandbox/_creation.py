@@ -19,7 +19,7 @@ from ._answers import (
 from ._leases import Leases
 from ._log import get_logger
 from ._sessions import Session, SessionTable
-from ._tasks import OwnedTasks
+from ._tasks import OwnedTasks, Pace
 from .config import SandboxManagerConfig
 from .errors import SandboxConflictError, SandboxError, SandboxFailedError, SandboxPermissionError
 from .kubernetes import SandboxResources, backoff
@@ -59,6 +59,7 @@ class Creation:
         make_client: Callable[[Session, str], SandboxClient],
         discard: Callable[[str, SandboxClient], None],
         watching: Callable[[], bool],
+        pace: Pace,
     ) -> None:
         self._log = get_logger("manager", resources.events)
         self._config = config
@@ -69,6 +70,7 @@ class Creation:
         self._make_client = make_client
         self._discard = discard
         self._watching = watching
+        self._pace = pace
 
     async def obtain(self, session: Session, deadline: float) -> None:
         """Creates the session's Sandbox, or adopts the one that an earlier process left.
@@ -82,6 +84,7 @@ class Creation:
             # Asked anew for each try: the lease is a date, and the version may have changed.
             lease = await self._leases.birth(deadline)
             version = await self._resources.api_version(deadline)
+            await self._pace()  # Who came together has waited for these together.
             body = manifest.sandbox_body(self._config, version, session.name, session.session_hash, lease)
             try:
                 created = await self._send(session, "create", partial(self._resources.create, body))
@@ -274,6 +277,7 @@ class Creation:
                 continue
             client = self._client(session, reading.target)
             if await client.wait_for_healthy(max(0.0, min(HEALTH_SLICE, deadline - loop.time()))):
+                await self._pace()  # Servers answer in crowds.
                 after = manifest.readiness(session.observed or {}, self._config)
                 if after.target is not None and self._client(session, after.target) is client:
                     return client

@@ -32,9 +32,9 @@ ROUNDS = 3
 """How often a caller asks again when the sandbox dies before it gets the client."""
 CHECK_READ_TIMEOUT = 10.0
 """How long the API server is asked about a Sandbox whose client failed."""
-REAPED_PER_PASS = 100
-STARTS_PER_PASS = 40
-"""Creations and closes begun in one pass of the event loop; some 20 µs each until they wait."""
+REAPED_PER_PASS = 40
+STEPS_PER_PASS = 40
+"""Steps of creations and closes in one pass of the event loop; some 20 µs each until they wait."""
 REMEMBERED = 1024
 """How many ended sessions are remembered, to tell a re-creation from a first creation."""
 
@@ -70,6 +70,7 @@ class Engine:
         self._closing = Closing(
             config, self._resources, self.table, watching=self._watching, wall_clock=wall_clock
         )
+        self._pace = Pace(STEPS_PER_PASS)
         self._creation = Creation(
             config,
             self._resources,
@@ -79,9 +80,9 @@ class Engine:
             make_client=self._make_client,
             discard=self._discard,
             watching=self._watching,
+            pace=self._pace,
         )
         self._ended: OrderedDict[str, None] = OrderedDict()
-        self._starts = Pace(STARTS_PER_PASS)
         self._closed = False
 
     def start(self) -> None:
@@ -204,9 +205,9 @@ class Engine:
     async def _create(self, session: Session) -> None:
         session.since = self._now()
         deadline = session.since + self._config.ready_timeout
+        await self._pace()
         try:
             async with asyncio.timeout_at(deadline):
-                await self._starts()
                 await self._creation.obtain(session, deadline)
                 client = await self._creation.connect(session, deadline)
         except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
@@ -350,7 +351,7 @@ class Engine:
         working = (session.creation, session.check, session.request)
         if pending := {task for task in working if task is not None and not task.done()}:
             await asyncio.wait(pending)
-        await self._starts()
+        await self._pace()
         if session.client is not None:
             await self._closing.close_client(session.name, session.client)
         if session.leftover:
