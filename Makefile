@@ -18,7 +18,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow reliability bench unit lowest coverage check format proto clean FORCE
+.PHONY: help venv demo test slow reliability bench plot unit lowest coverage check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,8 +40,11 @@ slow: $(VENV)/.installed $(PROTO_VENV) ## the tests that take long
 reliability: $(VENV)/.installed ## the reliability campaign, some ten minutes (SCALE=0.2: a fifth of it)
 	@$(PY) tools/campaign.py --scale $(or $(SCALE),1)
 
-bench: $(VENV)/.installed ## the benchmarks of docs/benchmarks.md (BENCH=--quick: a look, in half a minute)
+bench: $(VENV)/.installed ## the benchmarks of docs/benchmarks.md (BENCH=--quick: a look, in a minute)
 	@$(PY) -m benchmarks $(BENCH) --json $(VENV)/benchmarks.json
+
+plot: .venv-plot/.tools ## draw docs/benchmarks.svg from what the last make bench has measured
+	@.venv-plot/bin/python tools/plot.py $(VENV)/benchmarks.json docs/benchmarks.svg
 
 unit: $(VENV)/.installed $(PROTO_VENV) ## the tests that start no process, in half a minute
 	@$(PY) -m pytest -m "$(UNIT)" $(PYTEST_ARGS)
@@ -70,7 +73,7 @@ proto: .venv-proto/.tools ## generate the gRPC stubs anew
 clean: ## remove all that the targets made
 	@rm -rf .venv .venv-* dist htmlcov .coverage .coverage.* .hypothesis .import_linter_cache
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache
-	@find src tests examples tools -name __pycache__ -prune -exec rm -rf {} +
+	@find src tests examples tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps are written last: an interrupted step is done again.
 
@@ -101,4 +104,9 @@ $(VENV)/.tools: pyproject.toml tools/find-python tools/requirements.py
 	@python=$$(tools/find-python 13) && echo "Making .venv-proto with $$($$python -V)" && \
 	    $$python -m venv --clear .venv-proto
 	@$(PROTO_PY) $(PIP_INSTALL) -r $<
+	@touch $@
+
+.venv-plot/.tools: Makefile
+	@python=$$(tools/find-python) && $$python -m venv --clear .venv-plot
+	@.venv-plot/bin/python $(PIP_INSTALL) "matplotlib>=3.9,<4"
 	@touch $@

@@ -95,7 +95,7 @@ async def _measured(cluster: Cluster, count: int, setting: Setting) -> list[Figu
     rounds = {name: contender(name, make, 120.0) for name, make in makes.items()}
     await interleaved(setting.scale.at_once_rounds, rounds)
     for name, make in (("watch_per_session", watch_per_session), ("polling", polling)):
-        await interleaved(1, {name: contender(name, make, patience)})  # type: ignore[arg-type]
+        await interleaved(1, {name: contender(name, make, patience)})
     return list(_figures(cluster, count, found))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -20,7 +21,7 @@ TIMEOUT = 30.0
 
 
 class Calls:
-    def __init__(self, client: SandboxClient, stub: pb_grpc.SandboxServiceStub, setting: Setting) -> None:
+    def __init__(self, client: SandboxClient, stub: Any, setting: Setting) -> None:
         self._client = client
         self._stub = stub
         self._calls = setting.scale.calls
@@ -65,7 +66,7 @@ async def run(setting: Setting) -> list[Figure]:
     scale = setting.scale
     target = f"127.0.0.1:{setting.sandbox_port}"
     async with SandboxClient(target) as client, grpc.aio.insecure_channel(target) as channel:
-        calls = Calls(client, pb_grpc.SandboxServiceStub(channel), setting)  # type: ignore[no-untyped-call]
+        calls = Calls(client, pb_grpc.SandboxServiceStub(channel), setting)
         await calls.execute()
         await calls.raw_execute()
         one = await interleaved(scale.rounds, {"library": calls.execute, "raw": calls.raw_execute})

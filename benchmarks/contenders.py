@@ -94,7 +94,7 @@ class _Bare:
             raise RuntimeError("the sandbox is not healthy")
 
     async def close(self, session: str) -> None:
-        await self._channels.pop(session).close()
+        await self._channels.pop(session).close(None)
         name = self.sandbox(session)
         await self._api.delete_namespaced_custom_object(*self._at, name, body={})
 
@@ -171,7 +171,7 @@ class Polling(_Bare):
             try:
                 return await self._connect(session, address)
             except grpc.aio.AioRpcError:
-                await self._channels.pop(session).close()
+                await self._channels.pop(session).close(None)
                 await asyncio.sleep(0.1)
 
 
@@ -186,6 +186,7 @@ class WatchPerSession(_Bare):
     async def open(self, session: str) -> None:
         name = self.sandbox(session)
         await self._create(name, session)
+        address = None
         async with Watch() as watch:
             async for event in watch.stream(
                 self._api.list_namespaced_custom_object,
@@ -194,6 +195,8 @@ class WatchPerSession(_Bare):
             ):
                 if address := ready_address(event["object"]):
                     break
+        if address is None:
+            raise RuntimeError("the watch has ended before the sandbox was ready")
         await self._connect(session, address)
 
 

@@ -108,7 +108,7 @@ async def run(setting: Setting) -> list[Figure]:
                 },
             )
         in_us = {name: [value * 1e6 for value in values] for name, values in found.items()}
-        bare = {"reference": in_us["bare"], "unit": "µs", "against": "a bare coroutine"}
+        bare: dict[str, Any] = {"reference": in_us["bare"], "unit": "µs", "against": "a bare coroutine"}
         count = f"{size} session{'s' if size > 1 else ''}"
         lookup = compared(1, f"get_client, {count}", in_us["get_client"], target=GET_CLIENT, **bare)
         figures += [lookup, compared(1, f"session(), {count}", in_us["session"], target=SESSION, **bare)]

@@ -50,7 +50,7 @@ async def _one_by_one(cluster: Cluster, count: int) -> dict[str, list[float]]:
         contenders = []
         for make in (floor, library, watch_per_session):
             access = await stack.enter_async_context(cluster.access())
-            contender: Contender = await stack.enter_async_context(make(access))  # type: ignore[operator]
+            contender: Contender = await stack.enter_async_context(make(access))
             contenders.append((make.__name__, contender, access.written))
             await _opened(contender, access.written)  # The first pays for what is made once.
         for turn in range(count):

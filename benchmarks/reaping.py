@@ -22,15 +22,15 @@ async def run(setting: Setting) -> list[Figure]:
     count = setting.scale.idle
     names = [f"session-{i}" for i in range(count)]
     async with ready_manager(names) as manager:
-        assert manager._engine is not None
+        engine: Any = manager._engine
         ticks = []
-        for session in manager._engine.table.current.values():
+        for session in engine.table.current.values():
             # Used by calls of its client alone, so that the reaper has to ask each client.
             session.last_used -= 10_000
             session.client._connection._last_used = asyncio.get_running_loop().time()
         for _ in range(setting.scale.rounds):
             begun = time.thread_time()
-            manager._engine._tick()
+            engine._tick()
             ticks.append((time.thread_time() - begun) * 1000)
             await asyncio.sleep(0.01)
         assert manager.stats().ready == count
@@ -69,12 +69,14 @@ async def _reaped(setting: Setting, names: list[str]) -> list[Figure]:
     cluster = FakeCluster(setting.sandbox_port)
     async with cluster.access() as access:
         access.api.faults.add("delete", latency=0.005)
-        access.api = counting = _Counting(access.api)
+        counting: Any = _Counting(access.api)
+        access.api = counting
         settings = {"session_idle_timeout": 1_000.0, "idle_check_interval": 0.2}
         async with asyncio.timeout(BOUND), library(access, **settings) as contender:
             await asyncio.gather(*map(contender.open, names))
+            engine: Any = contender.manager._engine
             async with busy() as passes:
-                for session in contender.manager._engine.table.current.values():
+                for session in engine.table.current.values():
                     session.last_used -= 2_000
                     # "Never" is 0.0, which the clock of a machine just booted is not far from.
                     session.client._connection._last_used -= 2_000

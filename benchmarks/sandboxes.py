@@ -26,7 +26,7 @@ def chunks_in(code: str) -> int:
     return int(code)
 
 
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """The three methods that are measured, with answers that were serialized beforehand."""
 
     def __init__(self) -> None:
