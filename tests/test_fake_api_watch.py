@@ -272,3 +272,30 @@ async def test_a_thousand_sandboxes_and_one_watch() -> None:
         assert set(map(tuple, seen.values())) == {("ADDED", "MODIFIED", "DELETED")}
         assert len(api.objects) == 500
         response.close()
+
+
+async def test_the_last_bookmark_is_the_last_whatever_the_clock_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A timer may fire a moment early, and in virtual time that moment does not pass."""
+    async with FakeCustomObjectsApi(bookmark_interval=0.7) as api:
+        sent: list[float] = []
+        send = Watch.send_bookmark
+
+        def counted(watch: Watch) -> None:
+            sent.append(now())
+            if len(sent) > 50:
+                watch.cut()  # else it might never end
+            send(watch)
+
+        monkeypatch.setattr(Watch, "send_bookmark", counted)
+        for step in range(300):
+            await asyncio.sleep(0.001 * step + 1e-6)
+            options = {"timeout_seconds": 5, "allow_watch_bookmarks": True, "_preload_content": False}
+            response = await api.list_namespaced_custom_object(
+                GROUP, "v1beta1", "prodisco", PLURAL, watch=True, **options
+            )
+            sent.clear()
+            await asyncio.sleep(5.1)
+            assert len(sent) <= 6, (step, sent)
+            response.close()

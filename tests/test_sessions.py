@@ -265,4 +265,4 @@ class Table(RuleBasedStateMachine):
 
 
 TestTable = Table.TestCase
-TestTable.settings = settings(max_examples=tries(100), stateful_step_count=50, deadline=None)
+TestTable.settings = settings(max_examples=tries(230), stateful_step_count=50, deadline=None)

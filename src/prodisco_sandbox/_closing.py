@@ -78,7 +78,8 @@ class Closing:
             again = self._again
             try:
                 async with self._deletes:
-                    await self._delete_once(session)
+                    if session.leftover:  # else it is gone, or another manager's by now
+                        await self._delete_once(session, first=attempt == 0)
                 return
             except SandboxError as e:
                 attempt += 1
@@ -105,10 +106,10 @@ class Closing:
             except TimeoutError:
                 continue
 
-    async def _delete_once(self, session: Session) -> None:
+    async def _delete_once(self, session: Session, *, first: bool) -> None:
         uid = session.uid
-        if uid is None or (session.claimed and not self._watching()):
-            # Without a watch nobody has said whether another manager has claimed it.
+        if uid is None or (session.claimed and not (first and self._watching())):
+            # Nobody has said whether another manager has claimed it: no watch, or not since it was closed.
             found = await self._resources.get(session.name)
             if found is None or not self._may_delete(found, session.session_hash):
                 return
@@ -128,19 +129,21 @@ class Closing:
         until = asyncio.get_running_loop().time() + AMBIGUOUS_FOR
         self._ambiguous[session.name] = (session.session_hash, until)
 
-    async def look_again(self) -> None:
+    def uncertain(self) -> list[str]:
+        """Sandboxes that may yet appear, because the answer to their create was lost."""
+        return list(self._ambiguous)
+
+    async def look_again(self, deadline: float | None = None) -> None:
         """Looks for Sandboxes whose create was given up but may have landed since."""
         for name, (session_hash, until) in list(self._ambiguous.items()):
-            now = asyncio.get_running_loop().time()
-            # A session that has the name by now has met, or will meet, what lands there.
+            # Until then one more may land: after the one that is found, or after a session of that name.
+            over = asyncio.get_running_loop().time() >= until
             if self._table.named(name) is None:
-                found = await self._resources.get(name)
-                landed = found is not None and self._may_delete(found, session_hash)
-                if found is not None and landed and not await self._delete_seen(found):
-                    continue
-                if not landed and now < until:
-                    continue
-            self._ambiguous.pop(name, None)
+                found = await self._resources.get(name, deadline)
+                if found is not None and self._may_delete(found, session_hash):
+                    over = await self._delete_seen(found, deadline) and over
+            if over:
+                self._ambiguous.pop(name, None)
 
     async def _delete_seen(self, sandbox: Object, deadline: float | None = None) -> bool:
         """Deletes a Sandbox of no session, unless somebody has laid hands on it since it was read."""

@@ -21,7 +21,13 @@ from ._log import get_logger
 from ._sessions import Session, SessionTable
 from ._tasks import OwnedTasks, Pace
 from .config import SandboxManagerConfig
-from .errors import SandboxConflictError, SandboxError, SandboxFailedError, SandboxPermissionError
+from .errors import (
+    SandboxConflictError,
+    SandboxError,
+    SandboxFailedError,
+    SandboxPermissionError,
+    SandboxUnavailableError,
+)
 from .kubernetes import SandboxResources, backoff
 from .manifest import Object
 
@@ -30,6 +36,8 @@ if TYPE_CHECKING:
 
 WATCHED_INTERVAL = 15.0
 """A creating session that hears nothing from the watch for this long is read with get."""
+LOOK_TIMEOUT = 10.0
+"""How long the API server is asked about a Sandbox whose client failed."""
 HEALTH_SLICE = 1.0
 """How long health is waited for before the Sandbox itself is looked at again."""
 HEALTH_PAUSE = 0.1
@@ -58,6 +66,7 @@ class Creation:
         *,
         make_client: Callable[[Session, str], SandboxClient],
         discard: Callable[[str, SandboxClient], None],
+        remember: Callable[[Session], None],
         watching: Callable[[], bool],
         pace: Pace,
     ) -> None:
@@ -69,6 +78,7 @@ class Creation:
         self._tasks = tasks
         self._make_client = make_client
         self._discard = discard
+        self._remember = remember
         self._watching = watching
         self._pace = pace
 
@@ -199,8 +209,8 @@ class Creation:
             newest = max(alive, key=lambda s: str((s.get("metadata") or {}).get("creationTimestamp") or ""))
             return await self._adopt(session, newest, attempt, deadline)
         taken = await self._resources.get(session.name, deadline)
-        if taken is None:
-            return False
+        if taken is None or (not manifest.is_deleting(taken) and manifest.is_of(taken, session.session_hash)):
+            return False  # It has gone, or come, since the list.
         if not manifest.is_deleting(taken):
             raise SandboxConflictError(
                 f"the name {session.name} is taken by a Sandbox that is not this session's:"
@@ -212,7 +222,12 @@ class Creation:
 
     def _next_name(self, session: Session) -> None:
         incarnation = session.incarnation + 1
-        self._table.rename(session, manifest.sandbox_name(session.session_id, incarnation), incarnation)
+        self._rename(session, manifest.sandbox_name(session.session_id, incarnation), incarnation)
+
+    def _rename(self, session: Session, name: str, incarnation: int) -> None:
+        if session.ambiguous and session.name != name:
+            self._remember(session)  # What was asked for under the old name may still land.
+        self._table.rename(session, name, incarnation)
 
     async def _adopt(self, session: Session, sandbox: Object, attempt: int, deadline: float) -> bool:
         """Claims a Sandbox by its instance label, so that our watch sees it.
@@ -222,7 +237,7 @@ class Creation:
         name, metadata = manifest.name(sandbox), sandbox["metadata"]
         names = (manifest.sandbox_name(session.session_id, i) for i in range(INCARNATIONS))
         incarnation = next((i for i, known in enumerate(names) if known == name), session.incarnation)
-        self._table.rename(session, name, incarnation)
+        self._rename(session, name, incarnation)
         session.observed = None
         lease = await self._leases.birth(deadline)
         patch: Object = {
@@ -338,12 +353,34 @@ class Creation:
         if reading.done():
             reading.result()
 
+    def reading(self, sandbox: Object) -> manifest.Readiness:
+        """How far a Sandbox is, as far as that can be told."""
+        try:
+            return manifest.readiness(sandbox, self._config)
+        except Exception as e:  # noqa: BLE001 - `endpoint` may be the caller's own function
+            return manifest.Readiness("waiting", None, f"its endpoint cannot be told: {e!r}")
+
+    async def look_at(self, session: Session) -> None:
+        """Reads a doubted Sandbox, which must not take long.
+
+        Raises:
+            SandboxUnavailableError: No answer, or no turn to ask: it says nothing of its life.
+            LostError: As `refresh`.
+        """
+        patience = min(self._config.ready_timeout, LOOK_TIMEOUT)
+        try:
+            async with asyncio.timeout(patience):
+                await self.refresh(session, asyncio.get_running_loop().time() + patience)
+        except TimeoutError as e:
+            raise SandboxUnavailableError(f"the API server did not answer a get within {patience:g} s") from e
+
     async def refresh(self, session: Session, deadline: float) -> None:
         """Reads the Sandbox.
 
         Raises:
             LostError: It is gone, another, being deleted, or claimed by another manager.
         """
+        asked = asyncio.get_running_loop().time()
         found = await self._resources.get(session.name, deadline)
         if found is None:
             raise LostError(f"sandbox {session.name} has been deleted")
@@ -355,5 +392,6 @@ class Creation:
             raise LostError(f"sandbox {session.name} is being deleted by somebody else")
         if session.claimed and manifest.instance(found) not in (None, self._config.instance_label):
             raise LostError(f"sandbox {session.name} has been claimed by another manager")
-        session.observed = found
+        if session.observed_at <= asked:  # else the watch has spoken since, of something newer
+            session.observed = found
         session.observed_at = asyncio.get_running_loop().time()

@@ -30,8 +30,6 @@ from .manifest import Object
 
 ROUNDS = 3
 """How often a caller asks again when the sandbox dies before it gets the client."""
-CHECK_READ_TIMEOUT = 10.0
-"""How long the API server is asked about a Sandbox whose client failed."""
 REAPED_PER_PASS = 40
 STEPS_PER_PASS = 40
 """Steps of creations and closes in one pass of the event loop; some 20 µs each until they wait."""
@@ -68,7 +66,7 @@ class Engine:
         self._sweep_task: asyncio.Task[None] | None = None
         self._leases = Leases(self._resources, config.lease_duration, wall_clock, self._lost_unseen)
         self._closing = Closing(
-            config, self._resources, self.table, watching=self._watching, wall_clock=wall_clock
+            config, self._resources, self.table, watching=lambda: self._watch.current, wall_clock=wall_clock
         )
         self._pace = Pace(STEPS_PER_PASS)
         self._creation = Creation(
@@ -79,6 +77,7 @@ class Engine:
             self._tasks,
             make_client=self._make_client,
             discard=self._discard,
+            remember=self._closing.remember,
             watching=self._watching,
             pace=self._pace,
         )
@@ -234,7 +233,7 @@ class Engine:
         elif isinstance(e, TimeoutError):
             state = "its creation has not been answered"
             if session.observed is not None:
-                reading = self._reading(session.observed)
+                reading = self._creation.reading(session.observed)
                 state = reading.text
                 if reading.target is not None and session.client is not None:
                     state = f"ready, but its server is not healthy ({session.client.health_error})"
@@ -246,12 +245,6 @@ class Engine:
             error = SandboxError(f"sandbox {session.name} failed: {type(e).__name__}: {e}")
         error.__cause__ = e
         return error
-
-    def _reading(self, sandbox: Object) -> manifest.Readiness:
-        try:
-            return manifest.readiness(sandbox, self._config)
-        except Exception as e:  # noqa: BLE001 - `endpoint` may be the caller's own function
-            return manifest.Readiness("waiting", None, f"its endpoint cannot be told: {e!r}")
 
     def _ready(self, session: Session, client: SandboxClient) -> None:
         if self.table.current.get(session.session_id) is not session:
@@ -289,8 +282,8 @@ class Engine:
         begun = self._now()
         deadline = begun + self._config.ready_timeout
         try:
+            await self._creation.look_at(session)
             async with asyncio.timeout_at(deadline):
-                await self._creation.refresh(session, min(deadline, self._now() + CHECK_READ_TIMEOUT))
                 client = await self._creation.connect(session, deadline)
         except (LostError, TerminalError) as e:
             session.leftover = session.leftover and isinstance(e, TerminalError)
@@ -374,19 +367,21 @@ class Engine:
         for session in list(self.table.current.values()):
             known = session.uid is not None or session.state is SessionState.READY
             unseen = session.uid not in listed if session.uid else session.name not in names
-            if known and unseen and session.claimed and session.known_at < since:
+            # One that is new to us may be too new for the list, but not if it is ready already.
+            old = session.known_at < since or session.state is SessionState.READY
+            if known and unseen and session.claimed and old:
                 self._lost_unseen(session)
 
     def changed(self, sandbox: Object) -> None:
         session = self._session_of(sandbox)
-        if session is None:
+        if session is None or session.state is SessionState.CLOSING:
             return
         if session.state is SessionState.CREATING or session.check is not None:
             session.observed = sandbox
             session.observed_at = self._now()
             session.news.set()
             return
-        reading = self._reading(sandbox)
+        reading = self._creation.reading(sandbox)
         if reading.state == "terminal":
             session.leftover = session.leftover and not manifest.is_deleting(sandbox)
             self._lose(session, reading.text)
@@ -407,6 +402,8 @@ class Engine:
             session.news.set()
             return
         session.leftover = False
+        if session.state is SessionState.CLOSING:
+            return  # Its closer need not delete it, and must not if it was claimed.
         text = f"sandbox {session.name} was deleted, or claimed by another manager"
         if session.state is SessionState.CREATING:
             self._fail(session, SandboxFailedError(text))
@@ -423,9 +420,9 @@ class Engine:
         session.news.set()
 
     def _session_of(self, sandbox: Object) -> Session | None:
-        """The current session that a Sandbox belongs to; not one of the same name's past."""
+        """The session that a Sandbox belongs to; not one of the same name's past."""
         session = self.table.named(manifest.name(sandbox))
-        if session is None or session.state not in (SessionState.CREATING, SessionState.READY):
+        if session is None:
             return None
         if session.uid is not None:
             return session if session.uid == manifest.uid(sandbox) else None
@@ -467,7 +464,7 @@ class Engine:
         """What needs the API server at each tick, where the watch does not do it."""
         try:
             await self._closing.look_again()
-            if self.table.current and not self._watching():
+            if self.table.current and not self._watch.current:
                 since = self._now()
                 selector = manifest.managed_selector(instance=self._config.instance_label)
                 self.synced((await self._resources.list(selector))[0], since)
@@ -489,10 +486,11 @@ class Engine:
             await asyncio.wait(closers, timeout=max(0.0, deadline - self._now()))
         try:
             async with asyncio.timeout_at(deadline):
-                await self._closing.look_again()
+                await self._closing.look_again(deadline)
         except (SandboxError, TimeoutError) as e:
             self._log.info("sandbox_sweep_failed", reason=str(e))
-        left = [s.name for s in self.table.closing.values()] + self._closing.abandoned
+        left = {s.name for s in self.table.closing.values()}
+        left.update(self._closing.abandoned, self._closing.uncertain())
         stuck = await self._tasks.end()
         await self._leases.aclose()
         await self._resources.aclose()

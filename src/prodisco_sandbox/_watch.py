@@ -50,6 +50,11 @@ class SandboxWatch:
         self._refusals = 0
         self._version = ""
 
+    @property
+    def current(self) -> bool:
+        """Whether nothing escapes it now: it is active, and events have come since its last fault."""
+        return self.active and not self._failures
+
     async def run(self) -> None:
         """Watches until it is cancelled, or until it turns out that the API cannot watch."""
         while True:

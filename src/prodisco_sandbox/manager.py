@@ -247,8 +247,9 @@ class SandboxManager:
     async def shutdown(self) -> None:
         """Refuses new work, closes all clients, deletes every Sandbox, stops every task.
 
-        Bounded by ``shutdown_timeout``; what it had to leave it names in the log
-        (``shutdown_incomplete``), and the cluster removes it when its lease ends. Single
+        Bounded by ``shutdown_timeout``; what it had to leave, or what may yet appear since
+        the answer to its create was lost, it names in the log (``shutdown_incomplete``), and
+        the cluster removes it when its lease ends. Single
         mode: leaves a ``single_client`` that was passed in open, and closes one that
         `SandboxManagerConfig.from_env` made.
 

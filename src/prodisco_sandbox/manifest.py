@@ -193,6 +193,12 @@ def name(sandbox: Object) -> str:
     return str((sandbox.get("metadata") or {}).get("name"))
 
 
+def is_of(sandbox: Object, session: str) -> bool:
+    """Whether `managed_selector` of this session finds it."""
+    found = labels(sandbox)
+    return found.get(LABEL_MANAGED_BY) == MANAGED_BY and found.get(LABEL_SESSION) == session
+
+
 def is_deleting(sandbox: Object) -> bool:
     return bool((sandbox.get("metadata") or {}).get("deletionTimestamp"))
 

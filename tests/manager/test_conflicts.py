@@ -27,7 +27,18 @@ from prodisco_sandbox.manifest import (
 )
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import PlainApi, alive, conditions, left_behind, managed, now, settle, uids
+from .support import (
+    Clients,
+    PlainApi,
+    StubClient,
+    alive,
+    conditions,
+    left_behind,
+    managed,
+    now,
+    settle,
+    uids,
+)
 
 pytestmark = pytest.mark.looptime
 
@@ -409,3 +420,84 @@ async def test_a_sandbox_that_is_claimed_while_it_is_made_fails_its_creation() -
         api.set_ready(sandbox_name("s"))
         await winning
         assert api.count("delete") == 0
+
+
+# A manager that loses its Sandbox to another while it closes the session
+
+
+async def test_a_delete_that_is_repeated_spares_what_another_manager_claimed() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, instance_id="a") as a,
+        managed(api, instance_id="b") as b,
+    ):
+        await a.get_client("s")
+        api.faults.add("delete", error=503, times=2)
+        await a.on_session_closed("s")
+        client = await b.get_client("s")
+        await asyncio.sleep(30)
+        assert alive(api) == [b.sandbox_name("s")]
+        assert await b.get_client("s") is client
+
+
+async def test_a_sandbox_claimed_while_its_client_is_closed_is_spared() -> None:
+    class Slow(StubClient):
+        async def close(self) -> None:
+            await asyncio.sleep(3)
+            self.closed = True
+
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, Clients(Slow), instance_id="a") as a,
+        managed(api, instance_id="b") as b,
+    ):
+        await a.get_client("s")
+        closing = asyncio.create_task(a.on_session_closed("s"))
+        await asyncio.sleep(1)
+        client = await b.get_client("s")
+        await closing
+        assert alive(api) == [b.sandbox_name("s")]
+        assert await b.get_client("s") is client
+
+
+async def test_a_sandbox_claimed_while_the_watch_is_broken_is_not_deleted() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, instance_id="a") as a,
+        managed(api, instance_id="b") as b,
+    ):
+        await a.get_client("s")
+        await asyncio.sleep(1)
+        api.cut_watches(ConnectionResetError("reset"))
+        api.faults.add("watch", error=503)
+        api.faults.add("list", error=503, when=lambda r: "=a" in str(r.options.get("label_selector")))
+        await asyncio.sleep(5)
+        await b.get_client("s")
+        await asyncio.sleep(60)
+        await a.on_session_closed("s")
+        assert alive(api) == [b.sandbox_name("s")]
+
+
+async def test_a_sandbox_of_the_session_that_appears_between_list_and_get_is_no_conflict() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, instance_id="a") as a,
+        managed(api, instance_id="b") as b,
+    ):
+        api.linger_deletes = True
+        await a.get_client("s")
+        await a.on_session_closed("s")
+        api.linger_deletes = False
+
+        def by_session(request: Any) -> bool:
+            return "session" in str(request.options.get("label_selector"))
+
+        with api.faults.add("list", hold=True, after=True, when=by_session) as gate:
+            waiting = asyncio.create_task(b.get_client("s"))
+            await gate.reached()
+            api.finish_deletes()
+            theirs = await a.get_client("s")
+        client = await waiting
+        assert client.sandbox is not None
+        assert theirs.sandbox is not None
+        assert client.sandbox.uid == theirs.sandbox.uid

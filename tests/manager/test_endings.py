@@ -145,3 +145,18 @@ async def test_a_fresh_list_without_a_sandbox_under_way_is_looked_into() -> None
             await waiting
         assert now() < 4
         assert alive(api) == []
+
+
+async def test_shutdown_names_what_may_yet_appear(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api) as manager:
+            api.faults.add("create", latency=60.0, lands=True)
+            asking = asyncio.create_task(manager.get_client("s"))
+            await asyncio.sleep(1.0)
+        with pytest.raises(SandboxError):
+            await asking
+        assert api.objects == []
+        [record] = [r for r in caplog.records if "shutdown_incomplete" in r.message]
+        assert sandbox_name("s") in record.message
+        await asyncio.sleep(60.0)
+        assert alive(api) == [sandbox_name("s")], "it has landed, as the log said that it may"

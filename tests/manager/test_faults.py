@@ -488,3 +488,69 @@ async def test_shutdown_during_the_first_questions_leaves_no_task() -> None:
             await manager.shutdown()
             await asyncio.gather(waiting, return_exceptions=True)
             assert asyncio.all_tasks() == {asyncio.current_task()}, verb
+
+
+# A create that lands late
+
+
+async def test_a_late_create_is_remembered_over_a_session_that_came_and_went() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, idle_check_interval=1.0) as manager,
+    ):
+        api.faults.add("create", latency=25.0, lands=True, times=1)
+        first = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(1)
+        await manager.on_session_closed("s")
+        with pytest.raises(SandboxError):
+            await first
+        api.quota = 0
+        api.faults.add("create", latency=3.0, times=1)
+        with pytest.raises(SandboxCapacityError):
+            await manager.get_client("s")
+        api.quota = None
+        await asyncio.sleep(60)
+        assert api.objects == []
+
+
+async def test_both_creates_land_after_the_session_has_ended() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, idle_check_interval=5.0, ready_timeout=12.0) as manager,
+    ):
+        late = iter([25.0, 45.0])
+        api.faults.add("create", latency=lambda _: next(late), lands=True, times=2)
+        with pytest.raises(SandboxError):
+            await manager.get_client("s")
+        await asyncio.sleep(70)
+        assert api.objects == []
+
+
+async def test_a_create_that_lands_under_a_name_that_was_left_is_found() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, idle_check_interval=7.0) as manager,
+    ):
+        api.linger_deletes = True
+        await manager.get_client("s")
+        await manager.on_session_closed("s")
+        api.linger_deletes = False
+        api.faults.add("create", latency=25.0, lands=True, times=1)
+        await manager.get_client("s")
+        api.finish_deletes()
+        await asyncio.sleep(15.5)
+        assert len(alive(api)) == 2
+        await asyncio.sleep(10)
+        assert alive(api) == [manager.sandbox_name("s")]
+
+
+async def test_the_last_look_at_shutdown_is_repeated() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api, ready_timeout=5.0) as manager:
+            api.faults.add("create", latency=20.0, lands=True, times=1)
+            with pytest.raises(SandboxError):
+                await manager.get_client("s")
+            await asyncio.sleep(20)
+            assert len(api.objects) == 1
+            api.faults.add("get", error=503, times=1)
+        assert api.objects == []

@@ -408,3 +408,29 @@ async def test_who_only_polls_notices_a_death_of_what_has_no_uid() -> None:
         await asyncio.sleep(61)
         assert manager.stats().lost == 1
         assert await manager.get_client("s") is not old
+
+
+async def test_an_api_server_that_does_not_answer_costs_no_session() -> None:
+    """However many ask it at once: who gets no turn within ready_timeout has not been told of a death."""
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        clients = Clients()
+        async with managed(api, clients, ready_timeout=20.0, max_sessions=200) as manager:
+            ids = [f"s{i}" for i in range(200)]
+            await asyncio.gather(*map(manager.get_client, ids))
+            with api.faults.add("get", latency=math.inf):
+                for client in clients.made:
+                    client.fail()
+                results = await asyncio.gather(*map(manager.get_client, ids), return_exceptions=True)
+            assert all(isinstance(result, SandboxUnavailableError) for result in results)
+            assert (manager.stats().lost, manager.stats().ready) == (0, 200)
+
+
+async def test_what_the_watch_said_is_not_overwritten_by_an_older_read() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        client.fail()
+        api.faults.add("get", latency=3.0, after=True, times=1)
+        asking = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(1)
+        api.set_status(manager.sandbox_name("s"), conditions("PodFailed"))
+        assert await asking is not client

@@ -14,15 +14,16 @@ from collections import Counter
 from typing import Any
 
 import aiohttp
+import anyio
 import looptime
 from _counts import count
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._sessions import Session
-from prodisco_sandbox.manifest import LABEL_SESSION, is_deleting, labels, session_hash, uid
+from prodisco_sandbox.manifest import LABEL_SESSION, is_deleting, labels, name, session_hash, uid
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import StubClient, conditions
@@ -34,7 +35,7 @@ VERBS = st.sampled_from(["create", "get", "list", "watch", "delete", "patch", "d
 ERRORS = st.sampled_from([429, 500, 503, 504, aiohttp.ServerDisconnectedError, TimeoutError])
 
 FIGURES = {
-    "cancel": "cancellations of callers",
+    **dict.fromkeys(("cancel", "cancel a scope"), "cancellations of callers"),
     **dict.fromkeys(("fault", "lost answer", "delay", "watch disturbed", "death"), "faults injected"),
     **dict.fromkeys(("broken connection", "slow pod", "slow delete"), "faults injected"),
 }
@@ -60,9 +61,12 @@ class Machine(RuleBasedStateMachine):
         self.clients: list[StubClient] = []
         self.sick: set[str] = set()
         self.callers: list[asyncio.Task[Any]] = []
+        self.scopes: list[anyio.CancelScope] = []
         self.busy_when_reaped: list[str] = []
         self.pins: Counter[SandboxClient | None] = Counter()
         self.strays = 0
+        self.named: set[str] = set()
+        """What shutdown said that it had to leave."""
         self.done = Counter({"runs of the manager's machine": 1})
         config = SandboxManagerConfig(
             mode="multi",
@@ -82,6 +86,13 @@ class Machine(RuleBasedStateMachine):
         engine = self.manager._engine
         assert engine is not None
         self.engine = engine
+        error = engine._log.error
+
+        def noted(event: str, **pairs: Any) -> None:
+            self.named |= set(pairs.get("sandboxes", ()))
+            error(event, **pairs)
+
+        engine._log.error = noted  # type: ignore[method-assign]
         end = engine._end
 
         def watched_end(session: Session, reason: str, error: SandboxError | None) -> None:
@@ -149,6 +160,36 @@ class Machine(RuleBasedStateMachine):
         self.move("ask", 0)
 
     @rule(session_id=IDS, pause=PAUSES)
+    def initialize(self, session_id: str, pause: float) -> None:
+        async def initialize() -> None:
+            with contextlib.suppress(SandboxError):
+                await self.manager.on_session_initialized(session_id)
+
+        self.callers.append(self.loop.create_task(initialize()))
+        self.move("initialize", pause)
+
+    @rule(session_id=IDS, hold=st.sampled_from([None, 1.0, 50.0]), pause=PAUSES)
+    def ask_in_a_scope(self, session_id: str, hold: float | None, pause: float) -> None:
+        async def use() -> None:
+            with anyio.CancelScope() as scope:
+                self.scopes.append(scope)
+                await self.use(session_id, hold)
+
+        self.callers.append(self.loop.create_task(use()))
+        self.move("ask in a scope", pause)
+
+    @rule(which=st.integers(0, 100), pause=PAUSES)
+    def cancel_a_scope(self, which: int, pause: float) -> None:
+        """anyio cancels again at every await until the scope is left."""
+
+        async def cancel() -> None:
+            self.scopes.pop(which % len(self.scopes)).cancel()
+
+        if self.scopes:
+            self.run(cancel())
+            self.move("cancel a scope", pause)
+
+    @rule(session_id=IDS, pause=PAUSES)
     def close(self, session_id: str, pause: float) -> None:
         self.callers.append(self.loop.create_task(self.manager.on_session_closed(session_id)))
         self.move("close", pause)
@@ -170,6 +211,12 @@ class Machine(RuleBasedStateMachine):
 
         self.callers.append(self.loop.create_task(clean_up()))
         self.move("clean up", pause)
+
+    @precondition(lambda self: sum(self.done.values()) > 20)
+    @rule(pause=PAUSES)
+    def shut_down(self, pause: float) -> None:
+        self.callers.append(self.loop.create_task(self.manager.shutdown()))
+        self.move("shut down", pause)
 
     @rule(pause=PAUSES)
     def wait(self, pause: float) -> None:
@@ -287,7 +334,7 @@ class Machine(RuleBasedStateMachine):
             assert not [task for task in self.callers if not task.done()]
             self.no_caller_meets_what_it_should_not()
             self.run(self.manager.shutdown())
-            assert self.api.objects == []
+            assert {name(sandbox) for sandbox in self.api.objects} <= self.named
             assert all(client.closed for client in self.clients)
             left = asyncio.all_tasks(self.loop)
             assert not left, left

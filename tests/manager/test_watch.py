@@ -323,7 +323,7 @@ async def test_a_list_after_a_cut_finds_what_has_come_to_its_end() -> None:
         assert api.objects == []
 
 
-async def test_a_list_that_is_older_than_a_session_says_nothing_about_it(
+async def test_a_list_that_may_be_older_than_a_session_makes_it_be_looked_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("prodisco_sandbox._creation.WATCHED_INTERVAL", 1.0)
@@ -338,7 +338,8 @@ async def test_a_list_that_is_older_than_a_session_says_nothing_about_it(
         await settle()
         assert (api.count("list"), api.count("watch")) == (2, 2)
         assert await manager.get_client("b") is client
-        assert api.count("get") == reads
+        assert api.count("get") == reads + 1
+        assert manager.stats().lost == 0
         api.faults.clear()
 
 
@@ -460,3 +461,28 @@ async def test_an_endless_failure_of_the_list_leaves_creations_to_their_reads() 
         api.faults.add("list", error=500)
         await manager.get_client("s")
         assert now() == pytest.approx(15.0, abs=1e-3)
+
+
+async def test_while_the_watch_is_broken_a_death_is_noticed_at_the_reapers_tick() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await manager.get_client("s")
+        api.faults.add("watch", error=504)
+        api.cut_watches()
+        await asyncio.sleep(1)
+        api.delete_now(manager.sandbox_name("s"))
+        await asyncio.sleep(60)
+        assert await manager.get_client("s") is not client
+
+
+async def test_an_adopted_sandbox_that_vanishes_before_the_first_list_is_missed() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        await left_behind(api, "s")
+        async with managed(api) as manager:
+            of_the_watch = {"when": lambda r: "=me" in str(r.options.get("label_selector"))}
+            api.faults.add("list", latency=5.0, times=1, **of_the_watch)
+            client = await manager.get_client("s")
+            assert now() < 5
+            await asyncio.sleep(1)
+            api.delete_now(manager.sandbox_name("s"))
+            await asyncio.sleep(10)
+            assert await manager.get_client("s") is not client

@@ -18,6 +18,8 @@ from ._store import Change, shown
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
+TIMER_SLACK = 0.001
+"""A loop's timer may fire that much early; what is due by then has come."""
 LAST_BOOKMARK = 2.0
 """Seconds before a watch's end at which the server sends a last bookmark."""
 
@@ -235,7 +237,7 @@ class Watch(Response):
             return
         loop = asyncio.get_running_loop()
         last = self._until - LAST_BOOKMARK - loop.time()
-        if last > 0:
+        if last > TIMER_SLACK:
             self._bookmark_timer = loop.call_later(min(self._bookmarks, last), self._bookmark)
 
     def _bookmark(self) -> None:
