@@ -175,6 +175,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda c: c.execute(code="x", timeout=3e6), r"timeout is 3000000\.0"),
     (lambda c: c.execute(code="x", timeout="5"), "timeout is '5'"),
     (lambda c: c.execute(code="x", timeout=True), "timeout is True"),
+    (lambda c: c.execute(code="x", timeout=10**400), "timeout is 1000"),
     (lambda c: c.execute_async(code="x", cached="y"), "both of code and cached"),
     (lambda c: c.get_execution(""), "execution_id is '': it must be a non-empty string"),
     (lambda c: c.get_execution("e", output_offset=-1), "output_offset is -1: it must be an integer from 0"),
@@ -187,6 +188,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
         "limit is 2147483648: it must be an integer from 0 to 21474836",
     ),
     (lambda c: c.list_executions(states=["RUNNING"]), "states is 'RUNNING'"),
+    (lambda c: c.list_executions(states=5), "states is 5: it must be an iterable of ExecutionState"),
     (lambda c: c.list_executions(include_completed_within=-1), "include_completed_within is -1"),
     (lambda c: c.execute_test(tests=None), "tests is None"),
     (lambda c: c.execute_test(tests="t", code=1), "code is 1"),
@@ -200,6 +202,8 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda c: c.lsp_find_references("a.ts", 1.0, 0), r"line is 1\.0"),
     (lambda c: c.lsp_document_symbol(""), "file_path is ''"),
     (lambda c: c.health_check(timeout=0), "timeout is 0"),
+    (lambda c: c.wait_for_healthy("5"), "timeout is '5': it must be a finite number of seconds"),
+    (lambda c: c.wait_for_healthy(10**400), "timeout is 1000"),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -222,6 +222,51 @@ async def test_a_cancelled_task_stays_cancelled_although_the_client_is_closed(
     assert [type(outcome) for outcome in done] == [asyncio.CancelledError] * 2
 
 
+@pytest.mark.parametrize("rpc", ["CancelExecution", "ExecuteStream", "Check"])
+async def test_closing_ends_also_the_calls_with_which_a_cancelled_task_cleans_up(
+    server: FakeSandboxServer, client: SandboxClient, rpc: str
+) -> None:
+    server.script(rpc, NEVER)
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "CancelExecution": lambda: client.cancel_execution("e"),
+        "ExecuteStream": lambda: anext(client.execute_stream(code="x")),
+        "Check": lambda: client.health_check(),
+    }
+    cleaned = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            with pytest.raises(SandboxUnavailableError, match="the client was closed meanwhile"):
+                await calls[rpc]()
+            cleaned.set()
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    await server.wait_for_call(rpc)
+    await client.close()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaned.is_set()
+
+
+async def test_closing_ends_a_wait_between_two_long_polls(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("GetExecution", ExecutionStatus("e", ExecutionState.RUNNING))
+    waiting = asyncio.create_task(client.wait_for_execution("e"))
+    await ended(server, "GetExecution")
+    async with asyncio.timeout(5):
+        while client.in_flight:
+            await asyncio.sleep(0)
+    await client.close()
+    with pytest.raises(SandboxUnavailableError, match="the client was closed meanwhile"):
+        await waiting
+    assert len(server.calls) == 1
+
+
 CLOSED: list[Callable[[SandboxClient], Awaitable[Any]]] = [
     lambda c: c.execute(code="x"),
     lambda c: anext(c.execute_stream(code="x")),
@@ -244,21 +289,28 @@ async def test_calls_after_closing_say_so(client: SandboxClient, used: bool) -> 
     assert "is closed" in str(client.health_error)
 
 
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+class Gate(threading.Event):
     """Reading the TLS files takes until this is set."""
-    gate = threading.Event()
+
+    reads = 0
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate()
     read = _channel.read_credentials
 
     def slow(tls: TlsConfig) -> Any:
+        gate.reads += 1
         gate.wait(5)
         return read(tls)
 
     monkeypatch.setattr(_channel, "read_credentials", slow)
-    return gate
+    yield gate
+    gate.set()
 
 
-async def test_closing_while_the_tls_files_are_read(gate: threading.Event) -> None:
+async def test_closing_ends_the_calls_for_which_the_tls_files_are_read_once(gate: Gate) -> None:
     client = SandboxClient("localhost:1", tls=TlsConfig())
     calls = client.execute(code="x"), anext(client.execute_stream(code="x")), client.wait_for_healthy(9)
     tasks = [asyncio.ensure_future(call) for call in calls]
@@ -267,14 +319,15 @@ async def test_closing_while_the_tls_files_are_read(gate: threading.Event) -> No
     ):
         await client.health_check(timeout=0.05)
     assert client.in_flight == 1
-    await client.close()
-    gate.set()
-    *errors, healthy = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [str(error) for error in errors] == ["the client of localhost:1 is closed"] * 2
+    async with asyncio.timeout(1):
+        await client.close()
+        *errors, healthy = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(error) for error in errors] == [SandboxUnavailableError] * 2
     assert healthy is False
+    assert gate.reads == 1
 
 
-async def test_closing_a_stream_while_the_tls_files_are_read(gate: threading.Event) -> None:
+async def test_closing_a_stream_while_the_tls_files_are_read(gate: Gate) -> None:
     async with SandboxClient("localhost:1", tls=TlsConfig()) as client:
         stream = client.execute_stream(code="x")
         reader = asyncio.ensure_future(anext(stream))
@@ -325,6 +378,8 @@ def test_making_a_client_needs_no_loop_and_closing_an_unused_one_does_nothing() 
 async def test_the_end_of_every_use_is_noted(server: FakeSandboxServer, client: SandboxClient) -> None:
     loop = asyncio.get_running_loop()
     server.script("Execute", ExecutionResult(True), FakeStatus("INTERNAL"))
+    gate = asyncio.Event()
+    server.script("ExecuteStream", [END, gate])
     assert await client.wait_for_healthy(5)
     await client.health_check()
     assert client.last_used == 0.0
@@ -341,6 +396,7 @@ async def test_the_end_of_every_use_is_noted(server: FakeSandboxServer, client: 
     assert client.last_used == failed
     await anext(stream)
     assert (client.last_used, client.in_flight) == (failed, 1)
+    gate.set()
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
     assert client.last_used > failed
@@ -352,6 +408,7 @@ ENDINGS: list[tuple[str, Any, Callable[[SandboxClient], Awaitable[Any]]]] = [
     ("GetExecution", ExecutionStatus("e", ExecutionState.FAILED), lambda c: c.wait_for_execution("e")),
     ("GetExecution", FakeStatus("NOT_FOUND"), lambda c: c.get_execution("e")),
     ("CancelExecution", CancelResult(True, ExecutionState.CANCELLED), lambda c: c.cancel_execution("e")),
+    ("CancelExecution", FakeStatus("NOT_FOUND"), lambda c: c.cancel_execution("e")),
     ("ListExecutions", (ExecutionInfo("e", ExecutionState.COMPLETED),), lambda c: c.list_executions()),
 ]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.client import (
     ExecutionChunk,
     ExecutionOutcome,
@@ -17,8 +18,8 @@ from prodisco_sandbox.client import (
     ExecutionStream,
     SandboxClient,
 )
-from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
-from prodisco_sandbox.testing import NEVER, FakeSandboxServer
+from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from prodisco_sandbox.testing import NEVER, FakeCustomObjectsApi, FakeSandboxServer
 
 SOME = ExecutionChunk("e-1", "output", "some\n")
 END = ExecutionChunk("e-1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
@@ -42,6 +43,13 @@ async def ended(server: FakeSandboxServer, rpc: str, count: int = 1) -> str:
     async with asyncio.timeout(5):
         await call.ended.wait()
     return call.outcome
+
+
+async def idle(client: SandboxClient) -> None:
+    """Waits until the client counts nothing as in flight."""
+    async with asyncio.timeout(5):
+        while client.in_flight:
+            await asyncio.sleep(0.01)
 
 
 # Leaving one
@@ -156,11 +164,53 @@ def test_a_stream_may_be_dropped_after_its_loop_is_closed() -> None:
     with asyncio.Runner() as runner:
         stream = runner.run(main())
     connection = stream._connection
-    assert connection.in_flight == 1
     del stream
     assert connection.in_flight == 0
     asyncio.run(connection.close())
     assert connection.closed
+
+
+# Keeping one
+
+
+async def test_a_stream_that_is_kept_counts_until_the_server_has_ended_it(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    gate = asyncio.Event()
+    server.script("ExecuteStream", [SOME, END, gate])
+    kept = client.execute_stream(code="x")
+    assert [await anext(kept), await anext(kept)] == [SOME, END]
+    assert (client.in_flight, client.last_used) == (1, 0.0)
+    gate.set()
+    await idle(client)
+    assert client.last_used > 0
+    assert [chunk async for chunk in kept] == []
+
+
+async def test_a_stream_that_is_kept_counts_until_its_deadline(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", [SOME, NEVER])
+    kept = client.execute_stream(code="x", timeout=1)
+    assert await anext(kept) == SOME
+    assert client.in_flight == 1
+    await idle(client)
+    with pytest.raises(SandboxTimeoutError):
+        await anext(kept)
+
+
+async def test_a_session_whose_stream_is_kept_is_reaped_all_the_same(server: FakeSandboxServer) -> None:
+    server.script("ExecuteStream", [SOME, END])
+    config = SandboxManagerConfig(
+        mode="multi", endpoint=lambda _: server.target, session_idle_timeout=0.2, idle_check_interval=0.05
+    )
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        SandboxManager(config, custom_objects_api=api) as manager,
+    ):
+        kept = (await manager.get_client("s")).execute_stream(code="x")
+        assert [await anext(kept), await anext(kept)] == [SOME, END]
+        await api.until(lambda: not api.objects, timeout=5)
 
 
 # What a stream may be asked for

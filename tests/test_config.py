@@ -99,6 +99,11 @@ def test_bad_value_names_field_value_and_what_is_right(field: str, right: str, v
     assert str(caught.value) == f"{field} is {value!r}: it must be {right}"
 
 
+def test_a_number_too_large_for_a_float_is_no_number_of_seconds() -> None:
+    with pytest.raises(ValueError, match=rf"^ready_timeout is 10{{400}}: it must be {SECONDS}$"):
+        multi(ready_timeout=10**400)
+
+
 def test_pod_template_with_a_strange_key_is_named() -> None:
     with pytest.raises(ValueError, match="pod_template_spec has the key 'kind': a pod template has metadata"):
         multi(pod_template_spec={"spec": {}, "kind": "PodTemplate"})
@@ -321,6 +326,15 @@ async def test_from_env_makes_the_client_of_single_mode_and_owns_it() -> None:
     assert config.owns_single_client
     assert isinstance(config.single_client, SandboxClient)
     assert config.single_client.target == "sandbox.example:6000"
+    await config.single_client.close()
+
+
+@pytest.mark.parametrize("tls", [TlsConfig(ca="ca.pem"), None])
+async def test_an_explicit_tls_is_that_of_the_client_of_single_mode(tls: TlsConfig | None) -> None:
+    environ = {"SANDBOX_TRANSPORT_MODE": "insecure" if tls else "tls"}
+    config = SandboxManagerConfig.from_env(environ, tls=tls)
+    assert config.single_client is not None
+    assert config.single_client._connection._tls == config.tls == tls
     await config.single_client.close()
 
 

@@ -98,6 +98,25 @@ class TestControls:
         await create(api)
         assert len(heard) == 3
 
+    async def test_ending_a_subscription_leaves_others_of_the_same_function(
+        self, api: FakeCustomObjectsApi
+    ) -> None:
+        heard: list[str] = []
+
+        def hear(kind: str, sandbox: Any) -> None:
+            heard.append(kind)
+
+        end, _ = api.subscribe(hear), api.subscribe(hear)
+        end()
+        end()
+        await create(api)
+        assert heard == ["ADDED"]
+
+    async def test_a_subscriber_may_delete_what_was_just_created(self, api: FakeCustomObjectsApi) -> None:
+        api.subscribe(lambda kind, _: api.delete_now("a") if kind == "ADDED" else None)
+        assert (await create(api))["metadata"]["name"] == "a"
+        assert api.objects == []
+
     async def test_a_subscriber_may_change_things(self, api: FakeCustomObjectsApi) -> None:
         def ready(kind: str, sandbox: Any) -> None:
             if kind == "ADDED":

@@ -226,6 +226,17 @@ async def test_a_request_held_and_given_up_lands_on_release(api: FakeCustomObjec
     assert api.watches == []  # nobody is there to read it
 
 
+async def test_closing_forgets_a_request_held_and_given_up() -> None:
+    api = FakeCustomObjectsApi()
+    gate = api.faults.add("create", hold=True, lands=True)
+    task = asyncio.create_task(create(api))
+    await gate.reached()
+    task.cancel()
+    await asyncio.wait([task])
+    await api.aclose()
+    assert api.objects == []
+
+
 async def test_what_is_wrong_with_a_fault(api: FakeCustomObjectsApi) -> None:
     for wrong, text in (
         ({"verb": "post"}, "verb is 'post'"),

@@ -179,6 +179,22 @@ async def test_stopping_lets_calls_end(server: FakeSandboxServer, client: Sandbo
     await stopping
 
 
+async def test_killing_waits_for_what_answers(server: FakeSandboxServer, client: SandboxClient) -> None:
+    async def slow_to_leave(request: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+
+    server.script("Execute", slow_to_leave)
+    task = asyncio.create_task(client.execute(code="x"))
+    call = await server.wait_for_call("Execute")
+    await server.kill()
+    assert call.outcome == "cancelled"
+    with pytest.raises(SandboxUnavailableError):
+        await task
+
+
 async def test_two_servers_do_not_share_a_port(server: FakeSandboxServer) -> None:
     port = int(server.target.rpartition(":")[2])
     with pytest.raises(RuntimeError, match=r"[Ff]ailed to bind"):

@@ -31,6 +31,12 @@ async def running(cluster: LocalCluster, **settings: Any) -> AsyncIterator[Sandb
         yield manager
 
 
+async def until_there(path: Path) -> None:
+    async with asyncio.timeout(5):
+        while not path.exists():
+            await asyncio.sleep(0.01)
+
+
 # Whole lives, on real servers
 
 
@@ -93,6 +99,14 @@ async def test_a_server_that_does_not_start_fails_its_session_at_once(tmp_path: 
     async with running(cluster) as manager:
         with pytest.raises(SandboxFailedError, match=r"PodFailed.*--memory-limit-mb is 'lots'"):
             await manager.get_client("session")
+
+
+async def test_a_directory_whose_name_looks_percent_encoded(tmp_path: Path) -> None:
+    (directory := tmp_path / "feature%2Fx").mkdir()
+    async with running(LocalCluster(directory=directory)) as manager:
+        client = await manager.get_client("session")
+        assert (await client.execute(code="print(6 * 7)")).output == "42\n"
+    assert traces(directory) == []
 
 
 # The controller
@@ -199,9 +213,20 @@ async def test_a_server_that_says_much_is_not_blocked(tmp_path: Path) -> None:
     script = STUB.replace("read", "head -c 300000 /dev/zero; touch said; read", 1)
     async with LocalCluster(python=stub(tmp_path, script)) as cluster:
         await create(cluster, "s")
-        async with asyncio.timeout(5):
-            while not (cluster.directory / "1" / "said").exists():
-                await asyncio.sleep(0.01)
+        await until_there(cluster.directory / "1" / "said")
+
+
+async def test_a_server_that_says_one_long_line_does_not_end_the_others(tmp_path: Path) -> None:
+    line = "head -c 100000 /dev/zero | tr '\\0' x; echo"
+    script = STUB.replace("echo", f'case "$6" in */1/socket) {line}; touch said;; esac\necho', 1)
+    async with LocalCluster(python=stub(tmp_path, script)) as cluster:
+        api = cluster.custom_objects_api
+        await create(cluster, "long")
+        await until_there(cluster.directory / "1" / "said")
+        # The rest of the line is heard before this one is.
+        await create(cluster, "other")
+        await api.until(lambda: reason(api.get("other")) == "DependenciesReady", timeout=5)
+        assert reason(api.get("long")) == "DependenciesNotReady"
 
 
 class Unwatchable(FakeCustomObjectsApi):
@@ -261,6 +286,25 @@ async def test_a_status_that_may_not_be_written_is_logged(
             while "sandbox_abandoned" not in caplog.text:
                 await asyncio.sleep(0.01)
         assert list(cluster.directory.iterdir()) == []
+
+
+async def test_a_status_that_comes_late_does_not_go_to_a_successor(tmp_path: Path) -> None:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
+        api = cluster.custom_objects_api
+
+        def is_ready() -> bool:
+            return reason(api.get("s")) == "DependenciesReady"
+
+        await create(cluster, "s")
+        await api.until(is_ready)
+        # It is on the wire: no cancellation takes it back.
+        with api.faults.add("patch_status", hold=True, lands=True, times=1) as wire:
+            cluster.kill("s")
+            await wire.reached()
+            await api.delete_namespaced_custom_object(*AT, "s")
+            await create(cluster, "s")
+            await api.until(is_ready)
+        assert is_ready()
 
 
 async def test_once_it_can_watch_again_it_lists_no_more(tmp_path: Path) -> None:
@@ -347,6 +391,7 @@ async def test_a_list_from_before_a_sandbox_was_seen_does_not_end_it(tmp_path: P
         ({"python": "/no/such/python"}, "python is '/no/such/python': there is no such program"),
         ({"server_args": "--max-output 5"}, "server_args is '--max-output 5'"),
         ({"server_args": [1]}, r"server_args is \[1\]"),
+        ({"server_args": 5}, "server_args is 5: it must be a sequence of strings"),
         ({"server_args": ["--socket=/tmp/s"]}, "server_args has '--socket=/tmp/s': the cluster itself sets"),
         ({"server_args": ["--port", "1"]}, "server_args has '--port'"),
         ({"directory": "/no/such/directory"}, "directory is '/no/such/directory': there is no such"),
@@ -355,6 +400,7 @@ async def test_a_list_from_before_a_sandbox_was_seen_does_not_end_it(tmp_path: P
         ({"api_version": "v2"}, "api_version is 'v2'"),
         ({"poll_interval": 0}, "poll_interval is 0"),
         ({"pass_env": "PATH"}, "pass_env is 'PATH'"),
+        ({"pass_env": None}, "pass_env is None"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, Any], text: str) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from _local import AT, condition, create, processes, reason, stub, traces, until_gone
+from _nested import nest, removed_by_force
 
-from prodisco_sandbox import SandboxUnavailableError
+from prodisco_sandbox import SandboxError, SandboxUnavailableError
 from prodisco_sandbox.local import LocalCluster, _keeper, _processes
 
 # Leaves a process in a session of its own; the first one also locks files, and does not end
@@ -84,6 +85,22 @@ async def test_a_cluster_that_is_cancelled_while_it_starts(tmp_path: Path) -> No
     assert sum(begun) >= 4
 
 
+async def test_a_cluster_that_another_task_closes_while_it_starts(tmp_path: Path) -> None:
+    async def closed_after(turns: int) -> None:
+        (directory := tmp_path / str(turns)).mkdir()
+        cluster = LocalCluster(directory=directory)
+        starting = asyncio.create_task(cluster.start(), name=f"start-{turns}")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await cluster.aclose()
+            with pytest.raises(SandboxError, match="was closed while it started"):
+                await starting
+        assert traces(directory) == []
+
+    await asyncio.gather(*(closed_after(turns) for turns in range(1, 7)))
+
+
 async def test_leaving_waits_however_often_it_is_cancelled(tmp_path: Path) -> None:
     inside = asyncio.Event()
 
@@ -149,6 +166,21 @@ async def test_signals_of_the_terminal_do_not_reach_the_keeper(tmp_path: Path) -
         await ready(cluster, "s")
         server = next(pid for pid, arguments in processes(tmp_path).items() if "socket" in arguments)
         assert os.getsid(server) == server
+
+
+async def test_signals_that_the_cluster_blocks_do_reach_the_keeper(tmp_path: Path) -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGTERM})
+    try:
+        # Neither the end of its input nor that of its output tells of its own.
+        mute = '#!/bin/sh\necho "listening on unix:$6"\nexec sleep 60 >&2\n'
+        async with LocalCluster(directory=tmp_path, python=stub(tmp_path, mute)) as cluster:
+            await ready(cluster, "s")
+            await sleepers(tmp_path, 1)
+            cluster.kill("s")
+            api = cluster.custom_objects_api
+            await api.until(lambda: reason(api.get("s")) == "PodFailed", timeout=5)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 # A server that does not look at its input.
@@ -349,6 +381,30 @@ def test_what_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.
     assert not _keeper.remove(tmp_path / "busy")
 
 
+def test_what_is_nested_deeper_than_recursion_goes_is_removed(tmp_path: Path) -> None:
+    (directory := tmp_path / "directory").mkdir()
+    with removed_by_force(directory):
+        nest(directory)
+        assert _keeper.remove(directory)
+        assert not directory.exists()
+
+
+@pytest.mark.slow
+async def test_the_files_of_one_sandbox_do_not_end_another(tmp_path: Path) -> None:
+    (directory := tmp_path / "directory").mkdir()
+    with removed_by_force(directory):
+        async with LocalCluster(directory=directory, python=stub(tmp_path)) as cluster:
+            await ready(cluster, "deep", "other")
+            nest(cluster.directory / "1" / "tmp")
+            api = cluster.custom_objects_api
+            await api.delete_namespaced_custom_object(*AT, "deep")
+            async with asyncio.timeout(10):
+                while (cluster.directory / "1").exists():
+                    await asyncio.sleep(0.01)
+            assert reason(api.get("other")) == "DependenciesReady"
+        assert traces(directory) == []
+
+
 def test_what_is_gone_already_is_no_error(tmp_path: Path) -> None:
     with subprocess.Popen(["/bin/true"]) as process:
         process.wait(5)
@@ -357,9 +413,13 @@ def test_what_is_gone_already_is_no_error(tmp_path: Path) -> None:
     assert "cannot be read" in _keeper._tail(tmp_path / "nothing")
 
 
-async def test_what_is_left_behind_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_is_left_behind_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_processes, "END_TIMEOUT", 0.1)
+    monkeypatch.setattr(_processes, "remove", lambda _: False)
     async with LocalCluster(directory=tmp_path) as cluster:
         cluster._keeper._hear({"event": "left", "what": "a file"})
-    _processes._log_leftover(None, "another", OSError("busy"))
+        os.kill(keeper_of(tmp_path), signal.SIGSTOP)  # So that it is killed, and removes nothing.
     assert "what='a file'" in caplog.text
-    assert "what='another' reason='busy'" in caplog.text
+    assert f"what='files that cannot be removed, in {cluster.directory}'" in caplog.text

@@ -19,6 +19,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ._messages import MAX_MESSAGE_BYTES, ExecutionChunk, HealthStatus, read_chunk
+from ._single_flight import SingleFlight
 from ._target import grpc_address
 from .config import TlsConfig
 from .errors import (
@@ -108,7 +109,11 @@ class Connection:
         self.on_suspect: Callable[[], None] | None = None
         self._address = grpc_address(target)
         self._tls = tls
-        self._credentials: grpc.ChannelCredentials | None = None
+        self._credentials: SingleFlight[grpc.ChannelCredentials] | None = None
+        if tls is not None:
+            self._credentials = SingleFlight(
+                f"reading the TLS files for {target}", lambda: asyncio.to_thread(read_credentials, tls)
+            )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
         self._channel: grpc.aio.Channel | None = None
@@ -184,12 +189,13 @@ class Connection:
         self._calls.add(call)
         try:
             await _ended(call)
+            if self.closed and call.cancelled():
+                raise self.closed_under(rpc)
             answer = await call
         except grpc.aio.AioRpcError as error:
             raise self.failure(rpc, error, suspicious=suspicious) from error
         except asyncio.CancelledError:
             call.cancel()
-            self.raise_if_closed_under(rpc)
             raise
         finally:
             self._calls.discard(call)
@@ -200,7 +206,14 @@ class Connection:
     async def start_stream(self, request: pb.ExecuteRequest, timeout: float) -> Any:
         call = (await self._method("ExecuteStream", timeout))(request, timeout=timeout)
         self._streams.add(call)
+        # Nobody may be reading any more: its deadline ends it all the same.
+        call.add_done_callback(self._stream_ended)
         return call
+
+    def _stream_ended(self, call: Any) -> None:
+        if call in self._streams:
+            self._streams.remove(call)
+            self._touch()
 
     def end_stream(self, call: Any) -> None:
         self._streams.discard(call)
@@ -231,12 +244,8 @@ class Connection:
         # gRPC logs the reason and hands out None.
         return SandboxError(f"{rpc} on {self.target}: the answer cannot be decoded", status="INTERNAL")
 
-    def raise_if_closed_under(self, rpc: str) -> None:
-        """Raises where a CancelledError is `close`'s doing, and nobody cancelled the task."""
-        if self.closed and not cancelled_by_somebody():
-            raise SandboxUnavailableError(
-                f"{rpc} on {self.target}: the client was closed meanwhile"
-            ) from None
+    def closed_under(self, rpc: str) -> SandboxError:
+        return SandboxUnavailableError(f"{rpc} on {self.target}: the client was closed meanwhile")
 
     # The channel
 
@@ -253,10 +262,11 @@ class Connection:
     async def _ready(self, timeout: float) -> None:
         if self._channel is not None:
             return
-        if self._tls is not None and self._credentials is None:
+        credentials = None
+        if self._credentials is not None:
             try:
                 async with asyncio.timeout(timeout):
-                    self._credentials = await asyncio.to_thread(read_credentials, self._tls)
+                    credentials = await self._credentials()
             except TimeoutError:
                 raise SandboxTimeoutError(
                     f"the TLS files for {self.target} could not be read within {timeout:.3g} s",
@@ -264,7 +274,7 @@ class Connection:
                 ) from None
             self._check_open()
         if self._channel is None:
-            self._connect()
+            self._connect(credentials)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -284,17 +294,17 @@ class Connection:
                 f"the client of {self.target} was first used in another event loop: make one in each loop"
             )
 
-    def _connect(self) -> None:
+    def _connect(self, credentials: grpc.ChannelCredentials | None) -> None:
         options: list[tuple[str, Any]] = list(_OPTIONS)
         if self._address.startswith("unix:"):
             # Else it is the path, which some servers refuse and no certificate names.
             options.append(("grpc.default_authority", "localhost"))
-        if self._credentials is None:
+        if credentials is None:
             channel = grpc.aio.insecure_channel(self._address, options=options)
         else:
             if self._tls is not None and self._tls.server_name is not None:
                 options.append(("grpc.ssl_target_name_override", self._tls.server_name))
-            channel = grpc.aio.secure_channel(self._address, self._credentials, options=options)
+            channel = grpc.aio.secure_channel(self._address, credentials, options=options)
         self._channel = channel
         self._has_own_health_only = False
 
@@ -312,20 +322,21 @@ class Connection:
             await channel.close(None)
 
     async def close(self) -> None:
-        channel, loop = self._channel, self._loop
+        channel, credentials = self._channel, self._credentials
         # In a forked process the channel is not ours; with its loop it has ended anyway.
-        if loop is None or loop.is_closed() or self._pid != os.getpid():
-            channel = None
-        if channel is not None:
+        if self._loop is None or self._loop.is_closed() or self._pid != os.getpid():
+            channel = credentials = None
+        else:
             self._check_loop()
         self.closed = True
         self._executions.clear()
-        if channel is None:
-            return
-        for call in (*self._calls, *self._streams):
-            call.cancel()
-        self._streams.clear()
-        await channel.close(None)
+        if channel is not None:
+            for call in (*self._calls, *self._streams):
+                call.cancel()
+            self._streams.clear()
+            await channel.close(None)
+        if credentials is not None:
+            await credentials.aclose()
 
 
 async def _ended(call: Any) -> None:
@@ -335,14 +346,22 @@ async def _ended(call: Any) -> None:
     own in place of anyio's, which a cancel scope then does not know and lets out.
     """
     ended = asyncio.get_running_loop().create_future()
-    call.add_done_callback(lambda _: ended.done() or ended.set_result(None))
+
+    def end(_: object) -> None:
+        if not ended.done():  # Whoever waited may have been cancelled.
+            ended.set_result(None)
+
+    call.add_done_callback(end)
     await ended
 
 
-def cancelled_by_somebody() -> bool:
-    """Whether a CancelledError is meant for this task; gRPC raises it for its calls too."""
+def _cancellations() -> int:
+    """How often this task has been cancelled: gRPC raises CancelledError for its calls too.
+
+    A task that cleans up behind itself has been cancelled already, and may be once more.
+    """
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return 0 if task is None else task.cancelling()
 
 
 class ExecutionStream:
@@ -423,10 +442,7 @@ class ExecutionStream:
         return self
 
     async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
 
@@ -451,6 +467,7 @@ class ExecutionStream:
         self._finalizer.atexit = False
 
     async def _read(self) -> Any:
+        cancellations = _cancellations()
         try:
             message = await self._call.read()
         except grpc.aio.AioRpcError as error:
@@ -459,8 +476,11 @@ class ExecutionStream:
         except asyncio.CancelledError:
             was_over = self._over
             self._finish()
-            self._connection.raise_if_closed_under("ExecuteStream")
-            if was_over and not cancelled_by_somebody():
+            if _cancellations() > cancellations:
+                raise
+            if self._connection.closed:
+                raise self._connection.closed_under("ExecuteStream") from None
+            if was_over:
                 raise self._closed_under() from None
             raise
         if message is None:

@@ -11,7 +11,7 @@ from . import manifest
 from ._answers import NotFoundError, PreconditionError, UnsupportedError
 from ._log import get_logger
 from ._sessions import Session, SessionState
-from ._tasks import SingleFlight
+from ._single_flight import SingleFlight
 from .errors import SandboxError, SandboxPermissionError
 from .kubernetes import SandboxResources
 

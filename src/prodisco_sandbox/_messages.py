@@ -6,7 +6,6 @@ name says "at" or "timestamp", else durations.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, Self
@@ -440,7 +439,7 @@ def read_document_symbols(message: pb.LspDocumentSymbolResponse) -> tuple[LspDoc
 
 def seconds(name: str, value: object, *, zero: bool = False) -> float:
     """Checks a duration: finite and above 0, or at least 0; not beyond an int32 of ms."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (0 if zero else 1e-9) <= value <= _INT32_MAX // 1000:  # type: ignore[operator]
         least = "of at least" if zero else "above"
         raise ValueError(f"{name} is {value!r}: it must be a finite number of seconds {least} 0")

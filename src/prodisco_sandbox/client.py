@@ -65,6 +65,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_Found = TypeVar("_Found", ExecutionStatus, CancelResult)
 
 # What the protocol's servers do with an execution's timeout.
 _DEFAULT_TIMEOUT, _LEAST_TIMEOUT, _GREATEST_TIMEOUT = 30.0, 1.0, 120.0
@@ -209,10 +210,7 @@ class SandboxClient:
         return self
 
     async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
 
@@ -251,21 +249,23 @@ class SandboxClient:
             Whether it is. False after `timeout` seconds (at once if that is zero or
             less), or where waiting cannot help: the client is closed, a TLS file cannot
             be read. `health_error` then says why.
+
+        Raises:
+            ValueError: `timeout` is no number of seconds.
         """
         self._health_error = None
-        if not timeout > 0:
+        if isinstance(timeout, int | float) and not timeout >= 1e-9:  # type: ignore[redundant-expr]
             return False
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(m.seconds("timeout", timeout)):
                 await self._until_healthy()
         except TimeoutError:
             self._health_error = self.health_error or SandboxTimeoutError(f"no answer from {self.target}")
-            return False
         except SandboxError as error:
             self._health_error = error
-            return False
-        self._health_error = None
-        return True
+        else:
+            self._health_error = None
+        return self._health_error is None
 
     async def _until_healthy(self) -> None:
         pause, patience = 0.01, 1.0
@@ -329,12 +329,7 @@ class SandboxClient:
         return started
 
     async def get_execution(
-        self,
-        execution_id: str,
-        *,
-        wait: bool = False,
-        output_offset: int = 0,
-        timeout: float | None = None,
+        self, execution_id: str, *, wait: bool = False, output_offset: int = 0, timeout: float | None = None
     ) -> ExecutionStatus:
         """State and buffered output of an execution.
 
@@ -355,14 +350,7 @@ class SandboxClient:
             m.seconds("timeout", timeout)
         elif wait:
             timeout = _GREATEST_TIMEOUT + self._margin
-        try:
-            status = await self._use("GetExecution", request, m.read_status, timeout)
-        except SandboxError as error:
-            if error.status == "NOT_FOUND":
-                self._connection.execution_ended(execution_id)
-            raise
-        self._note_state(execution_id, status.state)
-        return status
+        return await self._ask("GetExecution", request, m.read_status, timeout)
 
     async def wait_for_execution(self, execution_id: str, *, timeout: float | None = None) -> ExecutionStatus:
         """Waits for the end of an execution; ``result`` of what it returns is set.
@@ -384,8 +372,10 @@ class SandboxClient:
                 return status
             # A server that cuts long polls short must not be asked in a busy loop.
             await asyncio.sleep(min(0.1, max(0.0, deadline - loop.time())))
+            if self._connection.closed:
+                raise self._connection.closed_under("GetExecution")
             remaining = deadline - loop.time()
-            if remaining <= 0:
+            if remaining < 1e-6:  # The loop wakes up to a clock tick early.
                 raise SandboxTimeoutError(
                     f"execution {execution_id} is still {status.state.name} after {timeout:.3g} s"
                 )
@@ -393,16 +383,10 @@ class SandboxClient:
     async def cancel_execution(self, execution_id: str) -> CancelResult:
         """Cancels a running execution. Idempotent; some servers' scripts go on for a while."""
         request = pb.CancelExecutionRequest(execution_id=m.text("execution_id", execution_id))
-        result = await self._use("CancelExecution", request, m.read_cancel)
-        self._note_state(execution_id, result.state)
-        return result
+        return await self._ask("CancelExecution", request, m.read_cancel)
 
     async def list_executions(
-        self,
-        *,
-        states: Iterable[ExecutionState] = (),
-        limit: int = 0,
-        include_completed_within: float = 0.0,
+        self, *, states: Iterable[ExecutionState] = (), limit: int = 0, include_completed_within: float = 0.0
     ) -> tuple[ExecutionInfo, ...]:
         """Running and recently finished executions; plain `execute` calls are not listed.
 
@@ -412,6 +396,8 @@ class SandboxClient:
             include_completed_within: Also those that ended within so many seconds; 0: the
                 server's default.
         """
+        if not isinstance(states, Iterable):
+            raise ValueError(f"states is {states!r}: it must be an iterable of ExecutionState")  # noqa: TRY004
         request = pb.ListExecutionsRequest(
             states=[m.integer("states", state) for state in states],  # type: ignore[misc]
             limit=m.integer("limit", limit),
@@ -490,6 +476,19 @@ class SandboxClient:
         self, rpc: str, request: Any, read: Callable[[Any], _T], timeout: float | None = None
     ) -> _T:
         return read(await self._connection.use(rpc, request, timeout or self._call_timeout))
+
+    async def _ask(
+        self, rpc: str, request: Any, read: Callable[[Any], _Found], timeout: float | None = None
+    ) -> _Found:
+        """A use about one execution, that shows whether it counts any longer."""
+        try:
+            found = await self._use(rpc, request, read, timeout)
+        except SandboxError as error:
+            if error.status == "NOT_FOUND":
+                self._connection.execution_ended(request.execution_id)
+            raise
+        self._note_state(request.execution_id, found.state)
+        return found
 
     def _deadline(self, timeout: float | None) -> float:
         # Not clamped from above: a server is free to allow more than the stock one.

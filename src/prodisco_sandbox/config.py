@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -238,7 +238,7 @@ class SandboxManagerConfig:
         if values["mode"] == "single" and values.get("single_client") is None:
             from .client import SandboxClient
 
-            values["single_client"] = SandboxClient.from_env(env)
+            values["single_client"] = SandboxClient.from_env(env, tls=values["tls"])
             values["owns_single_client"] = True
         return cls(**values)
 
@@ -271,7 +271,8 @@ def _check_text(name: str, value: object, pattern: re.Pattern[str], right: str) 
 
 def _check_seconds(name: str, value: object, *, zero: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[arg-type, operator]
+    # Not math.isfinite, which cannot take every int.
+    if not number or not 0 <= value < sys.float_info.max or (value == 0 and not zero):  # type: ignore[operator]
         raise _wrong(name, value, f"a finite number of seconds {'of at least' if zero else 'above'} 0")
 
 

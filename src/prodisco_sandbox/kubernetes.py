@@ -33,7 +33,8 @@ from ._answers import (
 )
 from ._kube_config import open_custom_objects_api
 from ._log import get_logger
-from ._tasks import Pace, SingleFlight
+from ._single_flight import SingleFlight
+from ._tasks import Pace
 from .config import SandboxManagerConfig
 from .errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
 from .manifest import GROUP, PLURAL, Object

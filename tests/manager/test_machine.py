@@ -92,7 +92,7 @@ class Machine(RuleBasedStateMachine):
             self.named |= set(pairs.get("sandboxes", ()))
             error(event, **pairs)
 
-        engine._log.error = noted  # type: ignore[method-assign]
+        engine._log.error = noted  # type: ignore[method-assign,assignment]
         end = engine._end
 
         def watched_end(session: Session, reason: str, error: SandboxError | None) -> None:

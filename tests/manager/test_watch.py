@@ -478,8 +478,11 @@ async def test_an_adopted_sandbox_that_vanishes_before_the_first_list_is_missed(
     async with FakeCustomObjectsApi(auto_ready=True) as api:
         await left_behind(api, "s")
         async with managed(api) as manager:
-            of_the_watch = {"when": lambda r: "=me" in str(r.options.get("label_selector"))}
-            api.faults.add("list", latency=5.0, times=1, **of_the_watch)
+
+            def of_the_watch(request: Any) -> bool:
+                return "=me" in str(request.options.get("label_selector"))
+
+            api.faults.add("list", latency=5.0, times=1, when=of_the_watch)
             client = await manager.get_client("s")
             assert now() < 5
             await asyncio.sleep(1)

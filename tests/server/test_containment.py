@@ -8,12 +8,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from _nested import removed_by_force
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
-from prodisco_sandbox.server import _confine, _tree
+from prodisco_sandbox.server import _confine, _tree, _usage
 from prodisco_sandbox.server._cgroup import find_pids_cgroups
 
 from .support import Server, Stub, alive, code, needs_landlock, own_cgroups, running
@@ -270,3 +272,19 @@ def commands() -> str:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             found.append(path.read_text(errors="replace"))
     return "\n".join(found)
+
+
+def test_what_lies_deeper_than_paths_go_counts_too(tmp_path: Path) -> None:
+    with removed_by_force(tmp_path / "top"):
+        (tmp_path / "top").mkdir()
+        here = os.open(tmp_path / "top", os.O_RDONLY)
+        for _ in range(20):
+            os.mkdir("n" * 250, dir_fd=here)
+            below = os.open("n" * 250, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        with open(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=here), "wb") as file:
+            file.write(b"x" * (1 << 20))
+        os.close(here)
+        assert 1 << 20 <= _usage.disk_usage([tmp_path], sys.maxsize) < 2 << 20
+        assert _usage.disk_usage([tmp_path], 4096) > 4096

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -15,10 +16,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from _nested import nest, removed_by_force
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine
+from prodisco_sandbox.server._app import Places
+from prodisco_sandbox.server._options import parse
 
 from .support import Server, Stub, alive, code, running, tls_options, until
 
@@ -74,6 +78,14 @@ def check(env: dict[str, str]) -> int:
     return subprocess.run(
         command, env={**os.environ, **env}, stderr=subprocess.DEVNULL, timeout=20
     ).returncode
+
+
+async def test_a_socket_whose_name_looks_percent_encoded(tmp_path: Path) -> None:
+    path = tmp_path / "a%20b"
+    with running(tmp_path, address=["--socket", str(path)]) as server:
+        assert server.target == f"unix:{path}"
+        assert path.is_socket()
+        assert check({"SANDBOX_SOCKET_PATH": str(path)}) == 0
 
 
 async def test_the_environment_of_the_default_pod_template(tmp_path: Path) -> None:
@@ -147,6 +159,50 @@ def test_a_wrong_setting_ends_it_with_status_2_and_a_sentence(tmp_path: Path) ->
     assert (result.returncode, result.stdout) == (2, "")
     assert "SANDBOX_TRANSPORT_MODE is 'TLS': use one of insecure, tls, mtls" in result.stderr
     assert "Traceback" not in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+async def test_signals_that_its_parent_blocks_do_reach_it(tmp_path: Path) -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGTERM})
+    try:
+        with running(tmp_path) as server:
+            async with server.connect() as stub:
+                assert (await stub.Execute(code("print(1)"), timeout=5)).output == "1\n"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return Places(parse(["--socket", str(tmp_path / "run" / "s"), "--cache-dir", str(tmp_path)], {}))
+
+
+def test_what_is_nested_deeper_than_recursion_goes_is_removed(places: Places, tmp_path: Path) -> None:
+    with removed_by_force(places.temporary.parent):
+        nest(places.workspace)
+        places.remove()
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError("busy"), RecursionError("too deep")], ids=repr)
+def test_what_cannot_be_removed_does_not_keep_the_rest(
+    places: Places,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    rmtree = shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        if path == places.temporary:
+            raise error
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    places.remove()
+    assert f"could not remove all of {places.temporary}: {error}" in caplog.text
     assert os.listdir(tmp_path) == []
 
 

@@ -109,6 +109,7 @@ class LocalCluster:
         self._controller: Controller | None = None
         self._max_starting = max_starting
         self._closing: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
 
     @property
     def custom_objects_api(self) -> Any:
@@ -168,7 +169,7 @@ class LocalCluster:
         """Starts the controller. If this fails or is cancelled, the cluster is closed.
 
         Raises:
-            SandboxError: It was started or closed before, or this is not Linux.
+            SandboxError: It was started or closed before, is closed meanwhile, or this is not Linux.
             SandboxUnavailableError: The system refuses a process.
         """
         if sys.platform != "linux":
@@ -188,8 +189,13 @@ class LocalCluster:
         try:
             await self._keeper.start()
         except BaseException:
+            self._settled.set()
             await self._closed()
             raise
+        self._settled.set()
+        if self._closing is not None:  # By another task meanwhile.
+            await self._closed()  # type: ignore[unreachable]
+            raise SandboxError("the cluster was closed while it started")
         self._controller.start()
 
     async def aclose(self) -> None:
@@ -231,6 +237,7 @@ class LocalCluster:
 
     async def _run_close(self) -> None:
         if self._controller is not None:
+            await self._settled.wait()
             await self._controller.aclose()
         await self._keeper.aclose()
         if self._fake is not None:
@@ -253,7 +260,7 @@ def _interpreter(python: str | os.PathLike[str] | None) -> str:
 
 
 def _strings(name: str, value: object) -> list[str]:
-    found = [] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    found: list[Any] = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     if isinstance(value, str) or not all(isinstance(text, str) for text in found):
         raise ValueError(f"{name} is {value!r}: it must be a sequence of strings")
     return found

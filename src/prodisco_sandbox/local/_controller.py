@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime as dt
 import math
 import time
@@ -200,16 +199,25 @@ class Controller:
             "service": pod.name,
             "serviceFQDN": f"{pod.name}.{self._config.namespace}.svc.cluster.local",
         }
-        body = {"metadata": {"uid": pod.uid}, "status": status}
-        with contextlib.suppress(NotFoundError, PreconditionError):  # Deleted; the watch will tell.
-            await self._resources._call(
-                "patch",
-                "patch_namespaced_custom_object_status",
-                pod.name,
-                body,
-                deadline=math.inf,
-                _content_type=MERGE_PATCH,
-            )
+        sandbox: Object | None = pod.sandbox
+        while sandbox is not None and manifest.uid(sandbox) == pod.uid:
+            # Of the status, a wrong uid is no conflict: it would go to a successor of this name.
+            body = {"metadata": {"resourceVersion": sandbox["metadata"]["resourceVersion"]}, "status": status}
+            try:
+                await self._resources._call(
+                    "patch",
+                    "patch_namespaced_custom_object_status",
+                    pod.name,
+                    body,
+                    deadline=math.inf,
+                    _content_type=MERGE_PATCH,
+                )
+            except NotFoundError:  # Deleted; the watch will tell.
+                return
+            except PreconditionError:
+                sandbox = await self._resources.get(pod.name, math.inf)
+            else:
+                return
 
 
 def ready(status: str, reason: str, message: str) -> Object:

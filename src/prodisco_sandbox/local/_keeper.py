@@ -35,6 +35,9 @@ LOG = "server.log"
 LOG_TAIL = 2000
 """Bytes of a dead server's log that are reported."""
 
+MOST_SAID = 4096
+"""Bytes of a server's first line that are reported."""
+
 _LOOK_AGAIN = 0.02
 _READ = 1 << 16
 _PR_SET_PDEATHSIG = 1
@@ -178,7 +181,9 @@ class Keeper:
             return
         if b"\n" in server.said:
             return  # Read all the same, so that it is never blocked.
-        server.said += data
+        server.said += data[: MOST_SAID - len(server.said)]
+        if len(server.said) == MOST_SAID:
+            server.said += b"\n"
         line, newline, _ = server.said.partition(b"\n")
         if newline:
             self.tell(event="said", server=server.key, line=line.decode("utf-8", "replace"))
@@ -313,16 +318,29 @@ def kill_children() -> None:
 
 def remove(directory: Path) -> bool:
     """Removes a directory and all in it; returns whether it is gone."""
-    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(directory, ignore_errors=True)
     if directory.exists():
-        # Code in a sandbox can lock its directories, even against itself.
-        directory.chmod(0o700)
-        for parent, names, _ in os.walk(directory):
-            for path in (Path(parent, name) for name in names):
-                if not path.is_symlink():
-                    path.chmod(0o700)
+        with contextlib.suppress(OSError):
+            _flatten(directory)
         shutil.rmtree(directory, ignore_errors=True)
     return not directory.exists()
+
+
+def _flatten(directory: Path) -> None:
+    """Opens all directories below, and moves them up beside each other.
+
+    Code in a sandbox can lock its directories, even against itself, and nest them deeper
+    than recursion goes and than the kernel's longest path.
+    """
+    directory.chmod(0o700)
+    places = [directory]
+    for place in places:  # It grows meanwhile.
+        for entry in list(os.scandir(place)):
+            if entry.is_dir(follow_symlinks=False):
+                Path(entry.path).chmod(0o700)
+                places.append(directory / os.urandom(8).hex())
+                Path(entry.path).rename(places[-1])
 
 
 def _tail(path: Path) -> str:
@@ -364,6 +382,8 @@ def main(base: str, parent: str) -> int:
     # Handled, not ignored: what is ignored, a server would inherit.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
+    # What the cluster's process blocks would be blocked here, and in the servers.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # The environment of the cluster's process is not for code in a sandbox to read.
     _prctl(_PR_SET_DUMPABLE, 0)

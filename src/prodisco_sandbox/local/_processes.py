@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 
 from .._log import get_logger
 from ..errors import SandboxUnavailableError
+from ._keeper import remove
 
 log = get_logger("local")
 
@@ -242,10 +242,6 @@ class Keeper:
             log.error("keeper_stuck", pid=process.pid)  # noqa: TRY400 - what counts is said
             process.kill()
             process.wait()
-        if self.root is not None and self.root.exists():
-            # It was killed, and its servers with it.
-            shutil.rmtree(self.root, onerror=_log_leftover)
-
-
-def _log_leftover(_function: object, path: str, error: object) -> None:
-    log.error("left_behind", what=path, reason=str(error))
+        # Where there is something left, it was killed, and its servers with it.
+        if self.root is not None and self.root.exists() and not remove(self.root):
+            log.error("left_behind", what=f"files that cannot be removed, in {self.root}")

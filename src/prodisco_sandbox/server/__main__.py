@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sys
 
 from ._app import serve
@@ -20,6 +21,8 @@ def main() -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # Blocked signals are inherited: the end of an execution would go unnoticed.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try:
         options = parse()
         if options.check:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,26 @@ class Places:
         """Removes the directories that this server made; gRPC has removed the socket."""
         for path in reversed(self._made):
             try:
-                _open_up(path)
+                with contextlib.suppress(OSError):
+                    _flatten(path)
                 shutil.rmtree(path)
-            except OSError as error:
+            except (OSError, RecursionError) as error:
                 log.warning("could not remove all of %s: %s", path, error)
 
 
-def _open_up(path: Path) -> None:
-    """Undoes what code may have done to keep its directories from being removed."""
+def _flatten(path: Path) -> None:
+    """Unlocks all directories below, and moves them up beside each other.
+
+    Code may lock its directories, and nest them deeper than any recursion or path goes.
+    """
     path.chmod(0o700)
-    for directory, names, _ in os.walk(path):
-        for name in names:
-            below = Path(directory, name)
-            if not below.is_symlink():
-                below.chmod(0o700)
+    pending = [path]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            nested = [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for directory in nested:
+            directory.chmod(0o700)
+            pending.append(directory.rename(path / uuid.uuid4().hex))
 
 
 async def serve(options: Options) -> None:

@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 
@@ -72,7 +73,7 @@ def bind(server: grpc.aio.Server, options: Options) -> str:
             raise OptionsError(f"cannot listen on {address}: {error}") from error
 
     if options.host is None:
-        address = f"unix:{options.socket}"
+        target, address = f"unix:{options.socket}", "unix:" + quote(os.fsencode(options.socket))
         with _socket_to_itself(options.socket):
             # Not even for a moment may others connect.
             umask = os.umask(0o177)
@@ -80,7 +81,7 @@ def bind(server: grpc.aio.Server, options: Options) -> str:
                 add(address)
             finally:
                 os.umask(umask)
-        return address
+        return target
     host = f"[{options.host}]" if ":" in options.host else options.host
     return f"{host}:{add(f'{host}:{options.port}')}"
 

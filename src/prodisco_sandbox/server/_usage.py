@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _BLOCK = 512
+_PATH_MAX = 4096
 _ENTRY = 4096
 """Bytes counted for each file and directory as such, so that empty ones are not free."""
 
@@ -18,18 +20,34 @@ def disk_usage(directories: Iterable[Path], enough: int) -> int:
     What vanishes meanwhile does not count.
     """
     total = 0
-    pending = [str(path) for path in directories]
+    pending = [os.fsencode(path) for path in directories]
     while pending and total <= enough:
+        path = pending.pop()
         try:
-            with os.scandir(pending.pop()) as entries:
+            with _opened(path) as descriptor, os.scandir(descriptor) as entries:
                 for entry in entries:
                     status = entry.stat(follow_symlinks=False)
                     total += status.st_blocks * _BLOCK + _ENTRY
                     if stat.S_ISDIR(status.st_mode):
-                        pending.append(entry.path)
+                        pending.append(path + b"/" + os.fsencode(entry.name))
         except (FileNotFoundError, PermissionError, NotADirectoryError):
             continue
     return total
+
+
+@contextlib.contextmanager
+def _opened(path: bytes) -> Iterator[int]:
+    """Opens a directory; piece by piece where its path is longer than the kernel takes."""
+    here = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        while path:
+            cut = len(path) if len(path) < _PATH_MAX else path.rindex(b"/", 1, _PATH_MAX)
+            there = os.open(path[:cut], os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
+            os.close(here)
+            here, path = there, path[cut + 1 :]
+        yield here
+    finally:
+        os.close(here)
 
 
 def held_open(pids: Iterable[int]) -> int:

@@ -208,7 +208,7 @@ class FakeCustomObjectsApi(FakeCluster):
             return found
 
         def abandoned() -> None:
-            if isinstance(answer := answered(), Response):
+            if not self._closed and isinstance(answer := answered(), Response):
                 answer.close()
 
         plan = self.faults._plan(request)

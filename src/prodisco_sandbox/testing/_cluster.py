@@ -43,7 +43,7 @@ class FakeCluster:
         self._bookmark_interval = bookmark_interval
         self._forbidden: set[Verb] = set()
         self._watches: dict[Watch, None] = {}
-        self._subscribers: list[Callable[[EventType, Object], object]] = []
+        self._subscribers: dict[object, Callable[[EventType, Object], object]] = {}
         self._requests: collections.deque[Request] = collections.deque(maxlen=history)
         self._counts: collections.Counter[str] = collections.Counter()
         self._pokes: list[asyncio.Future[None]] = []
@@ -111,11 +111,11 @@ class FakeCluster:
     def subscribe(self, callback: Callable[[EventType, Object], object]) -> Callable[[], None]:
         """Calls ``callback(type, object)`` upon each change, with a copy of the object as it
         is, or as it was where it was DELETED. Returns a function that ends this."""
-        self._subscribers.append(callback)
+        key = object()
+        self._subscribers[key] = callback
 
         def end() -> None:
-            if callback in self._subscribers:
-                self._subscribers.remove(callback)
+            self._subscribers.pop(key, None)
 
         return end
 
@@ -218,7 +218,7 @@ class FakeCluster:
         for watch in self.watches:
             watch.offer(change)
         kind: EventType = "DELETED" if change.new is None else "MODIFIED" if change.old else "ADDED"
-        for callback in list(self._subscribers):
+        for callback in list(self._subscribers.values()):
             callback(kind, self._copy(change.new or change.old or {}))
         if kind == "ADDED":
             self._controller.added(change.key)

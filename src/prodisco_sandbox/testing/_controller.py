@@ -27,7 +27,9 @@ class Controller:
     def added(self, key: Key) -> None:
         """Somebody has created a Sandbox."""
         decision = self._auto_ready
-        sandbox = self._store.objects[key]
+        sandbox = self._store.objects.get(key)
+        if sandbox is None:
+            return  # Who heard of it first has deleted it.
         chosen = decision(copied(sandbox)) if callable(decision) else decision
         if chosen is None or chosen is False:
             return

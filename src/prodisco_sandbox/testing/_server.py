@@ -140,6 +140,7 @@ class FakeSandboxServer:
         self._serving = True
         self._scripts: dict[str, list[Any]] = {}
         self._arrived = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._server: grpc.aio.Server | None = None
 
     @property
@@ -222,6 +223,9 @@ class FakeSandboxServer:
         server, self._server = self._server, None
         if server is not None:
             await server.stop(grace)
+            # gRPC does not wait for what it runs them in.
+            if tasks := self._tasks - {asyncio.current_task()}:
+                await asyncio.wait(tasks, timeout=1)
 
     async def kill(self) -> None:
         """Stops at once: calls in flight break off."""
@@ -279,6 +283,9 @@ class FakeSandboxServer:
         self.calls.append(call)
         arrived, self._arrived = self._arrived, asyncio.Event()
         arrived.set()
+        if (task := asyncio.current_task()) is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         try:
             yield
             call.outcome = "answered"
