@@ -173,3 +173,28 @@ async def test_a_plain_fakes_text_of_a_404_is_no_matter_of_versions() -> None:
             raise plain_error(404, "no such thing")
 
     assert await SandboxResources(settings(), Wordy()).get("x") is None
+
+
+async def test_an_assumption_that_has_run_out_is_made_up_for_once() -> None:
+    async with cluster() as (api, resources):
+        api.forbid("discovery")
+        assert await resources.api_version() == "v1alpha1"
+        api.allow()
+        await asyncio.sleep(10.1)
+        for _ in range(5):
+            assert await resources.api_version() == "v1beta1"
+            await asyncio.sleep(10.1)
+        assert api.count("discovery") == 2, "one was refused"
+
+
+async def test_however_many_meet_a_plain_404_there_is_one_discovery_at_a_time() -> None:
+    async with cluster(versions=["v1alpha1"]) as (api, resources):
+        assert await resources.api_version() == "v1alpha1"
+        asked = api.count("discovery")
+        api.versions = ["v1beta1"]
+        api.faults.add("discovery", latency=1.0)
+        api.faults.add("get", latency=lambda request: 0.1 * float(request.name or 0), times=5)
+        found = await asyncio.gather(*(resources.get(str(i)) for i in range(5)))
+        assert found == [None] * 5
+        assert (api.count("get"), api.count("discovery") - asked) == (10, 1)
+        assert now() == pytest.approx(1.0, abs=1e-3)

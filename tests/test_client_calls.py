@@ -482,3 +482,25 @@ async def test_calls_that_fail_as_on_a_dead_sandbox_make_the_client_suspect(
     server.script("Execute", FakeStatus("UNAVAILABLE"))
     with pytest.raises(SandboxUnavailableError):
         await client.execute(code="x")
+
+
+@pytest.mark.looptime
+async def test_an_execution_that_expires_after_a_later_use_does_not_set_the_clock_back() -> None:
+    connection = _channel.Connection("localhost:1", None)
+    connection._check_loop()
+    connection.execution_started("e", 5.0)
+    await asyncio.sleep(20)
+    connection._touch()  # A call has ended.
+    assert (connection.in_flight, connection.last_used) == (0, 20.0)
+
+
+async def test_an_asynchronous_execution_counts_for_its_timeout_and_the_margin(
+    server: FakeSandboxServer,
+) -> None:
+    server.script("ExecuteAsync", StartedExecution("e", ExecutionState.PENDING))
+    async with SandboxClient(server.target, deadline_margin=7.0) as client:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        await client.execute_async(code="x", timeout=3.0)
+        [deadline] = client._connection._executions.values()
+        assert begun + 10 <= deadline <= loop.time() + 10

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prodisco_sandbox.client import ExecutionResult, HealthStatus, SandboxClient
-from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
+from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 
 
@@ -266,3 +266,14 @@ async def test_a_proxy_in_the_environment_is_not_used(
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     assert (await client.execute(code="x")).success
+
+
+async def test_what_an_earlier_wait_met_is_not_said_of_a_later_one(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.set_serving(False)
+    assert await client.wait_for_healthy(0.1) is False
+    server.script("Check", NEVER)
+    assert await client.wait_for_healthy(0.1) is False
+    assert isinstance(client.health_error, SandboxTimeoutError)
+    assert str(client.health_error) == f"no answer from {server.target}"

@@ -277,3 +277,16 @@ async def test_a_slow_reader_loses_nothing(server: FakeSandboxServer, client: Sa
     assert await anext(stream) == chunks[0]
     await asyncio.sleep(0.1)  # Meanwhile the server may have ended the call.
     assert [chunk async for chunk in stream] == chunks[1:]
+
+
+async def test_a_cancelled_task_stays_cancelled_although_its_stream_is_closed(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    server.script("ExecuteStream", NEVER)
+    stream = client.execute_stream(code="x")
+    reading = asyncio.ensure_future(anext(stream))
+    await server.wait_for_call("ExecuteStream")
+    await stream.aclose()
+    reading.cancel()
+    await asyncio.wait({reading})
+    assert reading.cancelled()

@@ -412,3 +412,36 @@ async def test_requests_under_way_when_the_connection_closes_are_told(
     await resources.aclose()
     with pytest.raises(SandboxUnavailableError, match="cut off"):
         await asking
+
+
+async def test_a_silent_stream_is_cut_although_the_api_object_has_no_timeout_for_it() -> None:
+    async with cluster() as (api, resources):
+        asked = api.list_namespaced_custom_object
+
+        async def without_timeout(*args: Any, _request_timeout: object = None, **kwargs: Any) -> Any:
+            return await asked(*args, **kwargs)
+
+        api.list_namespaced_custom_object = without_timeout  # type: ignore[method-assign]
+        watching = asyncio.create_task(events(resources))
+        await api.until(lambda: api.watches)
+        api.silence_watches()
+        async with asyncio.timeout(200):
+            with pytest.raises(RetryableError, match="the watch broke: TimeoutError"):
+                await watching
+        assert now() == pytest.approx(130.0, abs=0.01)
+        assert api.watches == []
+
+
+async def test_a_refused_watch_closes_its_connection() -> None:
+    async with cluster() as (api, resources):
+        asked, answers = api.list_namespaced_custom_object, []
+
+        async def noted(*args: Any, **kwargs: Any) -> Any:
+            answers.append(await asked(*args, **kwargs))
+            return answers[-1]
+
+        api.list_namespaced_custom_object = noted  # type: ignore[method-assign]
+        api.forbid("watch")
+        with pytest.raises(SandboxPermissionError):
+            await events(resources)
+        assert [(answer.status, answer.closed) for answer in answers] == [(403, True)]

@@ -171,6 +171,25 @@ def test_only_ready_sessions_are_idle() -> None:
     assert table.idle(now=1e9, timeout=1.0) == []
 
 
+def test_who_waits_for_its_predecessor_holds_nobody_else_up() -> None:
+    table = SessionTable(2)
+    old, other = admit(table, "a"), admit(table, "b")
+    table.close(old, None)
+    new = admit(table, "a")
+    later = admit(table, "c", may_queue=True)
+    table.close(other, None)
+    assert table.release(other) == [later], "the first in the queue cannot use the slot yet"
+    assert table.release(old) == [new]
+
+
+def test_a_session_that_was_closed_is_not_usable() -> None:
+    table = SessionTable(1)
+    session = admit(table, "a")
+    table.ready(session)
+    table.close(session, None)
+    assert not session.usable
+
+
 IDS = st.sampled_from("abcdef")
 
 

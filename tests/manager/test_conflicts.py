@@ -501,3 +501,52 @@ async def test_a_sandbox_of_the_session_that_appears_between_list_and_get_is_no_
         assert client.sandbox is not None
         assert theirs.sandbox is not None
         assert client.sandbox.uid == theirs.sandbox.uid
+
+
+async def test_a_create_without_an_answer_claims_what_another_manager_has_there() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, instance_id="first") as first,
+        managed(api, instance_id="second") as second,
+    ):
+        before = await first.get_client("s")
+        api.faults.add("create", error=503, times=1)
+        after = await second.get_client("s")
+        assert after.sandbox == before.sandbox
+        assert instance(api.objects[0]) == "second"
+        await settle()
+        assert (first.stats().lost, second.stats().created) == (1, 0)
+
+
+async def test_what_will_never_be_ready_is_deleted_by_its_uid() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+        left = await left_behind(api, "s", ready=False)
+        api.set_status(name(left), conditions("PodFailed"))
+        with api.faults.add("delete", hold=True, times=1) as gate:
+            waiting = asyncio.create_task(manager.get_client("s"))
+            await gate.reached()
+            api.delete_now(name(left))
+            await create_as_others(api, name(left))
+        await api.until(lambda: len(api.objects) == 2)
+        assert set(alive(api)) == {name(left), manager.sandbox_name("s")}, "theirs is left alone"
+        api.set_ready(manager.sandbox_name("s"))
+        await waiting
+
+
+async def test_what_is_ours_already_needs_no_claim_to_be_watched() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+        api.forbid("patch")
+        left = await left_behind(api, "s", ready=False)
+        asyncio.get_running_loop().call_later(5.5, api.set_ready, name(left))
+        await manager.get_client("s")
+        assert now() == pytest.approx(5.5, abs=1e-3)
+        assert api.count("get") == 0
+
+
+async def test_what_was_adopted_without_a_claim_is_deleted_by_who_only_polls_too() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+        api.forbid("patch", "watch")
+        await left_behind(api, "s", instance="another")
+        await manager.get_client("s")
+        await manager.on_session_closed("s")
+        assert api.objects == []

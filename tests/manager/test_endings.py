@@ -160,3 +160,38 @@ async def test_shutdown_names_what_may_yet_appear(caplog: pytest.LogCaptureFixtu
         assert sandbox_name("s") in record.message
         await asyncio.sleep(60.0)
         assert alive(api) == [sandbox_name("s")], "it has landed, as the log said that it may"
+
+
+async def test_a_sandbox_that_is_not_ready_any_more_after_its_health_check_is_waited_for() -> None:
+    class Leaving(StubClient):
+        async def wait_for_healthy(self, timeout: float) -> bool:
+            self.health_checks += 1
+            if self.health_checks == 1:
+                api.set_condition(sandbox_name("s"), "Ready", "False", "DependenciesNotReady")
+                await settle()
+                asyncio.get_running_loop().call_later(
+                    5, api.set_condition, sandbox_name("s"), "Ready", "True"
+                )
+            return True
+
+    clients = Clients(Leaving)
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+        client = await manager.get_client("s")
+        assert now() == pytest.approx(5.0, abs=1e-3)
+        assert clients.made == [client]
+
+
+async def test_a_client_that_is_unhealthy_at_once_is_not_asked_in_a_tight_loop() -> None:
+    class Curt(StubClient):
+        async def wait_for_healthy(self, timeout: float) -> bool:
+            self.health_checks += 1
+            assert self.health_checks <= 101, "ten a second"
+            return False
+
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, Clients(Curt), ready_timeout=10.0) as manager,
+    ):
+        with pytest.raises(SandboxTimeoutError, match="not healthy"):
+            await manager.get_client("s")
+        assert now() == pytest.approx(10.0, abs=1e-3)

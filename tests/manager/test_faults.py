@@ -554,3 +554,30 @@ async def test_the_last_look_at_shutdown_is_repeated() -> None:
             assert len(api.objects) == 1
             api.faults.add("get", error=503, times=1)
         assert api.objects == []
+
+
+async def test_a_create_that_lands_after_a_second_one_was_refused_is_found() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+        api.faults.add("create", latency=15.0, lands=True, times=1)
+        api.faults.add("create", error=422, when=lambda r: now() > 5, times=1)
+        with pytest.raises(SandboxFailedError):
+            await manager.get_client("s")
+        assert now() == pytest.approx(10.1, abs=1e-3)
+        await asyncio.sleep(10)
+        assert (len(alive(api)), manager.stats().closing) == (1, 0)
+        await asyncio.sleep(40)
+        assert api.objects == [], "the reaper looked again"
+
+
+async def test_who_only_polls_does_not_delete_what_others_have_made_under_the_name_either() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.forbid("watch")
+        await manager.get_client("s")
+        [sandbox] = api.objects
+        api.delete_now(sandbox["metadata"]["name"])
+        body = {**sandbox, "metadata": {k: sandbox["metadata"][k] for k in ("name", "namespace", "labels")}}
+        await api.create_namespaced_custom_object("agents.x-k8s.io", "v1beta1", "prodisco", "sandboxes", body)
+        await manager.on_session_closed("s")
+        assert manager.stats().closing == 0
+        [theirs] = api.objects
+        assert theirs["metadata"]["uid"] != sandbox["metadata"]["uid"]

@@ -11,7 +11,7 @@ import pytest
 from prodisco_sandbox import SandboxUnavailableError
 from prodisco_sandbox._leases import PROBE
 from prodisco_sandbox.manifest import GROUP, PLURAL, lease_time, name
-from prodisco_sandbox.testing import FakeCustomObjectsApi
+from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import PlainApi, managed, now, settle
 
@@ -271,3 +271,66 @@ async def test_a_failed_probe_that_nobody_waited_for_is_forgotten() -> None:
             await settle()
         assert (await asyncio.gather(waiting, return_exceptions=True))[0] is not None
         await manager.get_client("s")
+
+
+async def test_the_lease_of_a_create_that_is_repeated_runs_from_the_last_try() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, lease_duration=60.0) as manager,
+    ):
+        api.faults.add("create", error=api_error(429, retry_after=40), times=2)
+        await manager.get_client("s")
+        leases = [r.body["spec"]["shutdownTime"] for r in api.requests if r.verb == "create"]
+        assert leases == [lease_time(at, 60) for at in (0, 40, 80)]
+
+
+async def test_a_probe_that_meets_a_conflict_was_allowed() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.faults.add("patch", error=409, name=PROBE, times=1)
+        await manager.get_client("s")
+        assert api.objects[0]["spec"]["shutdownTime"] == lease_time(0, 1800)
+
+
+async def test_after_a_success_a_failure_is_repeated_soon_again() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+        await manager.get_client("s")
+        api.faults.add("patch", error=503, times=3)
+        await asyncio.sleep(1000)
+        assert renewals(api) == [900, 901, 903, 907]
+        api.faults.add("patch", error=503, times=1)
+        await asyncio.sleep(900)
+        assert renewals(api)[4:] == [1807, 1808]
+
+
+async def test_the_next_renewal_is_due_half_the_time_after_the_last_began() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+        await manager.get_client("s")
+        api.faults.add("patch", latency=5.0)
+        await asyncio.sleep(2750)
+        assert renewals(api) == [900, 1800, 2700]
+
+
+async def test_a_session_that_ends_before_its_turn_is_not_renewed() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, max_sessions=11, **FOR_EVER) as manager,
+    ):
+        for i in range(11):
+            await manager.get_client(f"s{i}")
+        last = manager.sandbox_name("s10")
+        api.faults.add("patch", latency=2.0)
+        await asyncio.sleep(901)
+        await manager.on_session_closed("s10")
+        await asyncio.sleep(10)
+        assert (len(renewals(api)), renewals(api, of=last)) == (10, [])
+
+
+async def test_nothing_is_kept_of_a_session_whose_renewal_failed() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+        await manager.get_client("s")
+        api.faults.add("patch", error=503)
+        await asyncio.sleep(905)
+        await manager.on_session_closed("s")
+        assert manager._engine is not None
+        leases = manager._engine._leases
+        assert (leases._due, leases._failures) == ({}, {})

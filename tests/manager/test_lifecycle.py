@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -596,3 +597,182 @@ async def test_the_constructor_checks_its_settings() -> None:
     settings: Any = {"mode": "multi"}
     with pytest.raises(TypeError, match="SandboxManagerConfig"):
         SandboxManager(settings)
+
+
+async def test_a_queued_session_keeps_its_place_while_one_of_its_callers_stays() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, max_sessions=1, capacity_timeout=10.0) as manager,
+    ):
+        await manager.get_client("a")
+        leaving = asyncio.create_task(manager.get_client("b"))
+        staying = asyncio.create_task(manager.get_client("b"))
+        await settle()
+        later = asyncio.create_task(manager.get_client("c"))
+        await settle()
+        leaving.cancel()
+        await settle()
+        assert (manager.stats().queued, manager.stats().waiting) == (2, 2)
+        await manager.on_session_closed("a")
+        await staying
+        assert not later.done()
+        await manager.on_session_closed("b")
+        await later
+
+
+async def test_a_session_that_is_closed_as_it_becomes_ready_is_not_handed_out() -> None:
+    healthy = asyncio.Event()
+
+    class Telling(StubClient):
+        async def wait_for_healthy(self, timeout: float) -> bool:
+            healthy.set()  # Whoever waits for this wakes up before those who wait for the session.
+            return True
+
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, Clients(Telling)) as manager:
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await healthy.wait()
+        await manager.on_session_closed("s")
+        with pytest.raises(SandboxError, match="closed while it was waited for"):
+            await waiting
+        assert (api.objects, manager.stats().created) == ([], 1)
+
+
+async def test_who_waited_for_a_check_and_left_has_used_the_session() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, session_idle_timeout=50.0, idle_check_interval=1.0) as manager,
+    ):
+        client = await manager.get_client("s")
+        assert isinstance(client, StubClient)
+        client.healthy = False
+        client.fail()
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(60.5)
+        waiting.cancel()
+        await asyncio.sleep(10)
+        client.healthy = True
+        assert manager.stats().reaped == 0
+        assert await manager.get_client("s") is client
+
+
+async def test_who_may_queue_for_longer_than_a_creation_may_take_waits_for_a_close_as_long() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, ready_timeout=10.0, capacity_timeout=100.0) as manager,
+    ):
+        old = await manager.get_client("s")
+        fault = api.faults.add("delete", error=503)
+        await manager.on_session_closed("s")
+        asyncio.get_running_loop().call_later(30, fault.remove)
+        assert await manager.get_client("s") is not old
+        assert now() == pytest.approx(60.0, abs=1e-3), "the reaper's tick"
+
+
+async def test_a_session_that_has_got_its_slot_outlives_the_patience_of_its_queueing() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=5.0) as api,
+        managed(api, max_sessions=1, capacity_timeout=10.0) as manager,
+    ):
+        await manager.get_client("a")
+        waiting = asyncio.create_task(manager.get_client("b"))
+        await asyncio.sleep(8)
+        await manager.on_session_closed("a")
+        client = await waiting
+        assert now() == pytest.approx(18.0, abs=1e-3)
+        await asyncio.sleep(20)
+        assert await manager.get_client("b") is client
+        assert "session_refused" not in manager.stats().events
+
+
+async def test_a_recreation_is_counted_once() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        api.delete_now(manager.sandbox_name("s"))
+        await settle()
+        await manager.get_client("s")
+        await manager.on_session_closed("s")
+        await manager.get_client("s")
+        stats = manager.stats()
+        assert (stats.created, stats.recreated) == (3, 1), "who closes a session begins a new one"
+
+
+async def test_the_time_in_the_queue_is_no_part_of_ready_timeout() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=5.0) as api,
+        managed(api, max_sessions=1, capacity_timeout=10.0, ready_timeout=7.0) as manager,
+    ):
+        await manager.get_client("a")
+        waiting = asyncio.create_task(manager.get_client("b"))
+        await asyncio.sleep(8)
+        await manager.on_session_closed("a")
+        await waiting
+        assert now() == pytest.approx(18.0, abs=1e-3)
+
+
+async def test_errors_of_a_creation_keep_their_cause() -> None:
+    def factory(target: str) -> StubClient:
+        raise ZeroDivisionError
+
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, factory) as manager:
+        with pytest.raises(SandboxError, match="ZeroDivisionError") as caught:
+            await manager.get_client("s")
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=5.0) as manager:
+        with pytest.raises(SandboxTimeoutError) as late:
+            await manager.get_client("s")
+        assert isinstance(late.value.__cause__, TimeoutError)
+
+
+async def test_a_close_that_shutdown_cuts_off_returns() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, shutdown_timeout=5.0) as manager:
+        await manager.get_client("s")
+        api.faults.add("delete", latency=math.inf)
+        closing = asyncio.create_task(manager.on_session_closed("s"))
+        await asyncio.sleep(1)
+        await manager.shutdown()
+        async with asyncio.timeout(1):
+            await closing
+        assert now() == pytest.approx(6.0, abs=1e-3)
+
+
+async def test_only_so_many_ended_sessions_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prodisco_sandbox._engine.REMEMBERED", 2)
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        for session_id in "abc":
+            await manager.get_client(session_id)
+            api.delete_now(manager.sandbox_name(session_id))
+            await settle()
+        for session_id, recreated in (("a", 0), ("b", 1), ("c", 2)):
+            await manager.get_client(session_id)
+            assert manager.stats().recreated == recreated, "the oldest is forgotten"
+
+
+async def test_a_ready_session_keeps_nothing_of_its_creation_in_memory() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        session = manager._current["s"]
+        assert (session.observed, session.request, session.creation) == (None, None, None)
+
+
+async def test_a_session_is_pinned_until_the_last_of_its_users_leaves() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        async with manager.session("s") as client:
+            async with manager.session("s"):
+                pass
+            await asyncio.sleep(10_000)
+            assert await manager.get_client("s") is client
+        assert manager.stats().reaped == 0
+
+
+def test_a_shutdown_that_is_over_may_be_asked_for_in_another_event_loop() -> None:
+    config = SandboxManagerConfig(mode="multi")
+    api = FakeCustomObjectsApi(auto_ready=True)
+    manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
+
+    async def use() -> None:
+        async with manager:
+            await manager.get_client("s")
+
+    asyncio.run(use())
+    asyncio.run(manager.shutdown())
+    assert api.objects == []

@@ -434,3 +434,64 @@ async def test_what_the_watch_said_is_not_overwritten_by_an_older_read() -> None
         await asyncio.sleep(1)
         api.set_status(manager.sandbox_name("s"), conditions("PodFailed"))
         assert await asking is not client
+
+
+async def test_what_a_check_finds_at_its_end_is_deleted_although_nobody_comes_back() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        client = await stub(manager.get_client("s"))
+        api.silence_watches()
+        api.set_status(manager.sandbox_name("s"), conditions("PodFailed"))
+        client.fail()
+        with api.faults.add("get", hold=True) as gate:
+            leaving = asyncio.create_task(manager.get_client("s"))
+            await gate.reached()
+            leaving.cancel()
+        await settle()
+        assert (manager.stats().lost, manager.stats().closing) == (1, 0)
+        assert (api.objects, api.count("delete")) == ([], 1)
+
+
+async def test_sweeps_do_not_overlap() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, idle_check_interval=1.0) as manager:
+        api.forbid("watch")
+        await manager.get_client("s")
+        await asyncio.sleep(0.5)
+        with api.faults.add("list", latency=4.5) as slow:
+            await asyncio.sleep(9)  # At 10 s the watch would list for itself.
+            assert slow.hits == 2, "at 1 s, and at the first tick after its end"
+
+
+async def test_a_pod_that_is_replaced_after_a_time_without_address_is_a_new_machine_too() -> None:
+    clients = Clients()
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, clients, endpoint="service") as manager,
+    ):
+        old = await stub(manager.get_client("s"))
+        api.set_ready(manager.sandbox_name("s"), podIPs=[])
+        old.fail()
+        assert await manager.get_client("s") is old
+        api.set_ready(manager.sandbox_name("s"), podIPs=["10.9.9.9"])
+        await settle()
+        assert await manager.get_client("s") is not old
+        assert manager.stats().recreated == 1
+
+
+async def test_the_error_of_an_earlier_check_is_not_told_again() -> None:
+    class Stumbling(StubClient):
+        stumbles = False
+
+        async def wait_for_healthy(self, timeout: float) -> bool:
+            if self.stumbles:
+                self.stumbles = False
+                asyncio.get_running_loop().call_soon(self.fail)  # Before whoever waits for it wakes up.
+            return True
+
+    clients = Clients(Stumbling)
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+        client = await stub(manager.get_client("s"))
+        client.fail()
+        with api.faults.add("get", error=503), pytest.raises(SandboxUnavailableError):
+            await manager.get_client("s")
+        client.stumbles = True  # type: ignore[attr-defined]
+        assert await manager.get_client("s") is client

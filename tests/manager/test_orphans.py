@@ -301,3 +301,12 @@ async def test_objects_without_uids_are_deleted_too() -> None:
         assert await manager.cleanup_orphaned_sandboxes() == 1
         assert list(api.objects) == [manager.sandbox_name("s")]
     assert api.objects == {}
+
+
+async def test_an_orphan_that_changes_each_time_is_left() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+        await left_behind(api, "s")
+        # Bounded, since a clean-up that goes on for ever would not let the test end either.
+        api.faults.add("delete", error=409, times=10)
+        assert await manager.cleanup_orphaned_sandboxes() == 0
+        assert (len(alive(api)), api.count("delete")) == (1, 3)

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from prodisco_sandbox import SandboxFailedError
-from prodisco_sandbox.manifest import name, sandbox_name
+from prodisco_sandbox.manifest import GROUP, PLURAL, name, sandbox_name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Watch, api_error
 
 from .support import conditions, left_behind, managed, now, settle
@@ -219,7 +219,7 @@ async def test_bookmarks_move_it_on_past_a_compaction() -> None:
         await asyncio.sleep(31)
         api.compact()
         api.cut_watches()
-        await settle()
+        await asyncio.sleep(1)
         assert (api.count("watch"), api.count("list")) == (2, 1)
 
 
@@ -489,3 +489,41 @@ async def test_an_adopted_sandbox_that_vanishes_before_the_first_list_is_missed(
             api.delete_now(manager.sandbox_name("s"))
             await asyncio.sleep(10)
             assert await manager.get_client("s") is not client
+
+
+async def test_a_list_after_a_cut_finds_that_another_object_has_the_name() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        [ours] = api.objects
+        api.cut_watches()
+        api.delete_now(name(ours))
+        metadata = {key: ours["metadata"][key] for key in ("name", "namespace", "labels")}
+        body = {**ours, "metadata": metadata}
+        await api.create_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, body)
+        api.compact()
+        await asyncio.sleep(1)
+        assert (manager.stats().lost, manager.stats().ready) == (1, 0)
+        assert (len(api.objects), api.count("delete")) == (1, 0), "it is not ours"
+
+
+async def test_a_refused_watch_keeps_its_pauses_while_sessions_come_and_go() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.forbid("watch")
+        for _ in range(3):
+            await manager.get_client("s")
+            await manager.on_session_closed("s")
+            await asyncio.sleep(61)
+        assert times(api, "watch") == [0, 10, 30, 70, 150]
+
+
+async def test_a_creating_session_that_hears_something_is_not_read_for_another_15_seconds() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api, ready_poll_interval=30.0) as manager:
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(10)
+        api.set_condition(manager.sandbox_name("s"), "Ready", "False", "DependenciesNotReady")
+        await asyncio.sleep(14)
+        assert api.count("get") == 0
+        await asyncio.sleep(2)
+        assert times(api, "get") == [25]
+        api.set_ready(manager.sandbox_name("s"))
+        await waiting
