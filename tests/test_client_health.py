@@ -277,3 +277,20 @@ async def test_what_an_earlier_wait_met_is_not_said_of_a_later_one(
     assert await client.wait_for_healthy(0.1) is False
     assert isinstance(client.health_error, SandboxTimeoutError)
     assert str(client.health_error) == f"no answer from {server.target}"
+
+
+async def test_answers_to_health_checks_wait_for_their_turn(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    turns: list[str] = []
+
+    async def turn() -> None:
+        turns.append("a turn")
+
+    client._connection.pace = turn
+    server.script("Execute", ExecutionResult(success=True, output=""))
+    await client.execute(code="x")
+    assert turns == []
+    assert (await client.health_check()).healthy
+    assert await client.wait_for_healthy(5)
+    assert len(turns) == 2

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -107,6 +107,7 @@ class Connection:
         self.target = target
         self.closed = False
         self.on_suspect: Callable[[], None] | None = None
+        self.pace: Callable[[], Awaitable[None]] | None = None  # for answers to health checks
         self._address = grpc_address(target)
         self._tls = tls
         self._credentials: SingleFlight[grpc.ChannelCredentials] | None = None
@@ -189,6 +190,8 @@ class Connection:
         self._calls.add(call)
         try:
             await _ended(call)
+            if self.pace is not None and not suspicious:
+                await self.pace()
             if self.closed and call.cancelled():
                 raise self.closed_under(rpc)
             answer = await call

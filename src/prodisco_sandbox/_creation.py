@@ -34,6 +34,8 @@ from .manifest import Object
 if TYPE_CHECKING:
     from .client import SandboxClient
 
+CONCURRENT_CREATES = 16
+"""More at once are hardly faster, and each new connection's TLS handshake holds up the event loop."""
 WATCHED_INTERVAL = 15.0
 """A creating session that hears nothing from the watch for this long is read with get."""
 LOOK_TIMEOUT = 10.0
@@ -81,6 +83,7 @@ class Creation:
         self._remember = remember
         self._watching = watching
         self._pace = pace
+        self._creates = asyncio.Semaphore(CONCURRENT_CREATES)
 
     async def obtain(self, session: Session, deadline: float) -> None:
         """Creates the session's Sandbox, or adopts the one that an earlier process left.
@@ -92,12 +95,16 @@ class Creation:
         attempt = names = 0
         while names < INCARNATIONS:
             # Asked anew for each try: the lease is a date, and the version may have changed.
-            lease = await self._leases.birth(deadline)
+            leased = await self._leases.allowed(deadline)
             version = await self._resources.api_version(deadline)
             await self._pace()  # Who came together has waited for these together.
-            body = manifest.sandbox_body(self._config, version, session.name, session.session_hash, lease)
             try:
-                created = await self._send(session, "create", partial(self._resources.create, body))
+                async with self._creates:
+                    lease = self._leases.next() if leased else None
+                    body = manifest.sandbox_body(
+                        self._config, version, session.name, session.session_hash, lease
+                    )
+                    created = await self._send(session, "create", partial(self._resources.create, body))
                 created = created or await self._resources.get(session.name, deadline)
             except AlreadyExistsError as e:
                 names += 1
@@ -239,7 +246,7 @@ class Creation:
         incarnation = next((i for i, known in enumerate(names) if known == name), session.incarnation)
         self._rename(session, name, incarnation)
         session.observed = None
-        lease = await self._leases.birth(deadline)
+        lease = self._leases.next() if await self._leases.allowed(deadline) else None
         patch: Object = {
             "metadata": {
                 "uid": metadata.get("uid"),
@@ -292,7 +299,6 @@ class Creation:
                 continue
             client = self._client(session, reading.target)
             if await client.wait_for_healthy(max(0.0, min(HEALTH_SLICE, deadline - loop.time()))):
-                await self._pace()  # Servers answer in crowds.
                 after = manifest.readiness(session.observed or {}, self._config)
                 if after.target is not None and self._client(session, after.target) is client:
                     return client

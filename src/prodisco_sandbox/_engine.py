@@ -265,6 +265,7 @@ class Engine:
                 self.table.doubt(session)
 
         client.on_suspect = suspect
+        client._connection.pace = self._pace
         return client
 
     def _discard(self, name: str, client: SandboxClient) -> None:

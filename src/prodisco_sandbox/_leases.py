@@ -53,11 +53,12 @@ class Leases:
         self._added = asyncio.Event()
         self._wakes_at = 0.0
 
-    def _next(self) -> str:
+    def next(self) -> str:
+        """The shutdownTime of a Sandbox that is about to be made, or to be renewed."""
         return manifest.lease_time(self._wall_clock(), self._duration)
 
-    async def birth(self, deadline: float) -> str | None:
-        """The shutdownTime of a Sandbox that is about to be made; None: without a lease.
+    async def allowed(self, deadline: float) -> bool:
+        """Whether a Sandbox that is about to be made has a lease.
 
         Raises:
             SandboxError: The probe got no answer. Nothing was created.
@@ -65,11 +66,11 @@ class Leases:
         now = asyncio.get_running_loop().time()
         refused = self._refused_at is not None and now - self._refused_at < REFUSAL_HOLDS
         if not self._enabled or refused:
-            return None
-        if not await self._resources.retry("patch", self._probe, deadline):
+            return False
+        allowed = await self._resources.retry("patch", self._probe, deadline)
+        if not allowed:
             self._probe.forget()
-            return None
-        return self._next()
+        return allowed
 
     async def _may_patch(self) -> bool:
         try:
@@ -119,7 +120,7 @@ class Leases:
             return
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        body = {"metadata": {"uid": session.uid}, "spec": manifest.lease_spec(self._next())}
+        body = {"metadata": {"uid": session.uid}, "spec": manifest.lease_spec(self.next())}
         try:
             await self._resources.patch(session.name, body)
         except SandboxError as e:

@@ -97,11 +97,12 @@ class Session:
         """When its last use ended, on the loop's clock; None while it is in use."""
         if self.holds or self.waiters:
             return None
-        if self.client is None:
+        client = self.client
+        if client is None:
             return self.last_used
-        if self.client.in_flight:
+        if client.in_flight:
             return None
-        return max(self.last_used, self.client.last_used)
+        return max(self.last_used, client.last_used)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -60,6 +60,16 @@ async def test_a_create_that_lands_after_the_get_said_404_makes_no_second_sandbo
         assert api.objects == []
 
 
+async def close_before_it_lands(api: FakeCustomObjectsApi, manager: SandboxManager, seconds: float) -> None:
+    """Asks for a session and closes it, long before its create lands, so many seconds after it was sent."""
+    api.faults.add("create", latency=seconds, lands=True, times=1)
+    waiting = asyncio.create_task(manager.get_client("s"))
+    await asyncio.sleep(1)
+    await manager.on_session_closed("s")
+    with pytest.raises(SandboxError, match="closed"):
+        await waiting
+
+
 @pytest.mark.parametrize("idle_check_interval", [20.0, 300.0])
 async def test_a_create_that_lands_after_its_session_was_closed_is_found_by_the_reaper(
     idle_check_interval: float,
@@ -68,12 +78,7 @@ async def test_a_create_that_lands_after_its_session_was_closed_is_found_by_the_
         FakeCustomObjectsApi(auto_ready=True) as api,
         managed(api, max_sessions=1, idle_check_interval=idle_check_interval) as manager,
     ):
-        api.faults.add("create", latency=35.0, lands=True, times=1)
-        waiting = asyncio.create_task(manager.get_client("s"))
-        await asyncio.sleep(1)
-        await manager.on_session_closed("s")
-        with pytest.raises(SandboxError, match="closed"):
-            await waiting
+        await close_before_it_lands(api, manager, 35.0)
         assert now() == pytest.approx(10.0, abs=1e-3), "the request is given up after 10 s"
         await manager.get_client("other")  # The slot is free: a get said that nothing is there.
         await asyncio.sleep(26)
@@ -85,12 +90,7 @@ async def test_a_create_that_lands_after_its_session_was_closed_is_found_by_the_
 async def test_a_create_that_lands_after_its_session_was_closed_is_found_by_shutdown() -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api:
         async with managed(api) as manager:
-            api.faults.add("create", latency=15.0, lands=True, times=1)
-            waiting = asyncio.create_task(manager.get_client("s"))
-            await asyncio.sleep(1)
-            await manager.on_session_closed("s")
-            with pytest.raises(SandboxError):
-                await waiting
+            await close_before_it_lands(api, manager, 15.0)
             await asyncio.sleep(10)
             assert alive(api)
         assert api.objects == []
@@ -111,11 +111,7 @@ async def test_a_create_that_lands_after_its_session_has_died_is_found() -> None
 
 async def test_a_late_landing_that_changes_under_its_deletion_is_not_forgotten() -> None:
     async with FakeCustomObjectsApi() as api, managed(api, idle_check_interval=20.0) as manager:
-        api.faults.add("create", latency=15.0, lands=True, times=1)
-        waiting = asyncio.create_task(manager.get_client("s"))
-        await asyncio.sleep(1)
-        await manager.on_session_closed("s")
-        await asyncio.gather(waiting, return_exceptions=True)
+        await close_before_it_lands(api, manager, 15.0)
         with api.faults.add("delete", hold=True) as gate:
             await gate.reached(timeout=30)
             api.set_condition(manager.sandbox_name("s"), "Ready", "False")
@@ -130,12 +126,7 @@ async def test_a_late_landing_is_not_taken_from_the_session_that_came_back() -> 
         FakeCustomObjectsApi(auto_ready=True) as api,
         managed(api, idle_check_interval=20.0) as manager,
     ):
-        api.faults.add("create", latency=15.0, lands=True, times=1)
-        waiting = asyncio.create_task(manager.get_client("s"))
-        await asyncio.sleep(1)
-        await manager.on_session_closed("s")
-        with pytest.raises(SandboxError):
-            await waiting
+        await close_before_it_lands(api, manager, 15.0)
         client = await manager.get_client("s")
         await asyncio.sleep(100)
         assert await manager.get_client("s") is client
@@ -498,12 +489,7 @@ async def test_a_late_create_is_remembered_over_a_session_that_came_and_went() -
         FakeCustomObjectsApi(auto_ready=True) as api,
         managed(api, idle_check_interval=1.0) as manager,
     ):
-        api.faults.add("create", latency=25.0, lands=True, times=1)
-        first = asyncio.create_task(manager.get_client("s"))
-        await asyncio.sleep(1)
-        await manager.on_session_closed("s")
-        with pytest.raises(SandboxError):
-            await first
+        await close_before_it_lands(api, manager, 25.0)
         api.quota = 0
         api.faults.add("create", latency=3.0, times=1)
         with pytest.raises(SandboxCapacityError):
@@ -581,3 +567,16 @@ async def test_who_only_polls_does_not_delete_what_others_have_made_under_the_na
         assert manager.stats().closing == 0
         [theirs] = api.objects
         assert theirs["metadata"]["uid"] != sandbox["metadata"]["uid"]
+
+
+async def test_a_session_that_is_closed_before_its_turn_to_be_created_was_never_asked_for() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=17) as manager:
+        with api.faults.add("create", hold=True):
+            *creating, waiting = [asyncio.create_task(manager.get_client(f"s{i}")) for i in range(17)]
+            await settle()
+            await manager.on_session_closed("s16")
+            with pytest.raises(SandboxError, match="closed"):
+                await waiting
+            assert now() == pytest.approx(0.0, abs=1e-3)
+        await asyncio.gather(*creating)
+        assert (api.count("create"), api.count("delete")) == (16, 0)

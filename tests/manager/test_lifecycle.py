@@ -776,3 +776,10 @@ def test_a_shutdown_that_is_over_may_be_asked_for_in_another_event_loop() -> Non
     asyncio.run(use())
     asyncio.run(manager.shutdown())
     assert api.objects == []
+
+
+async def test_many_that_become_ready_at_once_share_the_event_loop() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=2) as manager:
+        clients = [await manager.get_client(session_id) for session_id in "ab"]
+        assert manager._engine is not None
+        assert [client._connection.pace for client in clients] == [manager._engine._pace] * 2
