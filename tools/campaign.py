@@ -49,14 +49,14 @@ PARTS = (
         "random interleavings of the session table's calls",
         ("tests/test_sessions.py", "-k", "TestTable"),
         "RELIABILITY_TRIES",
-        500,
+        5_000,
         ("steps of the table's machine",),
     ),
     Part(
         "random interleavings of calls, faults and deaths on the whole manager",
         ("tests/manager/test_machine.py",),
         "MACHINE_EXAMPLES",
-        600,
+        8_000,
         (
             "runs of the manager's machine",
             "moves of the manager's machine",

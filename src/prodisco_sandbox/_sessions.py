@@ -250,11 +250,14 @@ class SessionTable:
         """The ready sessions that nobody has used for `timeout` seconds."""
         idle = []
         for session in self.current.values():
-            # The session's own last use alone tells of most that they are not idle.
-            if session.state is SessionState.READY and now - session.last_used >= timeout:
-                since = session.idle_since()
-                if since is not None and now - since >= timeout:
-                    idle.append(session)
+            # The last use, the session's own or its client's, alone tells of most that they are not.
+            if session.state is not SessionState.READY or now - session.last_used < timeout:
+                continue
+            if session.client is not None and now - session.client.last_used < timeout:
+                continue
+            since = session.idle_since()
+            if since is not None and now - since >= timeout:
+                idle.append(session)
         return idle
 
     def counts(self) -> Counter[SessionState]:
