@@ -351,7 +351,12 @@ class Creation:
             return
         # News that come while it is read count: a get may hang while the watch goes on.
         reading = self._tasks.spawn(self.refresh(session, deadline), f"read:{session.name}")
-        reading.add_done_callback(lambda _: session.news.set())
+
+        def read(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():  # else its end, which comes later, would cut the next one short
+                session.news.set()
+
+        reading.add_done_callback(read)
         try:
             await session.news.wait()
         finally:

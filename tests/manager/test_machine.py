@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 from collections import Counter
 from typing import Any
 
@@ -42,6 +43,18 @@ FIGURES = {
 """What moves are counted as; the others are just moves."""
 
 
+SPINS_AFTER = 20.0
+"""Seconds of real time that a move may take; hours of virtual time take milliseconds."""
+
+
+class Spinning(KeyboardInterrupt):
+    """Nothing less gets out of an event loop."""
+
+
+def _spinning(_number: int, _frame: object) -> None:
+    raise Spinning
+
+
 class Machine(RuleBasedStateMachine):
     """The moves that are tried, and what must hold after each."""
 
@@ -51,6 +64,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**16), polling=st.booleans(), leases=st.booleans())
     def begin(self, seed: int, polling: bool, leases: bool) -> None:
         random.seed(seed)
+        signal.signal(signal.SIGALRM, _spinning)
         self.loop = looptime.new_event_loop(start=1000.0)
         self.api = FakeCustomObjectsApi(auto_ready=self.readiness, now=self.loop.time)
         if polling:
@@ -113,7 +127,13 @@ class Machine(RuleBasedStateMachine):
         return client
 
     def run(self, awaitable: Any) -> Any:
-        return self.loop.run_until_complete(awaitable)
+        signal.setitimer(signal.ITIMER_REAL, SPINS_AFTER)
+        try:
+            return self.loop.run_until_complete(awaitable)
+        except Spinning:
+            raise AssertionError("it is busy for ever, and no time passes") from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def move(self, name: str, pause: float) -> None:
         self.moves[name] += 1
