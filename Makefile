@@ -43,8 +43,11 @@ reliability: $(VENV)/.installed ## the reliability campaign, some ten minutes (S
 bench: $(VENV)/.installed ## the benchmarks of docs/benchmarks.md (BENCH=--quick: a look, in a minute)
 	@$(PY) -m benchmarks $(BENCH) --json $(VENV)/benchmarks.json
 
-plot: .venv-plot/.tools ## draw docs/benchmarks.svg from what the last make bench has measured
+plot: .venv-plot/.tools $(VENV)/benchmarks.json ## draw docs/benchmarks.svg from what the last make bench has measured
 	@.venv-plot/bin/python tools/plot.py $(VENV)/benchmarks.json docs/benchmarks.svg
+
+$(VENV)/benchmarks.json:
+	@$(MAKE) --no-print-directory bench
 
 unit: $(VENV)/.installed $(PROTO_VENV) ## the tests that start no process, in half a minute
 	@$(PY) -m pytest -m "$(UNIT)" $(PYTEST_ARGS)

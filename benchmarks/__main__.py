@@ -64,7 +64,7 @@ def main() -> None:
     print("| | what | value | ratio | target | met | |\n| --- | --- | --- | --- | --- | --- | --- |")
     for figure in figures:
         print(row(figure))
-    if given.json is not None:
+    if given.json is not None and not given.smoke:  # The last figures worth drawing stay.
         given.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1))
 
 

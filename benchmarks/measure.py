@@ -95,12 +95,11 @@ async def interleaved(
 class Passes:
     """How long the event loop was busy at a stretch, from one poll for events to the next.
 
-    A task that beats like a heart would be late by so much.
-
     Attributes:
         longest: The most work in a pass so far, in seconds of the thread's processor time.
-        by_the_clock: The longest pass so far, in seconds. Other processes, and gRPC's own
-            thread, make it longer than the work in it, the more the fewer processors there are.
+        by_the_clock: The longest pass so far, in seconds: a task that beats like a heart would
+            be late by so much. Other processes, and gRPC's own thread, make it longer than the
+            work in it, the more the fewer processors there are.
     """
 
     longest: float = 0.0

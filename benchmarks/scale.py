@@ -25,7 +25,7 @@ class Scale:
     """Sessions whose memory is taken."""
     finished: int = 10_000
     """Sessions that come and go."""
-    before: int = 2_000
+    before: int = 2_200
     """Sessions that came and went before: what is kept of the latest few is all there."""
     calls: int = 300
     chunks: int = 100_000
@@ -46,7 +46,6 @@ QUICK = Scale(
     patience=5.0,
     held=100,
     finished=500,
-    before=2_200,
     calls=100,
     chunks=5_000,
     stream_rounds=2,

@@ -37,14 +37,14 @@ class Closing:
         resources: SandboxResources,
         table: SessionTable,
         *,
-        watching: Callable[[], bool],
+        told: Callable[[], bool],
         wall_clock: Callable[[], float],
     ) -> None:
         self._log = get_logger("manager", resources.events)
         self._config = config
         self._resources = resources
         self._table = table
-        self._watching = watching
+        self._told = told
         self._wall_clock = wall_clock
         self._deletes = asyncio.Semaphore(CONCURRENT_DELETES)
         self._again = asyncio.Event()
@@ -79,7 +79,7 @@ class Closing:
             try:
                 async with self._deletes:
                     if session.leftover:  # else it is gone, or another manager's by now
-                        await self._delete_once(session, first=attempt == 0)
+                        await self._delete_once(session)
                 return
             except SandboxError as e:
                 attempt += 1
@@ -106,10 +106,10 @@ class Closing:
             except TimeoutError:
                 continue
 
-    async def _delete_once(self, session: Session, *, first: bool) -> None:
+    async def _delete_once(self, session: Session) -> None:
         uid = session.uid
-        if uid is None or (session.claimed and not (first and self._watching())):
-            # Nobody has said whether another manager has claimed it: no watch, or not since it was closed.
+        if uid is None or (session.claimed and not self._told()):
+            # Nobody says whether another manager has claimed it.
             found = await self._resources.get(session.name)
             if found is None or not self._may_delete(found, session.session_hash):
                 return
@@ -118,16 +118,13 @@ class Closing:
         self._log.info("sandbox_deleted", sandbox=session.name, uid=uid)
 
     def _may_delete(self, sandbox: Object, session_hash: str) -> bool:
-        labels = manifest.labels(sandbox)
-        return (
-            labels.get(manifest.LABEL_SESSION) == session_hash
-            and labels.get(manifest.LABEL_INSTANCE) == self._config.instance_label
-        )
+        return manifest.is_of(sandbox, session_hash, self._config.instance_label)
 
     def remember(self, session: Session) -> None:
         """Notes that a create of a session that has ended may still land, a second one too."""
-        until = asyncio.get_running_loop().time() + AMBIGUOUS_FOR
-        self._ambiguous[session.name] = (session.session_hash, until)
+        until = session.ambiguous_at + AMBIGUOUS_FOR
+        if until > asyncio.get_running_loop().time():
+            self._ambiguous[session.name] = (session.session_hash, until)
 
     def uncertain(self) -> list[str]:
         """Sandboxes that may yet appear, because the answer to their create was lost."""
@@ -136,14 +133,16 @@ class Closing:
     async def look_again(self, deadline: float | None = None) -> None:
         """Looks for Sandboxes whose create was given up but may have landed since."""
         for name, (session_hash, until) in list(self._ambiguous.items()):
-            # Until then one more may land: after the one that is found, or after a session of that name.
+            # Before `until` another may land: after the one found here, or after a session of that name.
             over = asyncio.get_running_loop().time() >= until
             if self._table.named(name) is None:
                 found = await self._resources.get(name, deadline)
+                if self._table.named(name) is not None:
+                    continue  # Meanwhile a session has come back, and this may be its Sandbox.
                 if found is not None and self._may_delete(found, session_hash):
                     over = await self._delete_seen(found, deadline) and over
-            if over:
-                self._ambiguous.pop(name, None)
+            if over and self._ambiguous.get(name) == (session_hash, until):
+                del self._ambiguous[name]
 
     async def _delete_seen(self, sandbox: Object, deadline: float | None = None) -> bool:
         """Deletes a Sandbox of no session, unless somebody has laid hands on it since it was read."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .client import SandboxClient
 
 CONCURRENT_CREATES = 16
-"""More at once are hardly faster, and each new connection's TLS handshake holds up the event loop."""
+"""More are no faster on a quick API server, and each connection's TLS handshake holds up the loop."""
 WATCHED_INTERVAL = 15.0
 """A creating session that hears nothing from the watch for this long is read with get."""
 LOOK_TIMEOUT = 10.0
@@ -94,7 +94,7 @@ class Creation:
         """
         attempt = names = 0
         while names < INCARNATIONS:
-            # Asked anew for each try: the lease is a date, and the version may have changed.
+            # Asked anew for each try: either may have changed.
             leased = await self._leases.allowed(deadline)
             version = await self._resources.api_version(deadline)
             await self._pace()  # Who came together has waited for these together.
@@ -117,6 +117,8 @@ class Creation:
                     await self._pause(session, e, "create", attempt, deadline)
                     attempt += 1
                     continue
+                if not attempt:
+                    session.ambiguous = False  # No other was lost before it.
             if created is not None:
                 self._found(session, created)
             if lease is not None:
@@ -150,7 +152,8 @@ class Creation:
             sandbox = await request()
         except SandboxError as e:
             # Only a clear refusal says that nothing is there, unless an earlier answer was lost.
-            session.ambiguous = session.ambiguous or getattr(e, "ambiguous", False)
+            if getattr(e, "ambiguous", False):
+                session.ambiguous, session.ambiguous_at = True, asyncio.get_running_loop().time()
             session.leftover = session.ambiguous
             raise
         if sandbox is not None:
@@ -165,11 +168,7 @@ class Creation:
         return found
 
     def _is_ours(self, session: Session, sandbox: Object) -> bool:
-        labels = manifest.labels(sandbox)
-        return (
-            labels.get(manifest.LABEL_SESSION) == session.session_hash
-            and labels.get(manifest.LABEL_INSTANCE) == self._config.instance_label
-        )
+        return manifest.is_of(sandbox, session.session_hash, self._config.instance_label)
 
     async def _pause(
         self, session: Session, error: RetryableError, verb: str, attempt: int, deadline: float
@@ -370,6 +369,15 @@ class Creation:
             return manifest.readiness(sandbox, self._config)
         except Exception as e:  # noqa: BLE001 - `endpoint` may be the caller's own function
             return manifest.Readiness("waiting", None, f"its endpoint cannot be told: {e!r}")
+
+    def last_seen(self, session: Session) -> str:
+        """How far a session has come that is not ready."""
+        if session.observed is None:
+            return f"its creation has not been {'sent' if session.request is None else 'answered'}"
+        reading = self.reading(session.observed)
+        if reading.target is not None and session.client is not None:
+            return f"ready, but its server is not healthy ({session.client.health_error})"
+        return reading.text
 
     async def look_at(self, session: Session) -> None:
         """Reads a doubted Sandbox, which must not take long.

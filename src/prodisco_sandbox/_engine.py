@@ -66,7 +66,7 @@ class Engine:
         self._sweep_task: asyncio.Task[None] | None = None
         self._leases = Leases(self._resources, config.lease_duration, wall_clock, self._lost_unseen)
         self._closing = Closing(
-            config, self._resources, self.table, watching=lambda: self._watch.current, wall_clock=wall_clock
+            config, self._resources, self.table, told=lambda: self._watch.current, wall_clock=wall_clock
         )
         self._pace = Pace(STEPS_PER_PASS)
         self._creation = Creation(
@@ -78,7 +78,7 @@ class Engine:
             make_client=self._make_client,
             discard=self._discard,
             remember=self._closing.remember,
-            watching=self._watching,
+            watching=lambda: self._watch.active,
             pace=self._pace,
         )
         self._ended: OrderedDict[str, None] = OrderedDict()
@@ -231,15 +231,9 @@ class Engine:
         elif isinstance(e, SandboxError):
             return e
         elif isinstance(e, TimeoutError):
-            state = "its creation has not been answered"
-            if session.observed is not None:
-                reading = self._creation.reading(session.observed)
-                state = reading.text
-                if reading.target is not None and session.client is not None:
-                    state = f"ready, but its server is not healthy ({session.client.health_error})"
-            limit = self._config.ready_timeout
+            limit, seen = self._config.ready_timeout, self._creation.last_seen(session)
             error = SandboxTimeoutError(
-                f"sandbox {session.name} was not ready within ready_timeout ({limit:g} s); last seen: {state}"
+                f"sandbox {session.name} was not ready within ready_timeout ({limit:g} s); last seen: {seen}"
             )
         else:
             error = SandboxError(f"sandbox {session.name} failed: {type(e).__name__}: {e}")
@@ -265,7 +259,7 @@ class Engine:
                 self.table.doubt(session)
 
         client.on_suspect = suspect
-        client._connection.pace = self._pace
+        client._keep_pace(self._pace)
         return client
 
     def _discard(self, name: str, client: SandboxClient) -> None:
@@ -357,9 +351,6 @@ class Engine:
 
     # The watch tells
 
-    def _watching(self) -> bool:
-        return self._watch.active
-
     def synced(self, sandboxes: list[Object], since: float) -> None:
         listed = {manifest.uid(sandbox) for sandbox in sandboxes}
         names = {manifest.name(sandbox) for sandbox in sandboxes}
@@ -372,6 +363,9 @@ class Engine:
             old = session.known_at < since or session.state is SessionState.READY
             if known and unseen and session.claimed and old:
                 self._lost_unseen(session)
+        for session in self.table.closing.values():
+            if session.claimed and session.uid and session.uid not in listed and session.known_at < since:
+                session.leftover = False  # as `deleted` would have said
 
     def changed(self, sandbox: Object) -> None:
         session = self._session_of(sandbox)
@@ -491,10 +485,14 @@ class Engine:
         except (SandboxError, TimeoutError) as e:
             self._log.info("sandbox_sweep_failed", reason=str(e))
         left = {s.name for s in self.table.closing.values()}
-        left.update(self._closing.abandoned, self._closing.uncertain())
+        left.update(self._closing.abandoned)
+        uncertain = set(self._closing.uncertain()) - left
         stuck = await self._tasks.end()
         await self._leases.aclose()
         await self._resources.aclose()
+        names = {"sandboxes": sorted(left), "may_appear": sorted(uncertain), "tasks": sorted(stuck)}
+        took = round(self._now() - begun, 3)
         if left or stuck:
-            took = round(self._now() - begun, 3)
-            self._log.error("shutdown_incomplete", sandboxes=sorted(left), tasks=sorted(stuck), duration=took)
+            self._log.error("shutdown_incomplete", duration=took, **names)
+        elif uncertain:
+            self._log.warning("shutdown_incomplete", duration=took, **names)

@@ -62,6 +62,8 @@ class Session:
     """There is, or may be, an object in the cluster that has to be deleted."""
     ambiguous: bool = False
     """The answer to a create was lost: it may land even after a get said 404."""
+    ambiguous_at: float = 0.0
+    """When the latest such answer was given up, on the loop's clock."""
 
     claimed: bool = True
     """It carries our instance label; False: it was adopted without leave to patch it."""

@@ -49,11 +49,12 @@ class SandboxWatch:
         self._failures = 0
         self._refusals = 0
         self._version = ""
+        self._listed = False
 
     @property
     def current(self) -> bool:
-        """Whether nothing escapes it now: it is active, and events have come since its last fault."""
-        return self.active and not self._failures
+        """Whether nothing escapes it now: it has read a list, and no fault has come since the last event."""
+        return self.active and not self._failures and self._listed
 
     async def run(self) -> None:
         """Watches until it is cancelled, or until it turns out that the API cannot watch."""
@@ -75,7 +76,9 @@ class SandboxWatch:
     async def _lineage(self) -> None:
         """One resourceVersion lineage: a list, and watches from there until one expires."""
         since = asyncio.get_running_loop().time()
+        self._listed = False
         sandboxes, self._version = await self._resources.list(self._selector)
+        self._listed = True
         self._listener.synced(sandboxes, since)
         while True:
             try:

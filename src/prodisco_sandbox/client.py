@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -172,11 +172,10 @@ class SandboxClient:
 
     @property
     def in_flight(self) -> int:
-        """How much is going on: calls, open streams, and asynchronous executions.
+        """How much is going on: calls, open streams and asynchronous executions; no health checks.
 
         An asynchronous execution counts until a call of this client shows that it has
-        ended, at most until its timeout and the margin have passed. Health checks do not
-        count.
+        ended, at most until its timeout and the margin have passed.
         """
         return self._connection.in_flight
 
@@ -201,6 +200,10 @@ class SandboxClient:
     def on_suspect(self, callback: Callable[[], None] | None) -> None:
         self._connection.on_suspect = callback
 
+    def _keep_pace(self, pace: Callable[[], Awaitable[None]]) -> None:
+        """Has answers to health checks wait for their turn, so that a crowd's do not come in one pass."""
+        self._connection.pace = pace
+
     @property
     def health_error(self) -> SandboxError | None:
         """Why the last attempt of `wait_for_healthy` failed; None after a success."""
@@ -224,8 +227,6 @@ class SandboxClient:
             SandboxError: Called in another event loop than the calls, which still runs.
         """
         await self._connection.close()
-
-    # Health
 
     async def health_check(self, *, timeout: float = 5.0) -> HealthStatus:
         """Asks once whether the server is healthy.

@@ -193,10 +193,11 @@ def name(sandbox: Object) -> str:
     return str((sandbox.get("metadata") or {}).get("name"))
 
 
-def is_of(sandbox: Object, session: str) -> bool:
-    """Whether `managed_selector` of this session finds it."""
+def is_of(sandbox: Object, session: str, instance: str | None = None) -> bool:
+    """Whether `managed_selector` of this session, and of this instance if given, finds it."""
     found = labels(sandbox)
-    return found.get(LABEL_MANAGED_BY) == MANAGED_BY and found.get(LABEL_SESSION) == session
+    managed = found.get(LABEL_MANAGED_BY) == MANAGED_BY and found.get(LABEL_SESSION) == session
+    return managed and (instance is None or found.get(LABEL_INSTANCE) == instance)
 
 
 def is_deleting(sandbox: Object) -> bool:

@@ -550,3 +550,56 @@ async def test_what_was_adopted_without_a_claim_is_deleted_by_who_only_polls_too
         await manager.get_client("s")
         await manager.on_session_closed("s")
         assert api.objects == []
+
+
+async def test_a_sandbox_claimed_before_the_first_list_is_not_deleted() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, instance_id="a") as a,
+        managed(api, instance_id="b") as b,
+    ):
+        await left_behind(api, "s")
+
+        def by_a(request: Any) -> bool:
+            return "instance=a" in str(request.options.get("label_selector"))
+
+        api.faults.add("list", latency=5.0, times=1, when=by_a)
+        await a.get_client("s")
+        client = await b.get_client("s")
+        assert now() < 5
+        await a.on_session_closed("s")
+        assert alive(api) == [b.sandbox_name("s")]
+        assert await b.get_client("s") is client
+
+
+async def test_a_sandbox_claimed_in_a_gap_of_the_watch_while_its_client_is_closed_is_spared() -> None:
+    class Slow(StubClient):
+        async def close(self) -> None:
+            await asyncio.sleep(3)
+            self.closed = True
+
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, Clients(Slow), instance_id="a") as a,
+        managed(api, instance_id="b") as b,
+    ):
+        await a.get_client("other")
+        await a.get_client("s")
+        await asyncio.sleep(1)
+        closing = asyncio.create_task(a.on_session_closed("s"))
+        await asyncio.sleep(0.1)
+
+        def by_a(request: Any) -> bool:
+            return "instance=a" in str(request.options.get("label_selector"))
+
+        gap = api.faults.add("watch", error=503, when=by_a)
+        api.cut_watches()
+        await asyncio.sleep(0.3)
+        client = await b.get_client("s")
+        api.compact()  # The watch lists anew, and then hears of something else.
+        gap.remove()
+        await asyncio.sleep(1.5)
+        api.set_condition(a.sandbox_name("other"), "Extra", "True")
+        await closing
+        assert b.sandbox_name("s") in alive(api)
+        assert await b.get_client("s") is client

@@ -5,10 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig, SandboxTimeoutError
+from prodisco_sandbox import (
+    SandboxClient,
+    SandboxError,
+    SandboxManager,
+    SandboxManagerConfig,
+    SandboxTimeoutError,
+)
 from prodisco_sandbox.manifest import sandbox_name
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
@@ -195,3 +202,39 @@ async def test_a_client_that_is_unhealthy_at_once_is_not_asked_in_a_tight_loop()
         with pytest.raises(SandboxTimeoutError, match="not healthy"):
             await manager.get_client("s")
         assert now() == pytest.approx(10.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("used_for", [5.0, 3600.0])
+async def test_shutdown_says_nothing_of_a_lost_answer_that_was_made_up_for(
+    used_for: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api) as manager:
+            api.faults.add("create", lost=True, times=1)
+            async with manager.session("s"):
+                await asyncio.sleep(used_for)
+        assert api.objects == []
+        assert "shutdown_incomplete" not in caplog.text
+
+
+async def test_a_delete_that_is_repeated_needs_no_right_to_get() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.forbid("get")
+        await manager.get_client("s")
+        api.faults.add("delete", error=503, times=1)
+        await manager.on_session_closed("s")
+        await asyncio.sleep(60)
+        assert (api.objects, manager.stats().closing) == ([], 0)
+
+
+async def test_a_mock_made_after_the_client_will_do() -> None:
+    def factory(target: str) -> Any:
+        client = mock.create_autospec(SandboxClient, instance=True)
+        client.wait_for_healthy.return_value = True
+        client.in_flight, client.last_used = 0, 0.0
+        return client
+
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, factory) as manager:
+        client = await manager.get_client("s")
+        await manager.on_session_closed("s")
+        client.close.assert_awaited_once()  # type: ignore[attr-defined]

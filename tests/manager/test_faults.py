@@ -580,3 +580,29 @@ async def test_a_session_that_is_closed_before_its_turn_to_be_created_was_never_
             assert now() == pytest.approx(0.0, abs=1e-3)
         await asyncio.gather(*creating)
         assert (api.count("create"), api.count("delete")) == (16, 0)
+
+
+async def test_looking_for_a_late_create_spares_the_session_that_comes_back_meanwhile() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, idle_check_interval=20.0) as manager,
+    ):
+        await close_before_it_lands(api, manager, 15.0)
+        with api.faults.add("get", hold=True, times=1) as gate:
+            await gate.reached(timeout=60)
+            client = await manager.get_client("s")
+        await asyncio.sleep(5)
+        assert await manager.get_client("s") is client
+        assert manager.stats().lost == 0
+
+
+async def test_who_got_no_turn_to_be_created_is_told_so() -> None:
+    async with (
+        FakeCustomObjectsApi() as api,
+        managed(api, max_sessions=17, ready_timeout=9.0) as manager,
+    ):
+        api.faults.add("create", latency=9.5)
+        asking = (manager.get_client(f"s{i}") for i in range(17))
+        *sent, last = map(str, await asyncio.gather(*asking, return_exceptions=True))
+        assert all("its creation has not been answered" in error for error in sent)
+        assert "its creation has not been sent" in last

@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
         self.pins: Counter[SandboxClient | None] = Counter()
         self.strays = 0
         self.named: set[str] = set()
-        """What shutdown said that it had to leave."""
+        """What shutdown said that it had to leave, or that it may yet appear."""
         self.done = Counter({"runs of the manager's machine": 1})
         config = SandboxManagerConfig(
             mode="multi",
@@ -100,13 +100,16 @@ class Machine(RuleBasedStateMachine):
         engine = self.manager._engine
         assert engine is not None
         self.engine = engine
-        error = engine._log.error
+        log = engine._log
 
-        def noted(event: str, **pairs: Any) -> None:
-            self.named |= set(pairs.get("sandboxes", ()))
-            error(event, **pairs)
+        def noting(write: Any) -> Any:
+            def noted(event: str, **pairs: Any) -> None:
+                self.named.update(pairs.get("sandboxes", ()), pairs.get("may_appear", ()))
+                write(event, **pairs)
 
-        engine._log.error = noted  # type: ignore[method-assign,assignment]
+            return noted
+
+        log.error, log.warning = noting(log.error), noting(log.warning)  # type: ignore[method-assign]
         end = engine._end
 
         def watched_end(session: Session, reason: str, error: SandboxError | None) -> None:

@@ -323,7 +323,8 @@ def remove(directory: Path) -> bool:
     if directory.exists():
         with contextlib.suppress(OSError):
             _flatten(directory)
-        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(RecursionError):
+            shutil.rmtree(directory, ignore_errors=True)
     return not directory.exists()
 
 
@@ -338,9 +339,9 @@ def _flatten(directory: Path) -> None:
     for place in places:  # It grows meanwhile.
         for entry in list(os.scandir(place)):
             if entry.is_dir(follow_symlinks=False):
-                Path(entry.path).chmod(0o700)
-                places.append(directory / os.urandom(8).hex())
-                Path(entry.path).rename(places[-1])
+                with contextlib.suppress(OSError):  # One that stays put does not keep the others.
+                    Path(entry.path).chmod(0o700)
+                    places.append(Path(entry.path).rename(directory / os.urandom(8).hex()))
 
 
 def _tail(path: Path) -> str:

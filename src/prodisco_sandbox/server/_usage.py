@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 _BLOCK = 512
-_PATH_MAX = 4096
+_LONG = 1024
 _ENTRY = 4096
 """Bytes counted for each file and directory as such, so that empty ones are not free."""
 
@@ -20,34 +19,41 @@ def disk_usage(directories: Iterable[Path], enough: int) -> int:
     What vanishes meanwhile does not count.
     """
     total = 0
-    pending = [os.fsencode(path) for path in directories]
-    while pending and total <= enough:
-        path = pending.pop()
-        try:
-            with _opened(path) as descriptor, os.scandir(descriptor) as entries:
+    # Open directories, each with the paths from there that are still to be looked at.
+    places: list[tuple[int | None, list[bytes]]] = [(None, [os.fsencode(path) for path in directories])]
+    try:
+        while places and total <= enough:
+            here, pending = places[-1]
+            if not pending:
+                places.pop()
+                if here is not None:
+                    os.close(here)
+                continue
+            path = pending.pop()
+            try:
+                there = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
+            except (FileNotFoundError, PermissionError, NotADirectoryError):
+                continue
+            # On from here where paths get long: the kernel takes 4,096 bytes, and walks all of them.
+            places.append((there, below := []))
+            with os.scandir(there) as entries:
                 for entry in entries:
-                    status = entry.stat(follow_symlinks=False)
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except (FileNotFoundError, PermissionError):
+                        continue
                     total += status.st_blocks * _BLOCK + _ENTRY
                     if stat.S_ISDIR(status.st_mode):
-                        pending.append(path + b"/" + os.fsencode(entry.name))
-        except (FileNotFoundError, PermissionError, NotADirectoryError):
-            continue
-    return total
-
-
-@contextlib.contextmanager
-def _opened(path: bytes) -> Iterator[int]:
-    """Opens a directory; piece by piece where its path is longer than the kernel takes."""
-    here = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        while path:
-            cut = len(path) if len(path) < _PATH_MAX else path.rindex(b"/", 1, _PATH_MAX)
-            there = os.open(path[:cut], os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
-            os.close(here)
-            here, path = there, path[cut + 1 :]
-        yield here
+                        below.append(os.fsencode(entry.name))
+            if len(path) < _LONG:
+                places.pop()
+                os.close(there)
+                pending += [path + b"/" + name for name in below]
     finally:
-        os.close(here)
+        for here, _ in places:
+            if here is not None:
+                os.close(here)
+    return total
 
 
 def held_open(pids: Iterable[int]) -> int:
