@@ -162,6 +162,18 @@ def test_busy_is_not_idle(
     assert table.idle(now=10.0, timeout=10.0) == ([session] if idle else [])
 
 
+def test_a_client_is_asked_again_only_when_its_last_use_is_long_ago_too() -> None:
+    table = SessionTable(1)
+    session = admit(table, "a")
+    table.ready(session)
+    client = StubClient(last_used=5.0)
+    session.client = cast("Any", client)
+    assert table.idle(now=10.0, timeout=10.0) == []
+    client.last_used = 0.0
+    assert table.idle(now=14.9, timeout=10.0) == []
+    assert table.idle(now=15.0, timeout=10.0) == [session]
+
+
 def test_only_ready_sessions_are_idle() -> None:
     table = SessionTable(3)
     admit(table, "creating")

@@ -252,14 +252,15 @@ class SessionTable:
         """The ready sessions that nobody has used for `timeout` seconds."""
         idle = []
         for session in self.current.values():
-            # The last use, the session's own or its client's, alone tells of most that they are not.
             if session.state is not SessionState.READY or now - session.last_used < timeout:
                 continue
-            if session.client is not None and now - session.client.last_used < timeout:
-                continue
             since = session.idle_since()
-            if since is not None and now - since >= timeout:
+            if since is None:
+                continue
+            if now - since >= timeout:
                 idle.append(session)
+            # The client need not be asked again until that is long ago, too.
+            session.last_used = since
         return idle
 
     def counts(self) -> Counter[SessionState]:
