@@ -425,6 +425,19 @@ async def test_a_sandbox_that_is_claimed_while_it_is_made_fails_its_creation() -
 # A manager that loses its Sandbox to another while it closes the session
 
 
+class Slow(StubClient):
+    """Takes three seconds to close."""
+
+    async def close(self) -> None:
+        await asyncio.sleep(3)
+        self.closed = True
+
+
+def by_a(request: Any) -> bool:
+    """Whether it is the list, or the watch, of manager a."""
+    return "instance=a" in str(request.options.get("label_selector"))
+
+
 async def test_a_delete_that_is_repeated_spares_what_another_manager_claimed() -> None:
     async with (
         FakeCustomObjectsApi(auto_ready=True) as api,
@@ -441,11 +454,6 @@ async def test_a_delete_that_is_repeated_spares_what_another_manager_claimed() -
 
 
 async def test_a_sandbox_claimed_while_its_client_is_closed_is_spared() -> None:
-    class Slow(StubClient):
-        async def close(self) -> None:
-            await asyncio.sleep(3)
-            self.closed = True
-
     async with (
         FakeCustomObjectsApi(auto_ready=True) as api,
         managed(api, Clients(Slow), instance_id="a") as a,
@@ -470,7 +478,7 @@ async def test_a_sandbox_claimed_while_the_watch_is_broken_is_not_deleted() -> N
         await asyncio.sleep(1)
         api.cut_watches(ConnectionResetError("reset"))
         api.faults.add("watch", error=503)
-        api.faults.add("list", error=503, when=lambda r: "=a" in str(r.options.get("label_selector")))
+        api.faults.add("list", error=503, when=by_a)
         await asyncio.sleep(5)
         await b.get_client("s")
         await asyncio.sleep(60)
@@ -560,9 +568,6 @@ async def test_a_sandbox_claimed_before_the_first_list_is_not_deleted() -> None:
     ):
         await left_behind(api, "s")
 
-        def by_a(request: Any) -> bool:
-            return "instance=a" in str(request.options.get("label_selector"))
-
         api.faults.add("list", latency=5.0, times=1, when=by_a)
         await a.get_client("s")
         client = await b.get_client("s")
@@ -573,11 +578,6 @@ async def test_a_sandbox_claimed_before_the_first_list_is_not_deleted() -> None:
 
 
 async def test_a_sandbox_claimed_in_a_gap_of_the_watch_while_its_client_is_closed_is_spared() -> None:
-    class Slow(StubClient):
-        async def close(self) -> None:
-            await asyncio.sleep(3)
-            self.closed = True
-
     async with (
         FakeCustomObjectsApi(auto_ready=True) as api,
         managed(api, Clients(Slow), instance_id="a") as a,
@@ -588,9 +588,6 @@ async def test_a_sandbox_claimed_in_a_gap_of_the_watch_while_its_client_is_close
         await asyncio.sleep(1)
         closing = asyncio.create_task(a.on_session_closed("s"))
         await asyncio.sleep(0.1)
-
-        def by_a(request: Any) -> bool:
-            return "instance=a" in str(request.options.get("label_selector"))
 
         gap = api.faults.add("watch", error=503, when=by_a)
         api.cut_watches()
