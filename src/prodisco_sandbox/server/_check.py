@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
-from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -24,7 +22,7 @@ def check(options: Options) -> str | None:
     """
     if options.transport_mode != "insecure":
         return _handshake(options)
-    target = "unix:" + quote(os.fsencode(options.socket))
+    target = options.socket_target
     if options.host is not None:
         host = _LOOPBACK.get(options.host, options.host)
         target = f"[{host}]:{options.port}" if ":" in host else f"{host}:{options.port}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 MIN_TIMEOUT_MS = 1_000
 MAX_TIMEOUT_MS = 120_000
@@ -55,6 +56,11 @@ class Options:
     retain_for: float
     retain_limit: int
     spare_interpreters: int
+
+    @property
+    def socket_target(self) -> str:
+        """The socket as gRPC takes it, which decodes what looks percent-encoded in a path."""
+        return "unix:" + quote(os.fsencode(self.socket))
 
 
 class _Setting(NamedTuple):

@@ -11,7 +11,6 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 import grpc
 
@@ -73,15 +72,14 @@ def bind(server: grpc.aio.Server, options: Options) -> str:
             raise OptionsError(f"cannot listen on {address}: {error}") from error
 
     if options.host is None:
-        target, address = f"unix:{options.socket}", "unix:" + quote(os.fsencode(options.socket))
         with _socket_to_itself(options.socket):
             # Not even for a moment may others connect.
             umask = os.umask(0o177)
             try:
-                add(address)
+                add(options.socket_target)
             finally:
                 os.umask(umask)
-        return target
+        return f"unix:{options.socket}"
     host = f"[{options.host}]" if ":" in options.host else options.host
     return f"{host}:{add(f'{host}:{options.port}')}"
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 _BLOCK = 512
 _LONG = 1024
+"""Bytes of a path from which on it is opened in pieces: the kernel takes 4,096, and walks all of them."""
+_PIECES = 200
+"""So many are open at the same time, of all that the server may open; what lies deeper does not count."""
 _ENTRY = 4096
 """Bytes counted for each file and directory as such, so that empty ones are not free."""
 
@@ -34,7 +37,6 @@ def disk_usage(directories: Iterable[Path], enough: int) -> int:
                 there = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
             except (FileNotFoundError, PermissionError, NotADirectoryError):
                 continue
-            # On from here where paths get long: the kernel takes 4,096 bytes, and walks all of them.
             places.append((there, below := []))
             with os.scandir(there) as entries:
                 for entry in entries:
@@ -45,9 +47,10 @@ def disk_usage(directories: Iterable[Path], enough: int) -> int:
                     total += status.st_blocks * _BLOCK + _ENTRY
                     if stat.S_ISDIR(status.st_mode):
                         below.append(os.fsencode(entry.name))
-            if len(path) < _LONG:
+            if len(path) < _LONG or len(places) > _PIECES:
                 places.pop()
                 os.close(there)
+            if len(path) < _LONG:
                 pending += [path + b"/" + name for name in below]
     finally:
         for here, _ in places:
