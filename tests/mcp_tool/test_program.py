@@ -18,6 +18,7 @@ from mcp.server import MCPServer
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.mcp import __main__ as program
+from prodisco_sandbox.mcp import _serve
 from prodisco_sandbox.mcp._serve import add_probes, serve_http
 
 from .support import call, connect, over_http, rig, text_of, until
@@ -112,7 +113,10 @@ def test_it_listens_on_loopback_and_warns_of_anything_else(
     assert ("callers are not authenticated" in caplog.text) == warns
 
 
-async def test_after_sigterm_it_is_not_ready_and_ends_when_the_calls_have_ended() -> None:
+async def test_after_sigterm_it_is_not_ready_and_ends_when_the_calls_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_serve, "SETTLE_TIME", 60.0)
     done = ExecutionChunk("e1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
     async with rig() as r:
         go_on = asyncio.Event()
@@ -150,6 +154,9 @@ async def test_after_sigterm_it_is_not_ready_and_ends_when_the_calls_have_ended(
                 "output": "begun",
                 "execution_time_ms": 0,
             }
+            # Only now has everything ended that a client may do with a result.
+            assert (await client.list_tools(cache_mode="refresh")).tools
+            signal.raise_signal(signal.SIGTERM)
         async with asyncio.timeout(10):
             await serving
         assert r.api.objects == []

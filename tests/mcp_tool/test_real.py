@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -150,6 +151,71 @@ async def test_the_program_on_stdio_ends_at_a_signal_though_its_input_is_open(nu
         assert await process.wait() == 0
 
 
+@pytest.mark.slow
+async def test_the_program_on_stdio_answers_what_clients_ask_about_the_last_result(tmp_path: Path) -> None:
+    go_on = tmp_path / "go_on"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        "from prodisco_sandbox.mcp import __main__ as program, _serve\n"
+        "_serve.SETTLE_TIME = 60.0\n"
+        "raise SystemExit(program.main(['--local']))",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def send(method: str, params: dict[str, Any], **number: int) -> None:
+        assert process.stdin is not None
+        message = {"jsonrpc": "2.0", "method": method, "params": params, **number}
+        process.stdin.write(json.dumps(message).encode() + b"\n")
+
+    async def receive(key: str, value: object) -> Any:
+        assert process.stdout is not None
+        while (message := json.loads(await process.stdout.readline())).get(key) != value:
+            pass
+        return message
+
+    async def ask(method: str, params: dict[str, Any], number: int) -> Any:
+        send(method, params, id=number)
+        return (await receive("id", number))["result"]
+
+    client = {
+        "protocolVersion": "2025-11-25",
+        "capabilities": {},
+        "clientInfo": {"name": "t", "version": "0"},
+    }
+    code = f"""
+import os, time
+print("begun", flush=True)
+while not os.path.exists({str(go_on)!r}):
+    time.sleep(0.01)
+"""
+    try:
+        async with asyncio.timeout(30):
+            await ask("initialize", client, 1)
+            send("notifications/initialized", {})
+            tool = {"name": "run_sandbox", "_meta": {"progressToken": "t"}}
+            send("tools/call", {**tool, "arguments": {"code": code}}, id=2)
+            await receive("method", "notifications/progress")
+            process.terminate()
+            number = 3
+            refused = {**tool, "arguments": {"code": ""}}
+            while "shutting down" not in str(await ask("tools/call", refused, number)):
+                number += 1
+            go_on.touch()
+            await receive("id", 2)
+            assert (await ask("tools/list", {}, number + 1))["tools"]
+            process.terminate()
+            assert await process.stdout.read() == b""
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 class Program:
     """The program on HTTP, in a process of its own."""
 
@@ -184,7 +250,14 @@ async def test_the_program_on_http_finishes_what_it_has_begun(tmp_path: Path) ->
         connect(program.url, "2026-07-28") as two,
     ):
         began = [anyio.Event(), anyio.Event()]
-        code = "import time; print('begun', flush=True); time.sleep(1); print('done')"
+        go_on = tmp_path / "go_on"
+        code = f"""
+import os, time
+print("begun", flush=True)
+while not os.path.exists({str(go_on)!r}):
+    time.sleep(0.01)
+print("done")
+"""
 
         async def work(client: Client, event: anyio.Event) -> Any:
             async def on_progress(progress: float, total: float | None, message: str | None) -> None:
@@ -199,6 +272,7 @@ async def test_the_program_on_http_finishes_what_it_has_begun(tmp_path: Path) ->
         program.process.terminate()
         while "shutting down" not in (await call(one, "")).content[0].text:  # type: ignore[union-attr]
             await asyncio.sleep(0.01)
+        go_on.touch()
         for result in await asyncio.gather(*calls):
             assert result.structured_content["output"] == "begun\ndone\n"
         async with asyncio.timeout(15):

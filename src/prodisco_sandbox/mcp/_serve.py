@@ -23,8 +23,12 @@ from ._tool import SandboxTools, add_sandbox_tools
 
 log = logging.getLogger("prodisco_sandbox.mcp")
 
+SETTLE_TIME = 1.0
+"""Seconds after the last call in which everything but a call is still answered: the SDK's
+client fetches the tool's schema to check the first result that it gets, and loses the
+result where it cannot."""
 CLOSE_TIMEOUT = 3
-"""Seconds that connections get to close after the last call has ended."""
+"""Seconds that connections get to close after that."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -45,7 +49,7 @@ async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_time
     drains: set[asyncio.Task[None]] = set()
 
     async def drain() -> None:
-        await tools.drain(drain_timeout)
+        await _drain(tools, drain_timeout)
         stdin.end()
 
     def on_signal() -> None:
@@ -143,5 +147,10 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
 
     async def _run_drain(self) -> None:
-        await self._tools.drain(self._drain_timeout)
+        await _drain(self._tools, self._drain_timeout)
         self.should_exit = True
+
+
+async def _drain(tools: SandboxTools, timeout: float) -> None:
+    if await tools.drain(timeout):
+        await asyncio.sleep(SETTLE_TIME)
