@@ -20,6 +20,7 @@ from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionS
 from prodisco_sandbox.mcp import __main__ as program
 from prodisco_sandbox.mcp import _serve
 from prodisco_sandbox.mcp._serve import add_probes, serve_http
+from prodisco_sandbox.testing import NEVER
 
 from .support import call, connect, over_http, rig, text_of, until
 
@@ -165,7 +166,81 @@ async def test_after_sigterm_it_is_not_ready_and_ends_when_the_calls_have_ended(
                 task.cancel()
 
 
+async def test_a_call_that_outlasts_the_drain_does_not_cost_others_their_last_result(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_serve, "SETTLE_TIME", 60.0)
+    done = ExecutionChunk("e1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
+    async with rig() as r:
+        go_on = asyncio.Event()
+        r.sandbox.script("ExecuteStream", [NEVER], [go_on, done])
+        listener = socket.create_server(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/mcp"
+        serving = asyncio.create_task(
+            serve_http(r.server, r.tools, listener=listener, path="/mcp", allowed_hosts=[], drain_timeout=0.5)
+        )
+        async with connect(url, "2026-07-28") as one, connect(url, "2026-07-28") as other:
+            endless = asyncio.create_task(call(one, ""))
+            await r.sandbox.wait_for_call("ExecuteStream")
+            last = asyncio.create_task(call(other, ""))
+            await r.sandbox.wait_for_call("ExecuteStream", count=2)
+            signal.raise_signal(signal.SIGTERM)
+            await until(lambda: r.tools.draining)
+            go_on.set()
+            assert not (await last).is_error
+            await until(lambda: "drain_incomplete" in caplog.text)
+            await asyncio.sleep(0.3)  # uvicorn looks every 0.1 s whether it is to end.
+            assert (await other.list_tools(cache_mode="refresh")).tools
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.wait({endless})
+            assert endless.exception() is not None, "it was cut"
+        async with asyncio.timeout(10):
+            await serving
+        assert r.api.objects == []
+        for task in asyncio.all_tasks():
+            if getattr(task.get_coro(), "__name__", "") == "_shutdown_watcher":
+                task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "status"),
+    [
+        ("127.0.0.1", "evil.example", 421),
+        ("127.0.0.2", "evil.example:80", 421),
+        ("127.0.0.2", "127.0.0.2", 200),
+        ("127.0.0.2", "localhost:80", 200),
+        ("127.0.0.1", "localhost", 200),
+        ("0.0.0.0", "mcp.example", 200),
+    ],
+)
+async def test_on_any_loopback_address_it_answers_to_local_names_only(
+    address: str, host: str, status: int
+) -> None:
+    async with rig() as r:
+        listener = socket.create_server((address, 0))
+        to, port = address.replace("0.0.0.0", "127.0.0.1"), listener.getsockname()[1]
+        serving = asyncio.create_task(
+            serve_http(r.server, r.tools, listener=listener, path="/mcp", allowed_hosts=[], drain_timeout=0)
+        )
+        async with httpx2.AsyncClient(verify=False) as http:
+            body = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": INITIALIZE}
+            answer = await http.post(f"http://{to}:{port}/mcp", headers={"Host": host, **JSON}, json=body)
+        assert answer.status_code == status
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        async with asyncio.timeout(10):
+            await serving
+        for task in asyncio.all_tasks():
+            if getattr(task.get_coro(), "__name__", "") == "_shutdown_watcher":
+                task.cancel()
+
+
 JSON = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+INITIALIZE = {
+    "protocolVersion": "2025-11-25",
+    "capabilities": {},
+    "clientInfo": {"name": "test", "version": "0"},
+}
 
 
 async def test_probes_need_no_authentication() -> None:

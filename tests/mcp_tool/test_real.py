@@ -216,6 +216,50 @@ while not os.path.exists({str(go_on)!r}):
             await process.wait()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("input_is_open", [True, False])
+async def test_the_program_on_stdio_ends_quietly_when_its_client_does_not_read_any_more(
+    tmp_path: Path, input_is_open: bool
+) -> None:
+    ours, theirs = os.pipe()
+    with (tmp_path / "log").open("w") as log:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "prodisco_sandbox.mcp", "--local"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=theirs,
+            stderr=log,
+        )
+    os.close(theirs)
+    assert process.stdin is not None
+    params = {
+        "protocolVersion": "2025-11-25",
+        "capabilities": {},
+        "clientInfo": {"name": "t", "version": "0"},
+    }
+    for number, method, with_params in ((1, "initialize", params), (None, "notifications/initialized", {})):
+        message: dict[str, Any] = {"jsonrpc": "2.0", "method": method, "params": with_params}
+        if number is not None:
+            message["id"] = number
+        process.stdin.write(json.dumps(message).encode() + b"\n")
+    try:
+        async with asyncio.timeout(20):
+            assert b"prodisco-sandbox" in await asyncio.to_thread(os.read, ours, 65536)
+            arguments = {"code": "import time; time.sleep(60)"}
+            call = {"name": "run_sandbox", "arguments": arguments}
+            message = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": call}
+            process.stdin.write(json.dumps(message).encode() + b"\n")
+            await until(lambda: "sandbox_ready" in (tmp_path / "log").read_text(), timeout=15)
+            os.close(ours)
+            if not input_is_open:
+                process.stdin.close()
+            assert await process.wait() == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 class Program:
     """The program on HTTP, in a process of its own."""
 

@@ -16,6 +16,7 @@ from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.mcp import (
     _identity,
+    _progress,
     _sandboxes,
     add_sandbox_tools,
     sandbox_lifespan,
@@ -308,6 +309,29 @@ async def test_a_sandbox_whose_handle_nobody_got_is_closed() -> None:
             tasks.cancel_scope.cancel()
         await until(lambda: not r.api.objects)
         assert r.manager.stats().ready == 0
+
+
+async def test_a_caller_who_goes_while_the_last_output_is_sent_leaves_no_sandbox(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sending = anyio.Event()
+
+    async def report_progress(*_: object, **__: object) -> None:
+        sending.set()
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr(Context, "report_progress", report_progress)
+    monkeypatch.setattr(_progress, "FLUSH_TIMEOUT", 60.0)
+    async with rig() as r, over_http(r.server) as url, connect(url, MODERN) as client:
+        r.sandbox.script("ExecuteStream", [ExecutionChunk("e1", "output", "begun"), DONE])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call, client, "...")
+            stream = await r.sandbox.wait_for_call("ExecuteStream")
+            await stream.ended.wait()
+            await sending.wait()
+            await anyio.sleep(0.1)
+            tasks.cancel_scope.cancel()
+        await until(lambda: not r.api.objects)
 
 
 async def test_a_sandbox_that_could_not_be_had_leaves_no_trace() -> None:

@@ -134,7 +134,7 @@ async def test_stream_returns_them_apart(r: Rig, client: Client) -> None:
 @pytest.mark.parametrize("code", ["", "[1, 2]", '{"a": 1}', "null", "12", '"text"'])
 async def test_code_arrives_as_it_is(r: Rig, client: Client, code: str) -> None:
     r.sandbox.script("ExecuteStream", [end()])
-    await run(client, code, cached="", execution_id="", timeout_ms=None, states=None, wait=None)
+    await run(client, code, mode=None, cached="", execution_id="", timeout_ms=None, states=None, wait=None)
     assert (await r.sandbox.wait_for_call("ExecuteStream")).request.code == code
 
 
@@ -282,6 +282,17 @@ async def test_tests_are_reported_those_that_failed_first(r: Rig, client: Client
     assert (request.code, request.tests, request.timeout_ms) == ("def f(): ...", "def test(): ...", 9000)
 
 
+async def test_a_report_is_no_longer_than_other_results(r: Rig, client: Client) -> None:
+    tests = tuple(TestResult("t" * 5_000, False, "e" * 5_000, 1) for _ in range(250))
+    r.sandbox.script("ExecuteTest", TestReport(False, TestSummary(250, 0, 250, 0), tests, ""))
+    result = await run(client, mode="test", tests="...")
+    assert len(result["tests"]) == 200, "which ones failed is said of all of them"
+    assert result["tests"][0]["error"].startswith("eee"), "of one at least it is said why"
+    assert sum(len(test.get("error", "")) for test in result["tests"]) < 2_100
+    assert max(len(test["name"]) for test in result["tests"]) < 300
+    assert "The errors of 199 more tests are left out" in result["note"]
+
+
 # What is wrong with a call
 
 
@@ -298,6 +309,10 @@ async def test_tests_are_reported_those_that_failed_first(r: Rig, client: Client
         ({"mode": "run"}, "'execute', 'stream'"),
         ({"mode": "list", "states": ["GONE"]}, "'PENDING', 'RUNNING'"),
         ({"mode": "status", "execution_id": "e1", "output_offset": -1}, "greater than or equal to 0"),
+        ({"mode": "list", "include_completed_within_ms": 1_700_000_000_000}, "less than or equal to"),
+        ({"mode": "list", "include_completed_within_ms": 10**400}, "less than or equal to"),
+        ({"mode": "status", "execution_id": "e" * 10_000}, "at most 255 characters"),
+        ({"mode": "async", "cached": "c" * 10_000}, "at most 255 characters"),
     ],
 )
 async def test_a_wrong_call_says_what_would_be_right_and_costs_no_sandbox(

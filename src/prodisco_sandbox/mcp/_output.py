@@ -13,6 +13,8 @@ MOST_ERROR = 8_000
 """Characters of an error's text that are returned."""
 MOST_TESTS = 200
 """How many tests are reported one by one."""
+MOST_NAME = 200
+"""Characters of a test's name that are returned."""
 
 
 def _shorten(schema: dict[str, Any]) -> None:
@@ -164,6 +166,21 @@ def read_report(report: TestReport, most_output: int) -> SandboxOutput:
     clip.add(report.output)
     # What failed first, where there are too many.
     shown = sorted(report.tests, key=lambda test: test.passed)[:MOST_TESTS]
+    tests: list[Test] = []
+    room, silent = most_output, 0
+    for test in shown:
+        error = None if test.error is None else shorten(test.error, MOST_ERROR // 4)
+        room -= len(error or "")
+        if error and room < 0 and tests:  # The first is told whatever its length.
+            error, silent = None, silent + 1
+        tests.append(
+            Test(
+                name=shorten(test.name, MOST_NAME),
+                passed=test.passed,
+                error=error,
+                duration_ms=test.duration_ms,
+            )
+        )
     result = SandboxOutput(
         success=report.success,
         output=clip.text,
@@ -172,19 +189,15 @@ def read_report(report: TestReport, most_output: int) -> SandboxOutput:
         summary=Summary(
             total=summary.total, passed=summary.passed, failed=summary.failed, skipped=summary.skipped
         ),
-        tests=[
-            Test(
-                name=test.name,
-                passed=test.passed,
-                error=None if test.error is None else shorten(test.error, MOST_ERROR // 4),
-                duration_ms=test.duration_ms,
-            )
-            for test in shown
-        ],
+        tests=tests,
     )
     if len(shown) < len(report.tests):
         result.add_note(
             f"Only {len(shown)} of {len(report.tests):,} tests are shown, those that failed first."
+        )
+    if silent:
+        result.add_note(
+            f"The errors of {silent} more tests are left out: mend what is shown, or run fewer tests."
         )
     if clip.left_out:
         result.truncated = True

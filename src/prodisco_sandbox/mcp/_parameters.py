@@ -14,12 +14,21 @@ DEFAULT_TIMEOUT_MS = 30_000
 MIN_TIMEOUT_MS = 1_000
 """What servers of the protocol make of anything shorter."""
 DEFAULT_LIMIT = 20
+MAX_NAME = 255
+"""Characters of a name: servers repeat an unknown one in the status of the gRPC call, which holds
+8 KiB, and what is longer comes back as RESOURCE_EXHAUSTED, as if the sandbox were busy."""
+MAX_WITHIN_MS = 2_147_483_000
+"""What an int32 of the protocol holds, in whole seconds."""
 
 ABSENT: Any = None
 
 
 def _pass_none(value: object, check: ValidatorFunctionWrapHandler) -> object:
     return None if value is None else check(value)
+
+
+def _none_is_execute(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    return "execute" if value is None else check(value)
 
 
 def _shorten(schema: dict[str, Any]) -> None:
@@ -38,12 +47,16 @@ _OPTIONAL = WrapValidator(_pass_none)
 Mode = Literal["execute", "stream", "async", "status", "cancel", "list", "test"]
 StateName = Literal["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"]
 
-ModeParameter = Annotated[Mode, _field("What to do; see the tool's description")]
+ModeParameter = Annotated[
+    Mode, _field("What to do; see the tool's description"), WrapValidator(_none_is_execute)
+]
 Code = Annotated[
     str, _field("What to run (execute, stream, async), or the code under test (test)"), _OPTIONAL
 ]
 Cached = Annotated[
-    str, _field("Instead of `code`: the name of a script that the sandbox has cached"), _OPTIONAL
+    str,
+    _field("Instead of `code`: the name of a script that the sandbox has cached", max_length=MAX_NAME),
+    _OPTIONAL,
 ]
 TimeoutMs = Annotated[
     int,
@@ -54,7 +67,7 @@ TimeoutMs = Annotated[
     ),
     _OPTIONAL,
 ]
-ExecutionId = Annotated[str, _field("Which execution (status, cancel)"), _OPTIONAL]
+ExecutionId = Annotated[str, _field("Which execution (status, cancel)", max_length=MAX_NAME), _OPTIONAL]
 Wait = Annotated[
     bool, _field("status: answer when the execution has ended, or after `timeout_ms`"), _OPTIONAL
 ]
@@ -69,7 +82,9 @@ Limit = Annotated[
     int, _field(f"list: at most so many, the newest; {DEFAULT_LIMIT} if left out", ge=1, le=1000), _OPTIONAL
 ]
 Within = Annotated[
-    int, _field("list: of those that have ended, only what ended within so many ms", ge=0), _OPTIONAL
+    int,
+    _field("list: of those that have ended, only what ended within so many ms", ge=0, le=MAX_WITHIN_MS),
+    _OPTIONAL,
 ]
 Tests = Annotated[str, _field("test: the tests to run"), _OPTIONAL]
 Sandbox = Annotated[

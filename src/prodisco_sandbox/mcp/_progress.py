@@ -61,15 +61,15 @@ class Progress:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def flush(self) -> None:
+        """Sends the last output, if the client takes it soon; nothing is sent after it."""
         self._over.set()
         self._news.set()
-        if self._task is None:
-            return
-        try:
-            if kind is None:
-                await asyncio.wait({self._task}, timeout=FLUSH_TIMEOUT)
-        finally:
-            self._task.cancel()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=FLUSH_TIMEOUT)
 
     async def _run(self) -> None:
         while not self._over.is_set():

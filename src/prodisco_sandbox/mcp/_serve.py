@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -62,6 +63,9 @@ async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_time
         loop.add_signal_handler(number, on_signal)
     try:
         await server.run_stdio_async()
+    except* BrokenPipeError:
+        # The client went, killed perhaps, with something still to be said to it.
+        log.info("the client does not read any more")
     finally:
         for task in drains:
             task.cancel()
@@ -81,13 +85,19 @@ async def serve_http(
     """Serves streamable HTTP until a signal and the end of the calls."""
     add_probes(server, tools)
     host, port = listener.getsockname()[:2]
-    security = None  # The SDK's own: on loopback only local host names, elsewhere any.
-    if allowed_hosts:
-        security = TransportSecuritySettings(
-            allowed_hosts=allowed_hosts,
-            allowed_origins=[f"{scheme}://{name}" for name in allowed_hosts for scheme in ("https", "http")],
-        )
-    app = server.streamable_http_app(streamable_http_path=path, host=host, transport_security=security)
+    name = f"[{host}]" if ":" in host else host
+    if not allowed_hosts and ipaddress.ip_address(host).is_loopback:
+        # The SDK's own list is for 127.0.0.1 and ::1 only, and refuses names without a port,
+        # which is how clients write port 80.
+        local = {name, "127.0.0.1", "localhost", "[::1]"}
+        allowed_hosts = [pattern for each in sorted(local) for pattern in (each, f"{each}:*")]
+    security = TransportSecuritySettings(
+        # Elsewhere than on loopback any name will do, unless it was said which.
+        enable_dns_rebinding_protection=bool(allowed_hosts),
+        allowed_hosts=allowed_hosts,
+        allowed_origins=[f"{scheme}://{each}" for each in allowed_hosts for scheme in ("https", "http")],
+    )
+    app = server.streamable_http_app(streamable_http_path=path, transport_security=security)
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -95,7 +105,7 @@ async def serve_http(
         access_log=False,
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
     )
-    log.info("listening on http://%s:%d%s", f"[{host}]" if ":" in host else host, port, path)
+    log.info("listening on http://%s:%d%s", name, port, path)
     await DrainingServer(config, tools, drain_timeout).serve(sockets=[listener])
 
 
@@ -152,5 +162,6 @@ class DrainingServer(uvicorn.Server):
 
 
 async def _drain(tools: SandboxTools, timeout: float) -> None:
-    if await tools.drain(timeout):
-        await asyncio.sleep(SETTLE_TIME)
+    await tools.drain(timeout)
+    # Also where a call has outlasted it: others may have ended a moment ago.
+    await asyncio.sleep(SETTLE_TIME)

@@ -10,15 +10,22 @@ import sys
 
 
 class EndableStdin(io.RawIOBase):
-    """Standard input for the SDK's reader, which a signal can end.
+    """Standard input for the SDK's reader, which a signal can end, or a client that reads no more.
 
     The SDK reads in a thread, where nothing can interrupt it: without this, a server on
-    stdio that is told to terminate waits for its client to say one thing more.
+    stdio that is told to terminate waits for its client to say one thing more, and so does
+    one whose standard output is broken, deaf to everything.
     """
 
     def __init__(self) -> None:
         self._input = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
         self._ended, self._end = os.pipe2(os.O_CLOEXEC)
+        self._news = select.poll()
+        self._news.register(self._input, select.POLLIN)
+        self._news.register(self._ended, select.POLLIN)
+        # For no event, so that it only shows when nobody reads the other end any more.
+        # Of its own, since the SDK makes descriptor 1 another one.
+        self._news.register(fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3), 0)
 
     def install(self) -> None:
         """Becomes ``sys.stdin``; descriptor 0 becomes empty, for tools and child processes."""
@@ -35,5 +42,5 @@ class EndableStdin(io.RawIOBase):
         return True
 
     def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        ready, _, _ = select.select([self._input, self._ended], [], [])
-        return 0 if self._ended in ready else os.readv(self._input, [buffer])
+        ready = {descriptor for descriptor, _ in self._news.poll()}
+        return os.readv(self._input, [buffer]) if ready == {self._input} else 0

@@ -184,6 +184,8 @@ class SandboxTools:
             async with Progress(ctx) as progress, self._sandboxes.use(ctx, handle, make=make) as use:
                 progress.doing = "running"
                 result = await self._in_sandbox(use, call, progress)
+                # Before the handle counts as told: a caller may go meanwhile.
+                await progress.flush()
                 use.told = True
                 return result
         except RefusedError as refusal:
