@@ -484,6 +484,25 @@ async def test_calls_that_fail_as_on_a_dead_sandbox_make_the_client_suspect(
         await client.execute(code="x")
 
 
+async def test_the_end_of_the_callers_own_patience_is_not_suspicious(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    suspected: list[bool] = []
+    client.on_suspect = lambda: suspected.append(True)
+    server.script("GetExecution", NEVER)
+    with pytest.raises(SandboxTimeoutError, match=r"^execution e has not ended within 0\.1 s$"):
+        await client.wait_for_execution("e", timeout=0.1)
+    with pytest.raises(SandboxTimeoutError):
+        await client.get_execution("e", wait=True, timeout=0.1)
+    assert suspected == []
+    with pytest.raises(SandboxTimeoutError):
+        await client.get_execution("e", timeout=0.1)
+    server.script("GetExecution", FakeStatus("UNAVAILABLE"))
+    with pytest.raises(SandboxUnavailableError):
+        await client.wait_for_execution("e", timeout=1)
+    assert suspected == [True, True]
+
+
 @pytest.mark.looptime
 async def test_an_execution_that_expires_after_a_later_use_does_not_set_the_clock_back() -> None:
     connection = _channel.Connection("localhost:1", None)

@@ -301,10 +301,28 @@ def test_an_explicit_setting_beats_its_variable() -> None:
     [
         ("SANDBOX_MODE", "many", 'SANDBOX_MODE is \'many\': use "single" or "multi"'),
         ("SANDBOX_MAX_SESSIONS", "ten", "SANDBOX_MAX_SESSIONS is 'ten': it must be an integer"),
-        ("SANDBOX_MAX_SESSIONS", "0", "max_sessions is 0: it must be an integer of at least 1"),
+        (
+            "SANDBOX_MAX_SESSIONS",
+            "0",
+            "SANDBOX_MAX_SESSIONS: max_sessions is 0: it must be an integer of at least 1",
+        ),
         ("SANDBOX_TCP_PORT", "1e3", "SANDBOX_TCP_PORT is '1e3': it must be an integer"),
-        ("SANDBOX_TCP_PORT", "70000", "sandbox_port is 70000: it must be an integer from 1 to 65535"),
-        ("SANDBOX_NAMESPACE", "A", "namespace is 'A': it must be an RFC 1123 label such as 'prodisco'"),
+        (
+            "SANDBOX_TCP_PORT",
+            "70000",
+            "SANDBOX_TCP_PORT: sandbox_port is 70000: it must be an integer from 1 to 65535",
+        ),
+        (
+            "SANDBOX_NAMESPACE",
+            "A",
+            "SANDBOX_NAMESPACE: namespace is 'A': it must be an RFC 1123 label such as 'prodisco'",
+        ),
+        (
+            "SANDBOX_TRANSPORT_MODE",
+            "tls",
+            "SANDBOX_TLS_SECRET_NAME: tls.secret_name is None: the default pod template mounts the server's"
+            " certificate from a Secret; name it, or give a pod_template_spec that brings one",
+        ),
         ("SANDBOX_TRANSPORT_MODE", "ssl", "SANDBOX_TRANSPORT_MODE is 'ssl': use one of insecure, tls, mtls"),
     ],
 )
@@ -312,6 +330,19 @@ def test_from_env_names_a_bad_variable(variable: str, value: str, message: str) 
     with pytest.raises(ValueError) as caught:
         SandboxManagerConfig.from_env(MULTI | {variable: value})
     assert str(caught.value) == message
+
+
+def test_from_env_names_an_argument_where_that_was_wrong() -> None:
+    with pytest.raises(ValueError, match=r"^namespace is 'A'"):
+        SandboxManagerConfig.from_env(MULTI, namespace="A")
+    with pytest.raises(ValueError, match=r"^tls\.secret_name is None"):
+        SandboxManagerConfig.from_env(MULTI, tls=TlsConfig())
+
+
+@pytest.mark.parametrize("client", ["localhost:50051", 5, SandboxClient])
+def test_what_is_no_client_is_refused(client: Any) -> None:
+    with pytest.raises(ValueError, match=r"^single_client is .*: it must be a SandboxClient, such as"):
+        SandboxManagerConfig(mode="single", single_client=client)
 
 
 def test_from_env_names_an_unknown_setting() -> None:

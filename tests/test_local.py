@@ -417,6 +417,8 @@ async def test_a_cluster_is_started_once() -> None:
     cluster = LocalCluster()
     with pytest.raises(SandboxError, match="has not been started"):
         _ = cluster.directory
+    with pytest.raises(SandboxError, match="has not been started"):
+        cluster.endpoint({})
     with pytest.raises(KeyError):
         cluster.kill("s")
     async with cluster:

@@ -87,6 +87,7 @@ def test_levels_are_the_standard_librarys(caplog: pytest.LogCaptureFixture) -> N
         log.info("b")
         log.warning("c")
         log.error("d")
+    assert {record.filename for record in caplog.records} == {"test_log.py"}, "not structlog's"
     seen = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
     assert seen == [("prodisco_sandbox.watch", *pair) for pair in zip(LEVELS, "abcd", strict=True)]
 
@@ -113,6 +114,7 @@ def test_an_exception_is_logged_with_its_traceback() -> None:
     first, *rest = output.getvalue().splitlines()
     assert first == "reaper_failed retry=True"
     assert rest[0].startswith("Traceback")
+    assert output.getvalue().count("Traceback") == 1
     assert rest[-1] == "OSError: connection refused"
 
 

@@ -1,6 +1,6 @@
 """One gRPC channel to one sandbox: its credentials, its calls and their errors.
 
-Together with client.py this is all that knows grpc.aio.
+Together with _stream.py this is all that knows grpc.aio.
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ._messages import MAX_MESSAGE_BYTES, ExecutionChunk, HealthStatus, read_chunk
+from ._messages import MAX_MESSAGE_BYTES, HealthStatus
 from ._single_flight import SingleFlight
 from ._target import grpc_address
 from .config import TlsConfig
@@ -50,8 +48,6 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),
 )
 
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
-
 _ERRORS: dict[grpc.StatusCode, type[SandboxError]] = {
     grpc.StatusCode.UNAVAILABLE: SandboxUnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: SandboxTimeoutError,
@@ -59,7 +55,9 @@ _ERRORS: dict[grpc.StatusCode, type[SandboxError]] = {
     grpc.StatusCode.PERMISSION_DENIED: SandboxPermissionError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: SandboxCapacityError,
 }
-_SUSPICIOUS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+SUSPICIOUS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+"""With these, calls to a dead sandbox fail."""
 
 
 def read_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
@@ -106,7 +104,9 @@ class Connection:
     def __init__(self, target: str, tls: TlsConfig | None) -> None:
         self.target = target
         self.closed = False
+        self.health_error: SandboxError | None = None
         self.on_suspect: Callable[[], None] | None = None
+        self.on_close: Callable[[], None] | None = None
         self.pace: Callable[[], Awaitable[None]] | None = None  # for answers to health checks
         self._address = grpc_address(target)
         self._tls = tls
@@ -162,10 +162,14 @@ class Connection:
     # Calls
 
     async def use(self, rpc: str, request: Any, timeout: float) -> Any:
-        """A unary call of the user's: counted, and one whose failure is suspicious."""
+        """A unary call of the user's: counted, and one whose failure is suspicious.
+
+        Of a call that waits for the end of an execution the deadline is only the user's patience.
+        """
+        suspicious = SUSPICIOUS[:1] if getattr(request, "wait", False) else SUSPICIOUS
         self._uses += 1
         try:
-            return await self._call(rpc, request, timeout, suspicious=True)
+            return await self._call(rpc, request, timeout, suspicious)
         finally:
             self._uses -= 1
             self._touch()
@@ -185,7 +189,9 @@ class Connection:
         answer = await self._call("HealthCheck", pb.HealthCheckRequest(), remaining)
         return HealthStatus(answer.healthy, answer.kubernetes_context or None)
 
-    async def _call(self, rpc: str, request: Any, timeout: float, *, suspicious: bool = False) -> Any:
+    async def _call(
+        self, rpc: str, request: Any, timeout: float, suspicious: Sequence[grpc.StatusCode] = ()
+    ) -> Any:
         call = (await self._method(rpc, timeout))(request, timeout=timeout)
         self._calls.add(call)
         try:
@@ -196,7 +202,7 @@ class Connection:
                 raise self.closed_under(rpc)
             answer = await call
         except grpc.aio.AioRpcError as error:
-            raise self.failure(rpc, error, suspicious=suspicious) from error
+            raise self.failure(rpc, error, suspicious) from error
         except asyncio.CancelledError:
             call.cancel()
             raise
@@ -232,14 +238,16 @@ class Connection:
 
     # Errors
 
-    def failure(self, rpc: str, error: grpc.aio.AioRpcError, *, suspicious: bool) -> SandboxError:
+    def failure(
+        self, rpc: str, error: grpc.aio.AioRpcError, suspicious: Sequence[grpc.StatusCode]
+    ) -> SandboxError:
         """The error of this library for a gRPC status; tells `on_suspect` where it is due."""
         code, details = error.code(), error.details() or "no details"
         kind = _ERRORS.get(code, SandboxError)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             kind = SandboxError
             details = f"a message is over the size limit of {MAX_MESSAGE_BYTES >> 20} MiB: {details}"
-        if suspicious and code in _SUSPICIOUS and self.on_suspect is not None:
+        if code in suspicious and self.on_suspect is not None:
             self.on_suspect()
         return kind(f"{rpc} on {self.target}: {code.name}: {details}", status=code.name)
 
@@ -331,7 +339,9 @@ class Connection:
             channel = credentials = None
         else:
             self._check_loop()
-        self.closed = True
+        was_closed, self.closed = self.closed, True
+        if self.on_close is not None and not was_closed:
+            self.on_close()
         self._executions.clear()
         if channel is not None:
             for call in (*self._calls, *self._streams):
@@ -356,145 +366,3 @@ async def _ended(call: Any) -> None:
 
     call.add_done_callback(end)
     await ended
-
-
-def _cancellations() -> int:
-    """How often this task has been cancelled: gRPC raises CancelledError for its calls too.
-
-    A task that cleans up behind itself has been cancelled already, and may be once more.
-    """
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
-
-
-class ExecutionStream:
-    """The chunks of one execution, as they come: what `SandboxClient.execute_stream` returns.
-
-    An async iterator of `ExecutionChunk`, and an async context manager::
-
-        async with client.execute_stream(code="...") as stream:
-            async for chunk in stream:
-                print(chunk.text, end="")
-
-    The execution starts when the stream is entered or first iterated. Leaving the
-    context, `aclose`, or cancelling the task that iterates cancels the call. Without
-    ``async with``, a ``break`` out of the loop cancels it as soon as nothing refers to
-    the stream any more: at once in ``async for chunk in client.execute_stream(...)``,
-    but only later where a variable still holds it. Can be iterated once, by one task at
-    a time; after its end or an error it is exhausted.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "_call",
-        "_complete",
-        "_connection",
-        "_finalizer",
-        "_over",
-        "_reading",
-        "_request",
-        "_timeout",
-    )
-
-    def __init__(self, connection: Connection, request: pb.ExecuteRequest, timeout: float) -> None:
-        self._connection = connection
-        self._request = request
-        self._timeout = timeout
-        self._call: Any = None
-        self._finalizer: weakref.finalize[..., ExecutionStream] | None = None
-        self._over = self._reading = self._complete = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> ExecutionChunk:
-        """The next chunk.
-
-        Raises:
-            SandboxError: The call failed (see the error tree), or the server ended the
-                stream without a result.
-        """
-        self._claim()
-        try:
-            if not self._over and self._call is None:
-                await self._start()
-            while not self._over:
-                message = await self._read()
-                if message is _EOF:
-                    self._finish()
-                    if not self._complete:
-                        raise SandboxError(
-                            f"ExecuteStream on {self._connection.target}: ended without a result"
-                        )
-                    break
-                chunk = read_chunk(message)
-                if chunk is not None:
-                    self._complete = self._complete or chunk.kind == "result"
-                    return chunk
-        finally:
-            self._reading = False
-        raise StopAsyncIteration
-
-    async def __aenter__(self) -> Self:
-        self._claim()
-        try:
-            if not self._over and self._call is None:
-                await self._start()
-        finally:
-            self._reading = False
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Cancels the call if it has not ended. Idempotent; never suspends."""
-        self._finish()
-
-    def _claim(self) -> None:
-        if self._reading:
-            raise SandboxError("this stream is already being read by another task")
-        self._reading = True
-
-    async def _start(self) -> None:
-        call = await self._connection.start_stream(self._request, self._timeout)
-        if self._over:
-            self._connection.end_stream(call)
-            raise self._closed_under()
-        self._call = call
-        self._finalizer = weakref.finalize(
-            self, self._connection.drop_stream, call, asyncio.get_running_loop()
-        )
-        self._finalizer.atexit = False
-
-    async def _read(self) -> Any:
-        cancellations = _cancellations()
-        try:
-            message = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            self._finish()
-            raise self._connection.failure("ExecuteStream", error, suspicious=True) from error
-        except asyncio.CancelledError:
-            was_over = self._over
-            self._finish()
-            if _cancellations() > cancellations:
-                raise
-            if self._connection.closed:
-                raise self._connection.closed_under("ExecuteStream") from None
-            if was_over:
-                raise self._closed_under() from None
-            raise
-        if message is None:
-            self._finish()
-            raise self._connection.undecodable("ExecuteStream")
-        return message
-
-    def _closed_under(self) -> SandboxError:
-        return SandboxError("the stream was closed while it was being read")
-
-    def _finish(self) -> None:
-        self._over = True
-        if self._finalizer is not None and self._finalizer.detach() is not None:
-            self._connection.end_stream(self._call)

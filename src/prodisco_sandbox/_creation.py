@@ -26,6 +26,7 @@ from .errors import (
     SandboxError,
     SandboxFailedError,
     SandboxPermissionError,
+    SandboxTimeoutError,
     SandboxUnavailableError,
 )
 from .kubernetes import SandboxResources, backoff
@@ -378,6 +379,24 @@ class Creation:
         if reading.target is not None and session.client is not None:
             return f"ready, but its server is not healthy ({session.client.health_error})"
         return reading.text
+
+    def failure(self, session: Session, e: Exception) -> SandboxError:
+        """What those who wait for the session get to see of a failure."""
+        error: SandboxError
+        if isinstance(e, LostError):
+            session.leftover = False
+            error = SandboxFailedError(str(e))
+        elif isinstance(e, SandboxError):
+            return e
+        elif isinstance(e, TimeoutError):
+            limit, seen = self._config.ready_timeout, self.last_seen(session)
+            error = SandboxTimeoutError(
+                f"sandbox {session.name} was not ready within ready_timeout ({limit:g} s); last seen: {seen}"
+            )
+        else:
+            error = SandboxError(f"sandbox {session.name} failed: {type(e).__name__}: {e}")
+        error.__cause__ = e
+        return error
 
     async def look_at(self, session: Session) -> None:
         """Reads a doubted Sandbox, which must not take long.

@@ -31,7 +31,7 @@ from .manifest import Object
 ROUNDS = 3
 """How often a caller asks again when the sandbox dies before it gets the client."""
 REAPED_PER_PASS = 40
-STEPS_PER_PASS = 40
+STEPS_PER_PASS = 24
 """Steps of creations and closes in one pass of the event loop; some 20 µs each until they wait."""
 REMEMBERED = 1024
 """How many ended sessions are remembered, to tell a re-creation from a first creation."""
@@ -210,7 +210,7 @@ class Engine:
                 await self._creation.obtain(session, deadline)
                 client = await self._creation.connect(session, deadline)
         except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
-            self._fail(session, self._failure(session, e))
+            self._fail(session, self._creation.failure(session, e))
         else:
             self._ready(session, client)
             took = round(self._now() - session.since, 3)
@@ -221,24 +221,6 @@ class Engine:
         took = round(self._now() - session.since, 3)
         self._log.warning("sandbox_failed", sandbox=session.name, reason=str(error), duration=took)
         self._end(session, "failed", error)
-
-    def _failure(self, session: Session, e: Exception) -> SandboxError:
-        """What those who wait for the session get to see of a failure."""
-        error: SandboxError
-        if isinstance(e, LostError):
-            session.leftover = False
-            error = SandboxFailedError(str(e))
-        elif isinstance(e, SandboxError):
-            return e
-        elif isinstance(e, TimeoutError):
-            limit, seen = self._config.ready_timeout, self._creation.last_seen(session)
-            error = SandboxTimeoutError(
-                f"sandbox {session.name} was not ready within ready_timeout ({limit:g} s); last seen: {seen}"
-            )
-        else:
-            error = SandboxError(f"sandbox {session.name} failed: {type(e).__name__}: {e}")
-        error.__cause__ = e
-        return error
 
     def _ready(self, session: Session, client: SandboxClient) -> None:
         if self.table.current.get(session.session_id) is not session:
@@ -252,13 +234,21 @@ class Engine:
 
     def _make_client(self, session: Session, target: str) -> SandboxClient:
         client = self._client_factory(target)
+        if not hasattr(client, "wait_for_healthy"):  # such as a coroutine
+            raise SandboxError(f"client_factory returned {client!r}: it must be a SandboxClient")
 
-        def suspect() -> None:
+        def doubt(reason: str) -> None:
             if session.client is client and session.state is SessionState.READY and session.usable:
-                self._log.info("sandbox_suspect", sandbox=session.name, reason="a call failed")
+                self._log.info("sandbox_suspect", sandbox=session.name, reason=reason)
                 self.table.doubt(session)
 
-        client.on_suspect = suspect
+        def closed() -> None:
+            doubt("a caller closed its client")
+            if session.client is client:
+                session.target = None  # It leads nowhere now: the next look makes another.
+
+        client.on_suspect = lambda: doubt("a call failed")
+        client._tell_closed(closed)
         client._keep_pace(self._pace)
         return client
 
@@ -284,10 +274,10 @@ class Engine:
             session.leftover = session.leftover and isinstance(e, TerminalError)
             self._lose(session, str(e))
         except TimeoutError as e:
-            self._lose(session, "its server does not answer", self._failure(session, e))
+            self._lose(session, "its server does not answer", self._creation.failure(session, e))
         except Exception as e:  # noqa: BLE001
             # The cluster cannot be asked: what it holds may be well, so it is kept.
-            session.error = self._failure(session, e)
+            session.error = self._creation.failure(session, e)
             session.check = None
             took = round(self._now() - begun, 3)
             reason = str(session.error)

@@ -41,6 +41,7 @@ async def open_custom_objects_api() -> Any:
             files = _kubeconfig_files()
             context = os.environ.get("K8S_CONTEXT") or None
             looked += f", kubeconfig {files}" + (f" with context {context!r}" if context else "")
+            _check_one_is_there(files)
             loader = await config.load_kube_config(
                 config_file=files, context=context, client_configuration=configuration, persist_config=False
             )
@@ -68,6 +69,12 @@ async def open_custom_objects_api() -> Any:
 def _kubeconfig_files() -> str:
     # Read at each use: kubernetes_asyncio freezes KUBECONFIG when it is imported.
     return os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
+
+
+def _check_one_is_there(files: str) -> None:
+    # kubernetes_asyncio says of a missing file that it has no key current-context.
+    if not any(Path(file).expanduser().is_file() for file in files.split(os.pathsep)):
+        raise FileNotFoundError("there is no kubeconfig file")
 
 
 async def _refresh_exec_token(loader: Any, turn: asyncio.Lock, configuration: Any) -> None:

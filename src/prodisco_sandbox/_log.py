@@ -53,4 +53,10 @@ def _render(
     text = " ".join([str(event["event"]), *(f"{key}={value!r}" for key, value in pairs.items())])
     if "exception" in event:
         text += f"\n{event['exception']}"
-    return (text,), {"extra": {"sandbox": {"event": event["event"], **pairs}}}
+    return (text,), {
+        # The line that logged it, not structlog's: past its frames and `_proxy_to_logger` above.
+        "stacklevel": 5,
+        # The traceback is in the text; `exception` would have it printed once more.
+        "exc_info": False,
+        "extra": {"sandbox": {"event": event["event"], **pairs}},
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import Protocol
 
 from ._answers import ExpiredError, UnsupportedError
@@ -14,6 +15,9 @@ from .manifest import Object
 
 REFUSED_FIRST, REFUSED_MOST = 10.0, 300.0
 """A watch that was refused is tried again after 10 s, doubling to 300 s."""
+
+WARN_AT = 3
+"""How many failures in a row are worth a warning."""
 
 
 class WatchListener(Protocol):
@@ -123,5 +127,7 @@ class SandboxWatch:
     async def _pause(self, reason: str) -> None:
         self._failures += 1
         pause = backoff(self._failures - 1)
-        self._log.info("watch_broken", reason=reason, attempt=self._failures, pause=round(pause, 3))
+        # Once is nothing; then nobody hears of deaths, and who waits for a sandbox waits in vain.
+        level = logging.WARNING if self._failures == WARN_AT else logging.INFO
+        self._log.log(level, "watch_broken", reason=reason, attempt=self._failures, pause=round(pause, 3))
         await asyncio.sleep(pause)

@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from . import _messages as m
-from ._channel import Connection, ExecutionStream
+from ._channel import Connection
+from ._health import wait_for_healthy
 from ._messages import (
     CacheEntry,
     CancelResult,
@@ -33,9 +34,10 @@ from ._messages import (
     TestResult,
     TestSummary,
 )
+from ._stream import ExecutionStream
 from ._target import target_from_env
 from .config import TlsConfig
-from .errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from .errors import SandboxError, SandboxTimeoutError
 from .proto import sandbox_pb2 as pb
 
 __all__ = [
@@ -133,7 +135,6 @@ class SandboxClient:
         self._connection = Connection(target, tls)
         self._call_timeout = m.seconds("call_timeout", call_timeout)
         self._margin = m.seconds("deadline_margin", deadline_margin)
-        self._health_error: SandboxError | None = None
 
     @classmethod
     def from_env(
@@ -192,7 +193,8 @@ class SandboxClient:
     def on_suspect(self) -> Callable[[], None] | None:
         """Called, synchronously, when a call failed as calls to a dead sandbox do.
 
-        That is, with UNAVAILABLE or DEADLINE_EXCEEDED; health checks excepted.
+        That is, with UNAVAILABLE or DEADLINE_EXCEEDED; health checks excepted, and the
+        deadline of a wait for an execution, which is only the caller's patience.
         """
         return self._connection.on_suspect
 
@@ -204,10 +206,14 @@ class SandboxClient:
         """Has answers to health checks wait for their turn, so that a crowd's do not come in one pass."""
         self._connection.pace = pace
 
+    def _tell_closed(self, callback: Callable[[], None]) -> None:
+        """Has `close` say so to whoever hands this client out, who must not do that again."""
+        self._connection.on_close = callback
+
     @property
     def health_error(self) -> SandboxError | None:
         """Why the last attempt of `wait_for_healthy` failed; None after a success."""
-        return self._health_error
+        return self._connection.health_error
 
     async def __aenter__(self) -> Self:
         return self
@@ -254,36 +260,7 @@ class SandboxClient:
         Raises:
             ValueError: `timeout` is no number of seconds.
         """
-        self._health_error = None
-        if isinstance(timeout, int | float) and not timeout >= 1e-9:  # type: ignore[redundant-expr]
-            return False
-        try:
-            async with asyncio.timeout(m.seconds("timeout", timeout)):
-                await self._until_healthy()
-        except TimeoutError:
-            self._health_error = self.health_error or SandboxTimeoutError(f"no answer from {self.target}")
-        except SandboxError as error:
-            self._health_error = error
-        else:
-            self._health_error = None
-        return self._health_error is None
-
-    async def _until_healthy(self) -> None:
-        pause, patience = 0.01, 1.0
-        while True:
-            try:
-                if (await self._connection.check_health(patience)).healthy:
-                    return
-                self._health_error = SandboxUnavailableError(f"{self.target} answers that it is unhealthy")
-            except SandboxError as error:
-                if error.status is None:  # Not the other side's doing.
-                    raise
-                self._health_error = error
-                if isinstance(error, SandboxTimeoutError):
-                    patience = min(2 * patience, 5.0)
-            await self._connection.renew()
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.25)
+        return await wait_for_healthy(self._connection, timeout)
 
     # Running code
 
@@ -295,8 +272,8 @@ class SandboxClient:
         Args:
             code: What to run; may be empty.
             cached: Instead of `code`, the name of a script in the server's cache.
-            timeout: How long it may run; None: the server's default of 30 seconds.
-                Servers may clamp it, to 1 to 120 seconds.
+            timeout: How long it may run, in seconds; None: the server's default of 30.
+                Servers may clamp it, to 1 to 120.
         """
         request = m.execute_request(code, cached, timeout)
         return await self._use("Execute", request, m.read_result, self._deadline(timeout))
@@ -368,7 +345,11 @@ class SandboxClient:
         loop = asyncio.get_running_loop()
         remaining, deadline = timeout, loop.time() + m.seconds("timeout", timeout)
         while True:
-            status = await self.get_execution(execution_id, wait=True, timeout=remaining)
+            try:
+                status = await self.get_execution(execution_id, wait=True, timeout=remaining)
+            except SandboxTimeoutError as error:
+                text = f"execution {execution_id} has not ended within {timeout:.3g} s"
+                raise SandboxTimeoutError(text, status=error.status) from error
             if status.state.is_final:
                 return status
             # A server that cuts long polls short must not be asked in a busy loop.

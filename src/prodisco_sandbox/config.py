@@ -23,13 +23,21 @@ TRANSPORT_MODES = ("insecure", "tls", "mtls")
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
+# Where `SandboxManagerConfig.from_env` has its fields from.
+_TEXTS = {
+    "namespace": "SANDBOX_NAMESPACE",
+    "sandbox_image": "SANDBOX_IMAGE",
+    "instance_id": "SANDBOX_INSTANCE_ID",
+}
+_NUMBERS = {"max_sessions": "SANDBOX_MAX_SESSIONS", "sandbox_port": "SANDBOX_TCP_PORT"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TlsConfig:
     """TLS of the channel to a sandbox, and the Secret that the sandbox's pod mounts.
 
-    With ``cert`` and ``key`` the client shows a certificate of its own (mTLS). The
-    files are read once, when the first channel is made.
+    With ``cert`` and ``key`` the client shows a certificate of its own (mTLS). Each
+    client reads the files once, when it is first used.
     """
 
     ca: str | os.PathLike[str] | None = None
@@ -143,9 +151,9 @@ class SandboxManagerConfig:
     tls: TlsConfig | None = None
     """TLS of the channels and of the default pod template; None: plaintext."""
     instance_id: str = field(default_factory=lambda: os.urandom(8).hex())
-    """Who owns a Sandbox among several managers of one namespace: random per process
-    unless set. A value that is set promises that one live manager uses it. What is no
-    valid label value is hashed."""
+    """Who owns a Sandbox among several managers of one namespace: random for each config
+    that is made, unless set, so give each live manager a config of its own. A value that
+    is set promises that one live manager uses it. What is no valid label value is hashed."""
     lease_duration: float | None = 1800.0
     """A Sandbox outlives its dead manager by at most this; None turns leases off."""
     shutdown_timeout: float = 30.0
@@ -156,6 +164,9 @@ class SandboxManagerConfig:
     def __post_init__(self) -> None:
         if self.mode not in ("single", "multi"):
             raise _wrong("mode", self.mode, '"single" or "multi"')
+        client: object = self.single_client
+        if client is not None and (isinstance(client, type) or not hasattr(client, "execute")):
+            raise _wrong("single_client", client, "a SandboxClient, such as SandboxClient('localhost:50051')")
         _check_text("namespace", self.namespace, _DNS_LABEL, "an RFC 1123 label such as 'prodisco'")
         if not _is_int(self.sandbox_port) or not 1 <= self.sandbox_port <= 65535:
             raise _wrong("sandbox_port", self.sandbox_port, "an integer from 1 to 65535")
@@ -216,17 +227,10 @@ class SandboxManagerConfig:
         values: dict[str, Any] = {"mode": env.get("SANDBOX_MODE") or "single"}
         if values["mode"] not in ("single", "multi") and "mode" not in overrides:
             raise ValueError(f'SANDBOX_MODE is {values["mode"]!r}: use "single" or "multi"')
-        for variable, name in (
-            ("SANDBOX_NAMESPACE", "namespace"),
-            ("SANDBOX_IMAGE", "sandbox_image"),
-            ("SANDBOX_INSTANCE_ID", "instance_id"),
-        ):
+        for name, variable in _TEXTS.items():
             if env.get(variable):
                 values[name] = env[variable]
-        for variable, name in (
-            ("SANDBOX_MAX_SESSIONS", "max_sessions"),
-            ("SANDBOX_TCP_PORT", "sandbox_port"),
-        ):
+        for name, variable in _NUMBERS.items():
             if env.get(variable) and name not in overrides:
                 values[name] = env_int(env, variable)
         if "tls" not in overrides:
@@ -240,7 +244,15 @@ class SandboxManagerConfig:
 
             values["single_client"] = SandboxClient.from_env(env, tls=values["tls"])
             values["owns_single_client"] = True
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            # The field's name says nothing to whoever only sets variables.
+            variables = {**_TEXTS, **_NUMBERS, "tls.secret_name": "SANDBOX_TLS_SECRET_NAME"}
+            name = str(error).partition(" ")[0]
+            if name not in variables or name.partition(".")[0] in overrides:
+                raise
+            raise ValueError(f"{variables[name]}: {error}") from None
 
 
 def env_int(environ: Mapping[str, str], variable: str) -> int:

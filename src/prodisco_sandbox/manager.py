@@ -116,7 +116,8 @@ class SandboxManager:
 
         However many callers ask at once, one sandbox is created. It waits for a creation
         or a close under way, and for a slot as long as ``capacity_timeout`` allows.
-        Using the client, and calling this, keeps the session from being reaped.
+        Using the client, and calling this, keeps the session from being reaped. The client
+        is the manager's: do not close it.
 
         Safe to cancel: the creation goes on for whoever asks next.
 

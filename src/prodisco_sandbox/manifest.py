@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .config import SandboxManagerConfig, TlsConfig
+from .errors import SandboxError
 
 GROUP = "agents.x-k8s.io"
 PLURAL = "sandboxes"
@@ -265,7 +266,13 @@ def endpoint(sandbox: Object, config: SandboxManagerConfig) -> str | None:
     host, only the Service has a name that a certificate can carry.
     """
     if callable(config.endpoint):
-        return config.endpoint(sandbox)
+        try:
+            target: object = config.endpoint(sandbox)
+        except Exception as e:
+            raise SandboxError(f"the function that is the setting endpoint failed: {e!r}") from e
+        if target is None or isinstance(target, str):
+            return target
+        raise SandboxError(f"the setting endpoint returned {target!r}: it must be a gRPC target or None")
     status = sandbox.get("status") or {}
     ips, fqdn = pod_ips(sandbox), status.get("serviceFQDN")
     named = config.tls is not None and config.tls.server_name is None

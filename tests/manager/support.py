@@ -51,6 +51,7 @@ class StubClient(SandboxClient):
         return self.healthy
 
     async def close(self) -> None:
+        await super().close()
         await asyncio.sleep(0)
         self.closed = True
 

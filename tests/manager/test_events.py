@@ -63,7 +63,9 @@ def test_every_event_is_walked() -> None:
     source = Path(prodisco_sandbox.__file__).parent
     for path in source.glob("*.py"):
         found |= set(
-            re.findall(r"log\.(?:debug|info|warning|error|exception)\(\s*\"(\w+)\"", path.read_text())
+            re.findall(
+                r"log\.(?:debug|info|warning|error|exception|log)\((?:level, )?\s*\"(\w+)\"", path.read_text()
+            )
         )
     assert found == GOOD | {failure.event for failure in FAILURES}
 

@@ -384,6 +384,55 @@ async def test_an_endpoint_function_that_fails_harms_nobody_else() -> None:
         assert await manager.get_client("a") is not clients["a"], "another pod"
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"endpoint": lambda sandbox: 1 / 0}, "setting endpoint failed: ZeroDivisionError"),
+        ({"endpoint": lambda sandbox: 5}, "setting endpoint returned 5: it must be a gRPC target or None"),
+        ({"clients": lambda target: target}, "client_factory returned '10.*it must be a SandboxClient"),
+    ],
+)
+async def test_what_a_function_of_the_users_gives_wrong_is_blamed_on_it(
+    settings: dict[str, Any], text: str
+) -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **settings) as manager:
+        with pytest.raises(SandboxError, match=text):
+            await manager.get_client("s")
+        await settle()
+        assert api.objects == []
+
+
+# A client that one of its users closes
+
+
+async def test_who_closes_a_client_leaves_the_others_their_sandbox() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        async with await manager.get_client("s") as closed:
+            sandbox = closed.sandbox
+        again, other = await asyncio.gather(manager.get_client("s"), manager.get_client("s"))
+        assert again is other is not closed
+        assert again.sandbox == sandbox, "its state is still there"
+        stats = manager.stats()
+        assert (stats.created, stats.lost, stats.ready) == (1, 0, 1)
+        assert stats.events["sandbox_suspect"] == 1
+        assert api.count("create") == 1
+
+
+async def test_a_client_that_is_closed_while_it_is_doubted_is_replaced_too() -> None:
+    clients = Clients()
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+        first = await stub(manager.get_client("s"))
+        first.healthy = False
+        first.fail()
+        asking = asyncio.create_task(manager.get_client("s"))
+        await settle()
+        assert first.health_checks == 2, "it is being looked at"
+        await first.close()
+        again = await asking
+        assert again is not first
+        assert again.sandbox == first.sandbox
+
+
 # Without a watch
 
 

@@ -305,6 +305,12 @@ class Machine(RuleBasedStateMachine):
             client.fail()
             self.move("broken connection", pause)
 
+    @rule(which=st.integers(0, 100), pause=PAUSES)
+    def close_a_client(self, which: int, pause: float) -> None:
+        if self.clients:
+            self.run(self.clients[which % len(self.clients)].close())
+            self.move("closed client", pause)
+
     @rule(outcomes=st.lists(st.sampled_from([True, 1.0, 15.0, 30.0, False]), min_size=1, max_size=4))
     def be_slow(self, outcomes: list[Any]) -> None:
         self.readying = outcomes

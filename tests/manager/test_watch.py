@@ -252,12 +252,17 @@ async def test_a_line_that_is_no_event_breaks_the_watch_and_nothing_else(line: b
         assert api.count("watch") == 2
 
 
-async def test_pauses_grow_while_the_watch_fails_and_begin_anew_after_a_success() -> None:
+async def test_pauses_grow_while_the_watch_fails_and_begin_anew_after_a_success(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=1000.0) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         with api.faults.add("watch", error=503):
             await asyncio.sleep(20)
         assert times(api, "watch") == [0, 0.1, 0.3, 0.7, 1.5, 3.1, 6.3, 11.3, 16.3]
+        [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert "watch_broken" in warning.getMessage()
+        assert "attempt=3" in warning.getMessage(), "said once, and not of a mere hiccup"
         await asyncio.sleep(5)
         api.set_ready(manager.sandbox_name("s"))
         await waiting

@@ -133,7 +133,9 @@ class LocalCluster:
         For ``endpoint`` of `SandboxManagerConfig`; the status holds no address that leads
         to a server.
         """
-        pod = self._controller and self._controller.pods.get(str(manifest.uid(sandbox)))
+        if self._controller is None:
+            raise SandboxError("the cluster has not been started: use `async with LocalCluster()`")
+        pod = self._controller.pods.get(str(manifest.uid(sandbox)))
         return pod.server.target if pod and pod.server else None
 
     def config(self, **settings: Any) -> SandboxManagerConfig:

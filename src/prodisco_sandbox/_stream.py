@@ -1,0 +1,159 @@
+"""The output of one execution, as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from types import TracebackType
+from typing import Any, Self
+
+import grpc.aio
+
+from ._channel import SUSPICIOUS, Connection
+from ._messages import ExecutionChunk, read_chunk
+from .errors import SandboxError
+from .proto import sandbox_pb2 as pb
+
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+class ExecutionStream:
+    """The chunks of one execution, as they come: what `SandboxClient.execute_stream` returns.
+
+    An async iterator of `ExecutionChunk`, and an async context manager::
+
+        async with client.execute_stream(code="...") as stream:
+            async for chunk in stream:
+                print(chunk.text, end="")
+
+    The execution starts when the stream is entered or first iterated. Leaving the
+    context, `aclose`, or cancelling the task that iterates cancels the call. Without
+    ``async with``, a ``break`` out of the loop cancels it as soon as nothing refers to
+    the stream any more: at once in ``async for chunk in client.execute_stream(...)``,
+    but only later where a variable still holds it. Can be iterated once, by one task at
+    a time; after its end or an error it is exhausted.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_call",
+        "_complete",
+        "_connection",
+        "_finalizer",
+        "_over",
+        "_reading",
+        "_request",
+        "_timeout",
+    )
+
+    def __init__(self, connection: Connection, request: pb.ExecuteRequest, timeout: float) -> None:
+        self._connection = connection
+        self._request = request
+        self._timeout = timeout
+        self._call: Any = None
+        self._finalizer: weakref.finalize[..., ExecutionStream] | None = None
+        self._over = self._reading = self._complete = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ExecutionChunk:
+        """The next chunk.
+
+        Raises:
+            SandboxError: The call failed (see the error tree), or the server ended the
+                stream without a result.
+        """
+        self._claim()
+        try:
+            if not self._over and self._call is None:
+                await self._start()
+            while not self._over:
+                message = await self._read()
+                if message is _EOF:
+                    self._finish()
+                    if not self._complete:
+                        raise SandboxError(
+                            f"ExecuteStream on {self._connection.target}: ended without a result"
+                        )
+                    break
+                chunk = read_chunk(message)
+                if chunk is not None:
+                    self._complete = self._complete or chunk.kind == "result"
+                    return chunk
+        finally:
+            self._reading = False
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        self._claim()
+        try:
+            if not self._over and self._call is None:
+                await self._start()
+        finally:
+            self._reading = False
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancels the call if it has not ended. Idempotent; never suspends."""
+        self._finish()
+
+    def _claim(self) -> None:
+        if self._reading:
+            raise SandboxError("this stream is already being read by another task")
+        self._reading = True
+
+    async def _start(self) -> None:
+        call = await self._connection.start_stream(self._request, self._timeout)
+        if self._over:
+            self._connection.end_stream(call)
+            raise self._closed_under()
+        self._call = call
+        self._finalizer = weakref.finalize(
+            self, self._connection.drop_stream, call, asyncio.get_running_loop()
+        )
+        self._finalizer.atexit = False
+
+    async def _read(self) -> Any:
+        cancellations = _cancellations()
+        try:
+            message = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            self._finish()
+            raise self._connection.failure("ExecuteStream", error, SUSPICIOUS) from error
+        except asyncio.CancelledError:
+            was_over = self._over
+            self._finish()
+            if _cancellations() > cancellations:
+                raise
+            if self._connection.closed:
+                raise self._connection.closed_under("ExecuteStream") from None
+            if was_over:
+                raise self._closed_under() from None
+            raise
+        if message is None:
+            self._finish()
+            raise self._connection.undecodable("ExecuteStream")
+        return message
+
+    def _closed_under(self) -> SandboxError:
+        return SandboxError("the stream was closed while it was being read")
+
+    def _finish(self) -> None:
+        self._over = True
+        if self._finalizer is not None and self._finalizer.detach() is not None:
+            self._connection.end_stream(self._call)
+
+
+def _cancellations() -> int:
+    """How often this task has been cancelled: gRPC raises CancelledError for its calls too.
+
+    A task that cleans up behind itself has been cancelled already, and may be once more.
+    """
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
