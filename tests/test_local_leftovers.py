@@ -423,3 +423,57 @@ async def test_what_is_left_behind_is_logged(
         os.kill(keeper_of(tmp_path), signal.SIGSTOP)  # So that it is killed, and removes nothing.
     assert "what='a file'" in caplog.text
     assert f"what='files that cannot be removed, in {cluster.directory}'" in caplog.text
+
+
+# The keeper alone
+
+# A stand-in for a cluster's process; its orders come from the test, over the same socket.
+LAUNCHER = """\
+import os, subprocess, sys, time
+argv = [sys.executable, "-I", "-c", *sys.argv[1:], str(os.getpid())]
+print(subprocess.Popen(argv, stdin=0, stdout=subprocess.DEVNULL, start_new_session=True).pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+async def test_an_order_that_a_keeper_reads_after_its_end(tmp_path: Path) -> None:
+    (base := tmp_path / "base").mkdir()
+    ours, theirs = socket.socketpair()
+    argv = [sys.executable, "-c", LAUNCHER, _processes._BOOTSTRAP, str(_processes._FILE), str(base)]
+    with ours, subprocess.Popen(argv, stdin=theirs.fileno(), stdout=subprocess.PIPE) as cluster:
+        theirs.close()
+        assert cluster.stdout is not None
+        keeper = int(cluster.stdout.readline())
+        ours.recv(1000)  # ready
+
+        def start(key: str, script: str) -> None:
+            order = {"do": "start", "server": key, "argv": ["/bin/sh", "-c", script], "env": dict(os.environ)}
+            ours.sendall(json.dumps(order).encode() + b"\n")
+
+        start("1", f"cd {base}; until [ -e go ]; do sleep 0.02; done; echo listening on x; exec sleep 60")
+        async with asyncio.timeout(5):
+            while not (base / next(iter(os.listdir(base)), "") / "1" / "tmp").exists():
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        # It finds all at once when it goes on: a server's word, an order, and the cluster's end.
+        os.kill(keeper, signal.SIGSTOP)
+        (base / "go").touch()
+        await asyncio.sleep(0.3)
+        start("2", f"cd {base}; exec sleep 60")
+        cluster.kill()
+    (base / "go").unlink()
+    try:
+        os.kill(keeper, signal.SIGCONT)
+        await until_gone(base)
+    finally:
+        if Path("/proc", str(keeper)).exists():
+            os.kill(keeper, signal.SIGKILL)
+
+
+def test_a_link_in_the_place_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "home" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "1").symlink_to(tmp_path / "home")
+    assert _keeper.remove(tmp_path / "1")
+    assert not (tmp_path / "1").is_symlink()
+    assert (tmp_path / "home" / "a" / "b").is_dir()

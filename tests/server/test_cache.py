@@ -135,3 +135,46 @@ async def test_through_the_rpcs(tmp_path: Path) -> None:
             assert list((await stub.ListCache(pb.ListCacheRequest(filter="hell"))).entries) == [first.cached]
             assert (await stub.ClearCache(pb.ClearCacheRequest())).deleted_count == 2
             assert not (await stub.ListCache(pb.ListCacheRequest())).entries
+
+
+NO_TEXT = b"\xff"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pipe", "directory", "link"])
+def test_what_code_puts_into_the_cache_ends_nothing(cache: ScriptCache, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"x-{hashlib.sha256(NO_TEXT).hexdigest()[:12]}.py"
+    held = -1
+    if kind == "bytes":
+        path.write_bytes(NO_TEXT)
+    elif kind == "pipe":
+        os.mkfifo(path)
+        held = os.open(path, os.O_RDWR)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/etc/passwd")
+    open_before = len(os.listdir("/proc/self/fd"))
+    try:
+        assert cache.source(path.stem) is None
+        assert cache.add("# good") is not None
+        assert [entry.description for entry in cache.entries()] == ["good"]
+        assert len(os.listdir("/proc/self/fd")) == open_before
+    finally:
+        if held >= 0:
+            os.close(held)
+
+
+async def test_a_file_of_code_does_not_end_later_executions(tmp_path: Path) -> None:
+    name = f"x-{hashlib.sha256(NO_TEXT).hexdigest()[:12]}.py"
+    source = f"open({str(tmp_path / 'cache' / name)!r}, 'wb').write({NO_TEXT!r})"
+    with running(tmp_path, "--writable", str(tmp_path / "cache")) as server:
+        async with server.connect() as stub:
+            assert (await stub.Execute(code(source))).success
+            answer = await stub.Execute(code("print('later')"))
+            assert answer.success, answer.error
+            await stub.ListCache(pb.ListCacheRequest())
+
+
+def test_long_scripts_are_not_parsed_for_a_description() -> None:
+    """A literal of 4 MB takes seconds and gigabytes, in the server itself."""
+    assert describe('"""A module."""\n' + "x = 1\n" * 20_000) == ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest.mock import ANY
+
 import pytest
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.server._service import _records
 
 from .support import Stub
 
@@ -110,3 +113,51 @@ async def test_code_that_writes_into_the_report_is_no_success(stub: Stub) -> Non
     assert [test.name for test in answer.tests] == ["test_it"]
     assert not answer.success
     assert "disturbed" in answer.error
+
+
+async def test_a_crash_after_a_failure_is_told(stub: Stub) -> None:
+    answer = await run(
+        stub, "import os\ndef test_a(): assert 0\ndef test_b(): os.abort()\ndef test_c(): pass"
+    )
+    assert answer.summary.failed == 1
+    assert "SIGABRT" in answer.error
+
+
+async def test_tests_that_never_ran_are_no_success(stub: Stub) -> None:
+    answer = await run(
+        stub, "import os\ndef test_a(): pass\ndef test_b(): os._exit(0)\ndef test_c(): assert 0"
+    )
+    assert not answer.success, answer
+    answer = await run(stub, "def test_a(): assert 0", "import os; os._exit(0)")
+    assert not answer.success, answer
+
+
+async def test_long_errors_of_tests_are_cut(stub: Stub) -> None:
+    answer = await run(stub, "def test_a(): pass", "raise ValueError('x' * 300_000)")
+    assert len(answer.error) < 70_000
+
+
+async def test_a_long_message_of_a_failed_test(stub: Stub) -> None:
+    answer = await run(stub, "def test_a(): raise ValueError('x' * 5_000_000)\ndef test_b(): pass")
+    assert [test.name for test in answer.tests] == ["test_a", "test_b"], answer.error[:100]
+
+
+async def test_a_message_with_a_lone_surrogate(stub: Stub) -> None:
+    answer = await run(stub, "def test_a(): raise ValueError('\\ud800')\ndef test_b(): pass")
+    assert [test.name for test in answer.tests] == ["test_a", "test_b"], answer.error
+    assert not answer.HasField("error")
+
+
+async def test_a_nested_report(stub: Stub) -> None:
+    answer = await run(stub, "def test_a():\n    import os; os.write(3, b'[' * 200_000 + b'\\n')")
+    assert "disturbed" in answer.error
+
+
+def test_junk_in_a_report_is_read_only_so_far() -> None:
+    """4 MiB of it took the server's loop for seconds."""
+    assert len(_records("1\n" * 1000)) == 100
+    test = '{"name": "t", "outcome": "passed", "error": null, "duration_ms": 1}\n'
+    assert len(_records(test * 1000)) == 1000
+    assert _records(test.replace('"duration_ms": 1', '"duration_ms": null')) == [
+        {"error": ANY},
+    ]

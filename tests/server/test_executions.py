@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import grpc
 import pytest
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.server._executions import Execution
 
-from .support import Server, Stub, alive, code, running
+from .support import Server, Stub, alive, code, running, until
 
 SLEEP = "import time; time.sleep(1000)"
 
@@ -227,3 +229,66 @@ async def test_long_error_texts_are_cut(stub: Stub) -> None:
     assert answer.error.startswith("ValueError: xxx")
     assert answer.error.endswith("characters]")
     assert len(answer.error) < 70_000
+
+
+@pytest.mark.parametrize("length", [20_000, 1_000_000])
+async def test_long_ids_and_names_have_their_codes(stub: Stub, length: int) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetExecution(pb.GetExecutionRequest(execution_id="x" * length))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ExecuteAsync(pb.ExecuteRequest(cached="x" * length))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_all_that_an_execution_holds_counts() -> None:
+    held = Execution("s" * 1000, 1, 10_000, tests="t" * 2000)
+    held.report, held.error = "r" * 3000, "e" * 4000
+    held.output.feed("\N{OWL}".encode() * 1000)
+    held.error_output.feed(b"x" * 1000)
+    assert 15_000 < held.size < 18_000, "an owl takes four bytes"
+
+
+@pytest.mark.slow
+async def test_reports_do_not_fill_the_memory(tmp_path: Path) -> None:
+    def resident() -> int:
+        pages = Path(f"/proc/{server.pid}/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
+
+    with running(tmp_path, "--retain-limit-mb", "8", "--cache-limit-mb", "0") as server:
+        async with server.connect() as stub:
+            await stub.Execute(code("print(1)"))
+            before = resident()
+            for _ in range(40):
+                await stub.Execute(code("import os; os.write(3, b'x' * (4 << 20))"))
+                await stub.ExecuteTest(pb.ExecuteTestRequest(code="1/0", tests="#" * (8 << 20)))
+            assert resident() - before < 200 << 20
+
+
+# The workspace's limit
+
+
+@pytest.mark.slow
+async def test_what_is_over_its_limit_may_make_room(tmp_path: Path) -> None:
+    with running(tmp_path, "--workspace-limit-mb", "10") as server:
+        async with server.connect() as stub:
+            await stub.Execute(code("for n in range(4): open(f'f{n}', 'wb').write(bytes(10 << 20))"))
+            await until(lambda: "more than 10 MiB in the workspace" in server.log())
+            # Longer than it takes until the next look.
+            answer = await stub.Execute(code("import time; time.sleep(1.5); print('ok')"))
+            assert answer.output == "ok\n", answer.error
+    assert "never retrieved" not in server.log()
+
+
+@pytest.mark.slow
+async def test_what_is_quicker_than_the_watch_is_stopped_too(tmp_path: Path) -> None:
+    with running(tmp_path, "--workspace-limit-mb", "10") as server:
+        async with server.connect() as stub:
+            answers = []
+            for n in range(15):
+                source = f"for n in range(4): open(f'f{n}-{{n}}', 'wb').write(bytes(2 << 20))"
+                answers.append(await stub.Execute(code(source)))
+                await asyncio.sleep(0.3)
+    refused = [answer.error for answer in answers if not answer.success]
+    assert refused
+    assert "remove files first" in refused[-1]

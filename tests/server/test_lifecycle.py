@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine
-from prodisco_sandbox.server._app import Places
+from prodisco_sandbox.server._app import Places, _flatten
 from prodisco_sandbox.server._options import parse
 
 from .support import Server, Stub, alive, code, running, tls_options, until
@@ -277,3 +277,86 @@ async def test_messages_larger_than_the_default_limit(server: Server) -> None:
     async with server.connect() as stub:
         answer = await stub.Execute(code("#" + "y" * (5 << 20) + "\nprint(1)"))
         assert answer.output == "1\n"
+
+
+# Directories that are in the way
+
+
+def test_a_directory_that_cannot_be_made_is_named_and_leaves_none_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "t").mkdir()
+    done = start_in(tmp_path / "t", "--cache-dir", str(tmp_path / "file" / "x"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a directory cannot be made" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path / "t") == []
+
+
+def start_in(
+    directory: Path, *options: str, wrapper: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """A server whose standard input is empty, until it ends."""
+    command = [sys.executable, "-m", "prodisco_sandbox.server", "--socket", str(directory / "run" / "s")]
+    return subprocess.run(
+        [*wrapper, *command, *options],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(directory)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize("wrapper", [(), ("/bin/sh", "-c", 'exec "$@" <&-', "sh")], ids=["null", "closed"])
+def test_an_input_that_has_ended_before_it_began_is_a_parent_that_is_gone(
+    tmp_path: Path, wrapper: tuple[str, ...]
+) -> None:
+    cache = ("--cache-dir", str(tmp_path / "cache"))
+    done = start_in(tmp_path, "--exit-with-parent", *cache, wrapper=wrapper)
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_that_another_server_makes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+
+    def quicker(self: Path, mode: int = 0o777) -> None:
+        if self.name == "cache":
+            mkdir(self)
+        mkdir(self, mode)
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "mkdir", quicker)
+    places = Places(
+        parse(
+            ["--socket", str(tmp_path / "s"), "--cache-dir", str(tmp_path / "cache"), "--exit-with-parent"],
+            {},
+        )
+    )
+    places.remove()
+    assert os.listdir(tmp_path) == ["cache"]
+
+
+def test_one_that_stays_put_does_not_keep_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "stuck", "z"):
+        (tmp_path / "top" / name / "inner").mkdir(parents=True)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name in ("a", "stuck", "z") and self.name == first:
+            raise OSError("busy")
+        return rename(self, target)
+
+    first = os.listdir(tmp_path / "top")[0]
+    monkeypatch.setattr(Path, "rename", refuse)
+    _flatten(tmp_path / "top")
+    # The two others, their inner ones, and the one that stays put.
+    assert len(os.listdir(tmp_path / "top")) == 5
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+async def test_a_locked_workspace_can_be_used_again(stub: Stub) -> None:
+    assert (await stub.Execute(code("import os; os.chmod('.', 0)"))).success
+    assert (await stub.Execute(code("open('x', 'w'); print('ok')"))).output == "ok\n"

@@ -129,7 +129,8 @@ class Keeper:
     def _obey(self, order: dict[str, Any]) -> None:
         server = self._servers.get(order["server"])
         if order["do"] == "start":
-            self._start(order)
+            if not self._ending:  # Nobody would stop it.
+                self._start(order)
         elif server is None or server.exit is not None:
             return  # It has ended meanwhile.
         elif order["do"] == "stop":
@@ -318,6 +319,8 @@ def kill_children() -> None:
 
 def remove(directory: Path) -> bool:
     """Removes a directory and all in it; returns whether it is gone."""
+    if directory.is_symlink():  # Code put it there; what it points to is somebody else's.
+        directory.unlink()
     with contextlib.suppress(RecursionError):
         shutil.rmtree(directory, ignore_errors=True)
     if directory.exists():

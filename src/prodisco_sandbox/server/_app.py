@@ -21,6 +21,7 @@ from prodisco_sandbox.proto import sandbox_pb2, sandbox_pb2_grpc
 
 from . import _transport
 from ._cache import ScriptCache
+from ._confine import identity
 from ._containment import Containment
 from ._executions import Executions
 from ._interpreter import Processes
@@ -55,20 +56,27 @@ class Places:
     """Files and directories of this server; knows which of them it made."""
 
     def __init__(self, options: Options) -> None:
-        self._made: list[Path] = []
-        if options.host is None:
-            self._make(options.socket.parent)
-        private = self._private(options)
-        self.temporary = private / "tmp"
-        self._make(self.temporary)
-        kept = list(self._made)
-        self._make(options.cache_dir)
-        self.workspace = options.workspace or private / "workspace"
-        self._make(self.workspace)
+        # Held open: code may be able to put something else in their places.
+        self._made: list[tuple[Path, int]] = []
+        try:
+            if options.host is None:
+                self._make(options.socket.parent)
+            private = self._private(options)
+            self.temporary = private / "tmp"
+            self._make(self.temporary)
+            kept = list(self._made)
+            self._make(options.cache_dir)
+            self.workspace = options.workspace or private / "workspace"
+            self._make(self.workspace)
+        except OSError as error:
+            self.remove()
+            raise OptionsError(f"a directory cannot be made: {error}") from error
         self.workspace = self.workspace.resolve()
         if not options.exit_with_parent:
             # What was asked for by name outlives the server, unless the server is but a
             # part of its parent.
+            for _, held in self._made[len(kept) :]:
+                os.close(held)
             self._made = kept
 
     def _private(self, options: Options) -> Path:
@@ -77,25 +85,38 @@ class Places:
             path = tempfile.mkdtemp(prefix=PRIVATE_PREFIX)
         except FileNotFoundError:
             path = tempfile.mkdtemp(prefix=PRIVATE_PREFIX, dir=options.cache_dir)
-        self._made.append(Path(path))
+        self._note(Path(path))
         return Path(path).resolve()
 
     def _make(self, path: Path) -> None:
         if path.is_dir():
             return
         self._make(path.parent)
-        path.mkdir(mode=0o700)
-        self._made.append(path)
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+            return  # Another server was quicker.
+        self._note(path)
+
+    def _note(self, path: Path) -> None:
+        self._made.append((path, os.open(path, os.O_PATH | os.O_CLOEXEC)))
 
     def remove(self) -> None:
         """Removes the directories that this server made; gRPC has removed the socket."""
-        for path in reversed(self._made):
+        for path, held in reversed(self._made):
             try:
+                if path.is_symlink() or identity(path) != identity(held):
+                    log.warning("%s is not what was made there; it is left alone", path)
+                    continue
                 with contextlib.suppress(OSError):
                     _flatten(path)
                 shutil.rmtree(path)
             except (OSError, RecursionError) as error:
                 log.warning("could not remove all of %s: %s", path, error)
+            finally:
+                os.close(held)
 
 
 def _flatten(path: Path) -> None:
@@ -109,8 +130,9 @@ def _flatten(path: Path) -> None:
         with os.scandir(pending.pop()) as entries:
             nested = [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
         for directory in nested:
-            directory.chmod(0o700)
-            pending.append(directory.rename(path / uuid.uuid4().hex))
+            with contextlib.suppress(OSError):  # One that stays put does not keep the others.
+                directory.chmod(0o700)
+                pending.append(directory.rename(path / uuid.uuid4().hex))
 
 
 async def serve(options: Options) -> None:
@@ -143,9 +165,9 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
         if options.workspace is not None:
             await executions.measure()
         await server.start()
-        if options.exit_with_parent:
-            stop.on_end_of_input()
         try:
+            if options.exit_with_parent:
+                stop.on_end_of_input()
             print(f"listening on {target}", flush=True)  # noqa: T201
             log.info("listening on %s, workspace %s", target, places.workspace)
             processes.start_spares()
@@ -215,15 +237,23 @@ class _Stop:
 
     def on_end_of_input(self) -> None:
         loop = asyncio.get_running_loop()
-        descriptor = sys.stdin.fileno()
 
         def read() -> None:
             with contextlib.suppress(OSError):
-                if os.read(descriptor, 4096):
+                if os.read(sys.stdin.fileno(), 4096):
                     return
-            loop.remove_reader(descriptor)
-            log.info("standard input ended: the parent is gone")
-            self.at_once.set()
-            self.asked.set()
+            loop.remove_reader(sys.stdin.fileno())
+            self._on_end_of_input()
 
-        loop.add_reader(descriptor, read)
+        if sys.stdin is None:
+            self._on_end_of_input()
+            return
+        try:
+            loop.add_reader(sys.stdin.fileno(), read)
+        except PermissionError:  # A file, such as /dev/null: nobody holds the other end.
+            self._on_end_of_input()
+
+    def _on_end_of_input(self) -> None:
+        log.info("standard input ended: the parent is gone")
+        self.at_once.set()
+        self.asked.set()

@@ -8,9 +8,11 @@ import io
 import logging
 import os
 import re
+import stat
 import tempfile
 import threading
 import tokenize
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,8 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = 200
 """Characters of a description."""
+_DESCRIBED = 1 << 16
+"""Characters of a script up to which it is parsed for one, which takes hundreds of bytes for each."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}-[0-9a-f]{12}")
 _SUFFIX = ".py"
 
@@ -53,7 +57,10 @@ class ScriptCache:
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
-        self._directory = directory
+        # Held, since code may be able to put a link to elsewhere in its place.
+        held = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, held)
+        self._directory = Path(f"/proc/self/fd/{held}")
         self._limit = limit
         self._lock = threading.RLock()
         self._known: dict[tuple[str, int, int], CacheEntry | None] = {}
@@ -69,14 +76,20 @@ class ScriptCache:
 
     def _scan(self) -> dict[tuple[str, int, int], CacheEntry | None]:
         found: dict[tuple[str, int, int], CacheEntry | None] = {}
-        with os.scandir(self._directory) as files:
+        try:
+            files = os.scandir(self._directory)
+        except FileNotFoundError:  # Code may be able to remove it.
+            return found
+        with files:
             for file in files:
                 name = file.name.removesuffix(_SUFFIX)
                 if not file.name.endswith(_SUFFIX) or not _NAME.fullmatch(name):
                     continue
                 try:
-                    stat = file.stat(follow_symlinks=False)
-                    key = (name, stat.st_mtime_ns, stat.st_size)
+                    status = file.stat(follow_symlinks=False)
+                    key = (name, status.st_mtime_ns, status.st_size)
+                    if not stat.S_ISREG(status.st_mode):
+                        continue
                     found[key] = self._known[key] if key in self._known else self._read(name)[0]
                 except OSError as error:
                     log.warning("cached script %s cannot be read: %s", name, error)
@@ -88,7 +101,7 @@ class ScriptCache:
             return None
         try:
             entry, text = self._read(name)
-        except FileNotFoundError:
+        except OSError:
             return None
         return text if entry else None
 
@@ -126,16 +139,22 @@ class ScriptCache:
         return self._directory / f"{name}{_SUFFIX}"
 
     def _read(self, name: str) -> tuple[CacheEntry | None, str]:
-        # Code may have put a link or a pipe in its place.
+        # Code may have put a link, a pipe or a directory in its place.
         descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)  # `open` would leave a directory's open.
+            return None, ""
         with open(descriptor, "rb") as file:  # noqa: PTH123
-            status = os.fstat(descriptor)
             data = file.read(self._limit + 1)
         digest = hashlib.sha256(data).hexdigest()
         if not name.endswith(f"-{digest[:12]}"):
             log.warning("cached script %s is not what was cached; it is ignored", name)
             return None, ""
-        text = data.decode()
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:  # Nothing that was cached here, whatever its name says.
+            return None, ""
         return CacheEntry(name, describe(text), int(status.st_mtime * 1000), digest, len(data)), text
 
     def _write(self, name: str, data: bytes) -> None:
@@ -150,10 +169,12 @@ class ScriptCache:
 
 
 def describe(source: str) -> str:
-    """The first line of the docstring, else the first comment; empty without either."""
+    """The first line of the docstring, else the first comment; empty without either, or if it is long."""
+    if len(source) > _DESCRIBED:
+        return ""
     try:
         text = ast.get_docstring(ast.parse(source)) or _first_comment(source)
-    except (SyntaxError, ValueError, RecursionError, tokenize.TokenError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
         return ""
     lines = text.strip().splitlines()
     return lines[0].strip()[:DESCRIPTION] if lines else ""

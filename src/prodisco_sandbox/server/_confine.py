@@ -108,10 +108,17 @@ def landlock_version() -> int:
     return max(0, version)
 
 
-def landlock(version: int, writable: Sequence[str], hidden: Sequence[str]) -> None:
+def identity(path: str | os.PathLike[str] | int) -> tuple[int, int]:
+    """What tells a file from one that was put in its place."""
+    status = os.stat(path)  # noqa: PTH116
+    return status.st_dev, status.st_ino
+
+
+def landlock(version: int, writable: Sequence[tuple[str, tuple[int, int]]], hidden: Sequence[str]) -> None:
     """Confines this process and its descendants for good; needs no_new_privs.
 
-    They write below `writable` only, cannot read the files `hidden`, and cannot trace
+    They write below `writable` only, each of which counts only while it has the `identity`
+    given with it, cannot read the files `hidden`, and cannot trace
     (hence not see into) processes outside; from `LANDLOCK_SCOPES` on they cannot signal
     those either.
     """
@@ -134,8 +141,8 @@ def landlock(version: int, writable: Sequence[str], hidden: Sequence[str]) -> No
     try:
         for path in _DEVICES:
             _allow(ruleset, path, _WRITE_FILE | (_READ_FILE & read))
-        for path in writable:
-            _allow(ruleset, path, write | read)
+        for path, known in writable:
+            _allow(ruleset, path, write | read, known)
         carved, allowed = _all_but(hidden)
         for path in carved:
             _allow(ruleset, path, _READ_DIR)
@@ -148,12 +155,14 @@ def landlock(version: int, writable: Sequence[str], hidden: Sequence[str]) -> No
         os.close(ruleset)
 
 
-def _allow(ruleset: int, path: str, rights: int) -> None:
+def _allow(ruleset: int, path: str, rights: int, known: tuple[int, int] | None = None) -> None:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         return  # what is not there, or closed to us anyway, needs no permission
     try:
+        if known and known != identity(descriptor):
+            return  # an earlier execution put something else there, such as a link to outside
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             rights &= _ON_FILES
         # struct landlock_path_beneath_attr is packed: a 64-bit mask and a descriptor.

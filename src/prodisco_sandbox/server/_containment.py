@@ -40,6 +40,12 @@ class Containment:
         self.workspace = workspace
         self.temporary = temporary
         self.environ = _environment(options, workspace, temporary)
+        # As they are now: where code may write to the directory above, it can put a link in the
+        # place of one, which must not let the next execution out. Held open, for their numbers
+        # to stay theirs.
+        self._held = {
+            path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in self._writable() if path.exists()
+        }
         self.prefix = self._bubblewrap() if options.isolation == "bwrap" else []
         # Namespaces already hide everything else.
         self._landlock = 0 if self.prefix else _confine.landlock_version()
@@ -65,7 +71,7 @@ class Containment:
             },
             "max_processes": options.max_processes if self._counts_by_user else None,
             "landlock": self._landlock,
-            "writable": [str(path) for path in self._writable()],
+            "writable": [(str(path), _confine.identity(held)) for path, held in self._held.items()],
             "hidden": [str(path) for path in self._hidden()],
         }
 
@@ -77,6 +83,11 @@ class Containment:
         return [] if key is None or self._options.transport_mode == "insecure" else [key]
 
     @property
+    def descriptors(self) -> list[int]:
+        """What `prefix` finds its directories by; the process that it starts must inherit them."""
+        return list(self._held.values()) if self._options.isolation == "bwrap" else []
+
+    @property
     def max_processes(self) -> int:
         """For an execution's cgroup: what the code may have, and what is ours."""
         return self._options.max_processes + _SUPERVISORS[self._options.isolation]
@@ -86,6 +97,8 @@ class Containment:
         return self.cgroups is None and os.geteuid() != 0
 
     def close(self) -> None:
+        for descriptor in self._held.values():
+            os.close(descriptor)
         if self.cgroups is not None:
             self.cgroups.remove()
 
@@ -128,14 +141,14 @@ class Containment:
             *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
             *("--proc", "/proc", "--dev", "/dev", "--size", str(_SHARED_MEMORY), "--tmpfs", "/dev/shm"),
             # Before the rest, some of which may lie in it.
-            *("--bind", str(self.temporary), "/tmp", "--setenv", "TMPDIR", "/tmp"),
+            *("--bind", self._source(self.temporary), "/tmp", "--setenv", "TMPDIR", "/tmp"),
         ]
         for path in _readable():
             kind = "--symlink" if path.is_symlink() else "--ro-bind"
             source = os.readlink(path) if path.is_symlink() else str(path)  # noqa: PTH115
             arguments += [kind, source, str(path)]
         for writable in (self.workspace, *self._options.writable):
-            arguments += ["--bind", str(writable), str(writable)]
+            arguments += ["--bind", self._source(writable), str(writable)]
         arguments += ["--remount-ro", "/dev", "--remount-ro", "/"]
         command = [bwrap, *arguments, "--"]
         check = subprocess.run(  # noqa: S603
@@ -143,6 +156,7 @@ class Containment:
             env=self.environ,
             stdin=subprocess.DEVNULL,
             capture_output=True,
+            pass_fds=self.descriptors,
             timeout=_CHECK_TIMEOUT,
             check=False,
         )
@@ -150,6 +164,10 @@ class Containment:
             reason = check.stderr.decode(errors="replace").strip()
             raise OptionsError(f"isolation is 'bwrap', but bubblewrap fails here: {reason}")
         return command
+
+    def _source(self, path: Path) -> str:
+        """A name for the directory that was there at start, whatever is there now."""
+        return f"/proc/self/fd/{self._held[path]}" if path in self._held else str(path)
 
 
 def _readable() -> list[Path]:

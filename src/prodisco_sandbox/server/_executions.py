@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import IntEnum
 from typing import Any
 
@@ -84,6 +84,7 @@ class Execution:
         self.report = ""
         self.started_at_ms = now_ms()
         self.finished_at_ms: int | None = None
+        self.retained = 0
         self._changed = asyncio.Event()
 
     @property
@@ -93,7 +94,8 @@ class Execution:
     @property
     def size(self) -> int:
         """About how many bytes it holds."""
-        return len(self.source) + len(self.output) + len(self.error_output) + _OVERHEAD
+        texts = (self.source, self.tests or "", self.error or "", self.report)
+        return sum(map(sys.getsizeof, texts)) + self.output.size + self.error_output.size + _OVERHEAD
 
     async def changed(self) -> None:
         """Returns at the next output or change of state."""
@@ -198,7 +200,7 @@ class Executions:
         execution.state = State.RUNNING
         execution.started_at_ms = now_ms()
         try:
-            run = _Run(self._processes, self._cache, execution)
+            run = _Run(self._processes, self._cache, execution, self._grown)
         except OSError as error:
             log.warning("cannot start an interpreter: %s", error)
             self._finish(execution, State.FAILED, f"the server cannot start an interpreter: {error}")
@@ -219,21 +221,35 @@ class Executions:
         while self._running:
             await asyncio.sleep(_USAGE_INTERVAL)
             bound = max(self._options.workspace_limit, self._used)
-            self._used = await asyncio.to_thread(self._processes.usage, bound)
-            if self._used > bound:
+            used = await asyncio.to_thread(self._processes.usage, bound)
+            if used > bound:
                 await self._overflow(bound)
+            else:
+                self._used = used
 
     async def _overflow(self, bound: int) -> None:
-        text = (
-            f"more than {bound >> 20} MiB in the workspace (--workspace-limit-mb is"
-            f" {self._options.workspace_limit >> 20}): remove files first"
-        )
+        text = self._too_much(bound)
         runs = list(self._running.values())
         log.warning("ending %d executions: %s", len(runs), text)
         for run in runs:
             run.stop(State.FAILED, text)
-        await asyncio.wait([run.task for run in runs])
+        if runs:  # None, where they were quicker than this.
+            await asyncio.wait([run.task for run in runs])
         await self.measure()
+
+    async def _grown(self) -> str | None:
+        """What is wrong with the workspace, for one that may have filled it quicker than it is watched."""
+        bound = self._used
+        if bound <= self._options.workspace_limit:
+            return None
+        used = await asyncio.to_thread(self._processes.usage, bound)
+        return self._too_much(bound) if used > bound else None
+
+    def _too_much(self, bound: int) -> str:
+        return (
+            f"more than {bound >> 20} MiB in the workspace (--workspace-limit-mb is"
+            f" {self._options.workspace_limit >> 20}): remove files first"
+        )
 
     async def measure(self) -> None:
         """Takes what is in the workspace now for what may be there."""
@@ -256,7 +272,9 @@ class Executions:
         execution.state, execution.error = state, error
         execution.finished_at_ms = now_ms()
         execution.notify()
-        self._retained += execution.size
+        # Kept: what a text takes grows when it is first sent.
+        execution.retained = execution.size
+        self._retained += execution.retained
         asyncio.get_running_loop().call_later(self._options.retain_for, self._forget, execution.id)
         if self._retained > self._options.retain_limit:
             for old in [e for e in self._all.values() if e.state.final]:
@@ -266,16 +284,23 @@ class Executions:
 
     def _forget(self, execution_id: str) -> None:
         if execution := self._all.pop(execution_id, None):
-            self._retained -= execution.size
+            self._retained -= execution.retained
 
 
 class _Run:
     """A running execution's task, and the reason for which it is to end early."""
 
-    def __init__(self, processes: Processes, cache: ScriptCache, execution: Execution) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        cache: ScriptCache,
+        execution: Execution,
+        grown: Callable[[], Awaitable[str | None]],
+    ) -> None:
         self.execution = execution
         self._cache = cache
         self._processes = processes
+        self._grown = grown
         self._interpreter = processes.take()
         self._verdict: tuple[State, str] | None = None
         self.task = asyncio.create_task(self._run(), name=f"execution-{execution.id}")
@@ -302,13 +327,16 @@ class _Run:
             self._processes.start_spares_soon()
         execution.output.feed(b"", final=True)
         execution.error_output.feed(b"", final=True)
-        execution.report = outcome.report
+        if execution.tests is not None:
+            execution.report = outcome.report
         state, error = self._judge(outcome)
+        if state == State.COMPLETED and (problem := await self._grown()):
+            state, error = State.FAILED, problem
         if state == State.COMPLETED and execution.cached_name is None and execution.tests is None:
             try:
                 execution.cached_entry = await asyncio.to_thread(self._cache.add, execution.source)
-            except OSError as problem:
-                log.warning("could not cache a script: %s", problem)
+            except OSError as refusal:
+                log.warning("could not cache a script: %s", refusal)
         return state, error
 
     def _on_output(self, data: bytes) -> None:

@@ -134,7 +134,7 @@ class Processes:
                 stdin=child_control,
                 stdout=child_out,
                 stderr=child_err,
-                pass_fds=(child_status,),
+                pass_fds=(child_status, *self.containment.descriptors),
                 env=self.containment.environ,
                 cwd="/",
                 start_new_session=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import codecs
+import sys
 
 _PART = 4096
 
@@ -25,6 +26,11 @@ class Output:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory: a character may take four."""
+        return sum(map(sys.getsizeof, self._parts))
 
     def feed(self, data: bytes, *, final: bool = False) -> None:
         """Adds what was printed; `final` ends a character that was left incomplete."""

@@ -31,6 +31,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _OUTCOMES = ("passed", "failed", "skipped")
 _GONE = "the client went away"
+_NAMED = 100
+"""Characters of a wrong id or name that are repeated: clients refuse a status with a long text."""
+_UNNAMED = 100
+"""Lines of a report, other than tests, that are looked at: there is one, or else code wrote them."""
 
 
 class SandboxService(NoLanguageServer):
@@ -156,7 +160,7 @@ class SandboxService(NoLanguageServer):
             await _abort(
                 context,
                 grpc.StatusCode.NOT_FOUND,
-                f"no execution has the id {execution_id!r}, or it ended too long ago",
+                f"no execution has the id {execution_id[:_NAMED]!r}, or it ended too long ago",
             )
         return execution
 
@@ -168,7 +172,7 @@ class SandboxService(NoLanguageServer):
             return "", "neither code nor the name of a cached script was given"
         source = await asyncio.to_thread(self._cache.source, request.cached)
         if source is None:
-            return "", f"no cached script is named {request.cached!r}"
+            return "", f"no cached script is named {request.cached[:_NAMED]!r}"
         return source, None
 
     async def _submit(
@@ -241,10 +245,14 @@ def _test_response(execution: Execution) -> pb.ExecuteTestResponse:
     records = _records(execution.report)
     tests = [record for record in records if "name" in record]
     counts = {outcome: sum(test["outcome"] == outcome for test in tests) for outcome in _OUTCOMES}
-    error = next((record["error"] for record in records if "name" not in record), None)
+    others = [record for record in records if "name" not in record]
+    error = next((shortened(record["error"]) for record in others if record["error"]), None)
+    done = any("done" in record for record in others)
     # A failed test is no error of the run; a crash or a timeout is, after whatever test.
-    if error is None and execution.state != State.COMPLETED and not counts["failed"]:
+    if error is None and execution.state != State.COMPLETED and not (done and counts["failed"]):
         error = execution.error
+    if error is None and not done:
+        error = "the process ended before all tests were run"
     if execution.state in (State.TIMEOUT, State.CANCELLED):
         error = execution.error
     return pb.ExecuteTestResponse(
@@ -267,17 +275,21 @@ def _test_response(execution: Execution) -> pb.ExecuteTestResponse:
 
 def _records(report: str) -> list[dict[str, Any]]:
     """What the test runner reported, line by line; the last may have been cut off."""
-    records = []
+    records: list[dict[str, Any]] = []
+    unnamed = 0
     for line in report.splitlines():
+        if unnamed == _UNNAMED:
+            break
         try:
             record = json.loads(line)
             # The code under test runs in the same process, and may have written here.
             pb.TestResult(
                 name=record.get("name"), error=record["error"], duration_ms=record.get("duration_ms")
             )
-            if "name" in record and record["outcome"] not in _OUTCOMES:
-                raise ValueError(record["outcome"])
-        except (ValueError, TypeError, KeyError, AttributeError):
+            if "name" in record and (record["outcome"] not in _OUTCOMES or record["duration_ms"] is None):
+                raise ValueError(record)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             record = {"error": f"the test runner was disturbed: {line[:200]!r}"}
+        unnamed += "name" not in record
         records.append(record)
     return records

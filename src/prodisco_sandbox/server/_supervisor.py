@@ -59,6 +59,9 @@ _READ = 65536
 
 def main(load: Callable[[], dict[str, Any]]) -> object:
     status = int(sys.argv[1])
+    # Bubblewrap's, of directories outside: from these ``..`` leads out of its namespace.
+    os.closerange(3, status)
+    os.closerange(status + 1, os.sysconf("SC_OPEN_MAX"))
     _confine.become_subreaper()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -197,7 +200,11 @@ def _child(job: dict[str, Any], supervisor: int, report: int) -> object:
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
     if job["merge"]:
         os.dup2(1, 2)
-    os.chdir(job["cwd"])
+    try:
+        os.chdir(job["cwd"])
+    except PermissionError:  # locked by an earlier execution, for good if nobody could come back in
+        os.chmod(job["cwd"], 0o700)  # noqa: PTH101
+        os.chdir(job["cwd"])
     _confine.set_limits(job["limits"])
     _confine.yield_to_the_server()
     _confine.give_up_privileges()

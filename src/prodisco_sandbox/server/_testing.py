@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 _CODE, _TESTS = "<code>", "<tests>"
+_ERROR = 65_536
+"""Characters of an error text, so that one long text does not use up the report."""
 
 
 def run(code: str, tests: str, report: int) -> int:
@@ -23,7 +25,8 @@ def run(code: str, tests: str, report: int) -> int:
 
     Writes a line of JSON to `report` for every test as it ends, so that those before a
     crash or a timeout are not lost: name, outcome (passed, failed or skipped), error,
-    duration_ms; or, where it does not come to tests, error alone.
+    duration_ms; or, where it does not come to tests, error alone. The last line tells that
+    all of them were run.
 
     Returns:
         The exit status: 0 where all tests passed or were skipped.
@@ -32,7 +35,8 @@ def run(code: str, tests: str, report: int) -> int:
     import linecache
     import traceback
 
-    def tell(**record: object) -> None:
+    def tell(error: str | None, **record: object) -> None:
+        record["error"] = error and _told(error)
         data = json.dumps(record).encode() + b"\n"
         while data:
             data = data[os.write(report, data) :]
@@ -63,7 +67,16 @@ def run(code: str, tests: str, report: int) -> int:
         outcome, error_text, duration = _call(function)
         failed += outcome == "failed"
         tell(name=name, outcome=outcome, error=error_text, duration_ms=round(duration * 1000))
+    tell(None, done=True)
     return 1 if failed else 0
+
+
+def _told(text: str) -> str:
+    """The text as it can be told: bounded, and without halves of characters."""
+    if len(text) > _ERROR:
+        note = f"\n[cut: {len(text):,} characters]"
+        text = text[: _ERROR - len(note)] + note
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _rewritten(tests: str) -> CodeType:

@@ -34,9 +34,9 @@ def disk_usage(directories: Iterable[Path], enough: int) -> int:
                 continue
             path = pending.pop()
             try:
-                there = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
-            except (FileNotFoundError, PermissionError, NotADirectoryError):
-                continue
+                there = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+            except OSError:
+                continue  # Gone, closed to us, or a link by now, maybe to itself.
             places.append((there, below := []))
             with os.scandir(there) as entries:
                 for entry in entries:
