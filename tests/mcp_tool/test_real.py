@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
 import sys
+import termios
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -104,6 +106,12 @@ async def test_modes_work_together_on_the_reference_server() -> None:
 
 # The server as a program
 
+INITIALIZE = {
+    "protocolVersion": "2025-11-25",
+    "capabilities": {},
+    "clientInfo": {"name": "t", "version": "0"},
+}
+
 
 def program(*arguments: str, **environment: str) -> StdioServerParameters:
     # The SDK's client passes on little.
@@ -142,8 +150,8 @@ async def test_the_program_on_stdio_ends_at_a_signal_though_its_input_is_open(nu
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    params = b'{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"t","version":"0"}}'
-    process.stdin.write(b'{"jsonrpc":"2.0","id":0,"method":"initialize","params":' + params + b"}\n")
+    message = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": INITIALIZE}
+    process.stdin.write(json.dumps(message).encode() + b"\n")
     async with asyncio.timeout(20):
         assert b"prodisco-sandbox" in await process.stdout.readline()
         process.send_signal(number)
@@ -181,11 +189,6 @@ async def test_the_program_on_stdio_answers_what_clients_ask_about_the_last_resu
         send(method, params, id=number)
         return (await receive("id", number))["result"]
 
-    client = {
-        "protocolVersion": "2025-11-25",
-        "capabilities": {},
-        "clientInfo": {"name": "t", "version": "0"},
-    }
     code = f"""
 import os, time
 print("begun", flush=True)
@@ -194,7 +197,7 @@ while not os.path.exists({str(go_on)!r}):
 """
     try:
         async with asyncio.timeout(30):
-            await ask("initialize", client, 1)
+            await ask("initialize", INITIALIZE, 1)
             send("notifications/initialized", {})
             tool = {"name": "run_sandbox", "_meta": {"progressToken": "t"}}
             send("tools/call", {**tool, "arguments": {"code": code}}, id=2)
@@ -231,12 +234,10 @@ async def test_the_program_on_stdio_ends_quietly_when_its_client_does_not_read_a
         )
     os.close(theirs)
     assert process.stdin is not None
-    params = {
-        "protocolVersion": "2025-11-25",
-        "capabilities": {},
-        "clientInfo": {"name": "t", "version": "0"},
-    }
-    for number, method, with_params in ((1, "initialize", params), (None, "notifications/initialized", {})):
+    for number, method, with_params in (
+        (1, "initialize", INITIALIZE),
+        (None, "notifications/initialized", {}),
+    ):
         message: dict[str, Any] = {"jsonrpc": "2.0", "method": method, "params": with_params}
         if number is not None:
             message["id"] = number
@@ -255,6 +256,43 @@ async def test_the_program_on_stdio_ends_quietly_when_its_client_does_not_read_a
             assert await process.wait() == 0
         assert "Traceback" not in (tmp_path / "log").read_text()
     finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@pytest.mark.slow
+async def test_the_program_on_stdio_can_be_killed_though_its_client_does_not_read() -> None:
+    ours, theirs = os.pipe()
+    size = fcntl.fcntl(theirs, fcntl.F_GETPIPE_SZ)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "prodisco_sandbox.mcp", "--local", "--drain-timeout", "0"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=theirs,
+    )
+    os.close(theirs)
+
+    def waiting() -> int:
+        return int.from_bytes(fcntl.ioctl(ours, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    try:
+        assert process.stdin is not None
+        messages: list[dict[str, Any]] = [
+            {"id": 1, "method": "initialize", "params": INITIALIZE},
+            {"method": "notifications/initialized", "params": {}},
+            # Some 5 KiB of answer to each.
+            *({"id": number, "method": "tools/list", "params": {}} for number in range(2, 60)),
+        ]
+        for message in messages:
+            process.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
+        await until(lambda: waiting() > size // 2, timeout=20)
+        async with asyncio.timeout(20):
+            while process.returncode is None:
+                process.terminate()
+                await asyncio.sleep(0.1)
+        assert process.returncode == -signal.SIGTERM
+    finally:
+        os.close(ours)
         if process.returncode is None:
             process.kill()
             await process.wait()

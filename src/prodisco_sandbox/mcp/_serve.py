@@ -54,10 +54,15 @@ async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_time
         stdin.end()
 
     def on_signal() -> None:
-        if tools.draining:
-            stdin.end()
-        else:
+        if not tools.draining:
             drains.add(asyncio.create_task(drain(), name="drain"))
+            return
+        stdin.end()
+        ignore_no_signal()  # The next one kills: a client that does not read holds up the SDK's writer.
+
+    def ignore_no_signal() -> None:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
 
     for number in SIGNALS:
         loop.add_signal_handler(number, on_signal)
@@ -69,8 +74,7 @@ async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_time
     finally:
         for task in drains:
             task.cancel()
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
+        ignore_no_signal()
 
 
 async def serve_http(
