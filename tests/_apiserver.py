@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import trustme
+from _ports import free_ports
 from kubernetes_asyncio.client import ApiClient, Configuration
 
 User = Literal["admin", "nobody"]
@@ -108,7 +108,7 @@ class ApiServer:
             text=True,
             start_new_session=True,  # Ctrl-C is for the test run, which then stops us in order
         )
-        client, peer, self.port = _free_ports(3)
+        client, peer, self.port = free_ports(3)
         self._etcd_url = f"http://127.0.0.1:{client}"
         self._run(
             "etcd",
@@ -133,7 +133,7 @@ class ApiServer:
     def stop(self) -> None:
         """Ends both and removes their files. Idempotent."""
         if self._keeper is not None:
-            self._keeper.communicate(timeout=30)
+            self._keeper.communicate(timeout=60)
             self._keeper = None
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -222,7 +222,7 @@ class ApiServer:
         request = urllib.request.Request(
             self.url + path, headers={"Authorization": f"Bearer {self.token(user)}"}
         )
-        with self._opener().open(request, timeout=10) as response:
+        with self._opener().open(request, timeout=60) as response:
             return str(response.read().decode())
 
     def status(self, path: str, user: User = "admin") -> int:
@@ -285,7 +285,7 @@ class ApiServer:
 
     def _etcd_call(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(self._etcd_url + path, json.dumps(body).encode())
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
             return json.load(answer)
 
     def _path(self, name: str) -> Path:
@@ -298,11 +298,3 @@ def _wait(what: str, ready: Callable[[], bool], seconds: float) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"{what} was not ready within {seconds:.0f} s")
         time.sleep(0.05)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in sockets]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from _patience import PATIENCE
 from kubernetes_asyncio.client import ApiException
 
 # Before they are imported, so that their assertions say what they found.
@@ -111,7 +112,7 @@ async def refusal(answer: Awaitable[Any], status: int) -> Object:
 async def events(response: Any, count: int) -> list[tuple[str, Object]]:
     found = []
     for _ in range(count):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             event = json.loads(await response.content.readline())
         found.append((event["type"], lean(event["object"])))
     return found

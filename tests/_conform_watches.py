@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from _cluster import GROUP, PLURAL, Cluster, body, events
+from _patience import PATIENCE
 from kubernetes_asyncio import watch
 from kubernetes_asyncio.client import ApiException
 
@@ -154,7 +155,7 @@ class Watches:
         async with cluster.watch("v1alpha1") as response:
             await events(response, 1)
             await cluster.serve(("v1beta1",))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 assert await response.content.readline() == b""
         with pytest.raises(ApiException) as caught:
             await cluster.get("a", "v1alpha1")

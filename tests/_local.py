@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _patience import PATIENCE
+
 from prodisco_sandbox import manifest
 from prodisco_sandbox.local import LocalCluster
 
@@ -85,7 +87,7 @@ def traces(directory: Path) -> list[str]:
     return [*processes(directory).values(), *files]
 
 
-async def until_gone(directory: Path, timeout: float = 5.0) -> None:
+async def until_gone(directory: Path, timeout: float = PATIENCE) -> None:
     """Waits until there is no trace left.
 
     Raises:

@@ -10,13 +10,22 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from hypothesis import settings
+from _patience import PATIENCE
+from hypothesis import HealthCheck, settings
 
-# A shared machine makes deadlines fail by chance. In CI a failure must come again, and
-# must not depend on examples that an earlier run kept.
-settings.register_profile("dev", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
+from prodisco_sandbox.testing._faults import Fault
+
+# A shared machine makes deadlines fail by chance, and the check of how long examples take to
+# draw. In CI a failure must come again, and must not depend on examples that an earlier run kept.
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+# What waits without saying how long waits for what must happen.
+for _wait in (FakeCustomObjectsApi.until, FakeSandboxServer.wait_for_call, Fault.reached):
+    assert _wait.__kwdefaults__ is not None
+    _wait.__kwdefaults__["timeout"] = PATIENCE
 
 _NEEDED = {"envtest": "KUBEBUILDER_ASSETS", "cluster": "E2E_KUBECONFIG"}
 _PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy", "grpc_proxy"}
@@ -72,7 +81,7 @@ async def _no_task_left() -> AsyncIterator[None]:
     left = asyncio.all_tasks() - {asyncio.current_task()}
     if ending := {task for task in left if task.cancelling()}:
         left -= ending
-        left |= (await asyncio.wait(ending, timeout=1))[1]
+        left |= (await asyncio.wait(ending, timeout=PATIENCE))[1]
     if left:
         pytest.fail("tasks left behind: " + ", ".join(sorted(map(repr, left))))
 

@@ -12,6 +12,7 @@ from typing import Any
 import grpc.aio
 import pytest
 import trustme
+from _patience import PATIENCE, until
 
 from prodisco_sandbox._target import grpc_address
 from prodisco_sandbox.client import ExecutionResult, SandboxClient
@@ -95,7 +96,7 @@ async def test_a_unix_socket(tmp_path: Path, name: str) -> None:
     ):
         assert server.target == client.target
         assert (tmp_path / name).is_socket()
-        assert await client.wait_for_healthy(5)
+        assert await client.wait_for_healthy(PATIENCE)
         assert (await client.execute(code="x")).success
     assert not (tmp_path / name).exists()
 
@@ -254,17 +255,17 @@ async def assert_refused(server: FakeSandboxServer, tls: TlsConfig | None) -> No
     """Neither a call nor the health check gets through, not in the clear either."""
     async with talking(server, tls) as client:
         with pytest.raises(SandboxUnavailableError) as caught:
-            await client.execute(code="x", timeout=1)
+            await client.execute(code="x")
         assert caught.value.status == "UNAVAILABLE"
         with pytest.raises(SandboxUnavailableError):
-            await anext(client.execute_stream(code="x", timeout=1))
+            await anext(client.execute_stream(code="x"))
         assert await client.wait_for_healthy(0.05) is False
         assert server.calls == []
 
 
 async def test_tls(certs: Certificates) -> None:
     async with talking(certs.serve(), TlsConfig(ca=certs.ca)) as client:
-        assert await client.wait_for_healthy(5)
+        assert await client.wait_for_healthy(PATIENCE)
         assert (await client.execute(code="x")).success
         assert [chunk.kind async for chunk in client.execute_stream(code="x")] == ["result"]
 
@@ -299,7 +300,7 @@ async def test_tls_over_a_unix_socket(certs: Certificates, tmp_path: Path) -> No
 
 async def test_mtls(certs: Certificates) -> None:
     async with talking(certs.serve(mutual=True), TlsConfig(ca=certs.ca, **certs.client)) as client:
-        assert await client.wait_for_healthy(5)
+        assert await client.wait_for_healthy(PATIENCE)
         assert (await client.execute(code="x")).success
 
 
@@ -371,6 +372,8 @@ async def test_the_tls_files_are_read_once(certs: Certificates, tmp_path: Path) 
         assert (await client.execute(code="x")).success
         ca.unlink()
         await server.kill()
-        assert await client.wait_for_healthy(0.05) is False  # Makes the channel anew.
+        waiting = asyncio.create_task(client.wait_for_healthy(PATIENCE))
+        channel = client._connection._channel
+        await until(lambda: client._connection._channel not in (None, channel))  # It is made anew.
         await server.start()
-        assert await client.wait_for_healthy(5)
+        assert await waiting

@@ -12,6 +12,7 @@ from _cluster import MERGE, PLURAL, QUOTA, Cluster, body
 from _conform_lists import Lists
 from _conform_requests import Requests
 from _conform_watches import Watches
+from _patience import PATIENCE
 from _sandbox_crd import real_crd, sandbox_crd
 from kubernetes_asyncio.client import ApiException, CoreV1Api, CustomObjectsApi
 
@@ -76,7 +77,7 @@ class TestReal(Requests, Lists, Watches):
                 await core.create_namespaced_resource_quota(name, spec)
                 status = {"status": {"hard": hard, "used": hard}}
                 await core.patch_namespaced_resource_quota_status(PLURAL, name, status, _content_type=MERGE)
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(PATIENCE):
                     while await _is_accepted(cluster):  # until admission has heard of it
                         await asyncio.sleep(0.05)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from _patience import PATIENCE
 
 from prodisco_sandbox.client import (
     CacheEntry,
@@ -114,7 +115,7 @@ async def test_a_stream_may_be_a_generator_and_is_closed_when_the_client_leaves(
     server.script("ExecuteStream", endless)
     async with client.execute_stream(code="x") as stream:
         assert await anext(stream) == SOME
-    await asyncio.wait_for(closed.wait(), 5)
+    await asyncio.wait_for(closed.wait(), PATIENCE)
     call = await server.wait_for_call("ExecuteStream")
     assert call.outcome == "cancelled"
 
@@ -152,11 +153,11 @@ async def test_it_can_be_killed_and_started_again_on_the_same_port(
     await server.kill()
     with pytest.raises(SandboxUnavailableError):
         await task
-    await asyncio.wait_for(call.ended.wait(), 5)
+    await asyncio.wait_for(call.ended.wait(), PATIENCE)
     assert call.outcome == "cancelled"
     await server.start()
     assert server.target == target
-    assert await client.wait_for_healthy(5)
+    assert await client.wait_for_healthy(PATIENCE)
     assert (await client.execute(code="x")).success
     with pytest.raises(RuntimeError, match="is running"):
         await server.start()
@@ -172,7 +173,7 @@ async def test_stopping_lets_calls_end(server: FakeSandboxServer, client: Sandbo
     server.script("Execute", slow)
     task = asyncio.create_task(client.execute(code="x"))
     await server.wait_for_call("Execute")
-    stopping = asyncio.create_task(server.stop(5))
+    stopping = asyncio.create_task(server.stop(PATIENCE))
     await asyncio.sleep(0.01)
     gate.set()
     assert (await task).success
@@ -290,4 +291,4 @@ async def test_a_socket_path_may_be_relative(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     async with FakeSandboxServer(socket_path="s.sock") as server, SandboxClient(server.target) as client:
         assert server.target == "unix:s.sock"
-        assert await client.wait_for_healthy(5)
+        assert await client.wait_for_healthy(PATIENCE)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from _local import AT, STUB, condition, create, in_seconds, processes, reason, stub, traces, until_gone
+from _patience import PATIENCE, until
 
 from prodisco_sandbox import SandboxFailedError, SandboxManager
 from prodisco_sandbox.errors import SandboxError
@@ -23,7 +24,7 @@ Object = dict[str, Any]
 
 @contextlib.asynccontextmanager
 async def running(cluster: LocalCluster, **settings: Any) -> AsyncIterator[SandboxManager]:
-    settings = {"ready_timeout": 20.0, **settings}
+    settings = {"ready_timeout": PATIENCE, **settings}
     async with (
         cluster,
         SandboxManager(cluster.config(**settings), custom_objects_api=cluster.custom_objects_api) as manager,
@@ -32,7 +33,7 @@ async def running(cluster: LocalCluster, **settings: Any) -> AsyncIterator[Sandb
 
 
 async def until_there(path: Path) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not path.exists():
             await asyncio.sleep(0.01)
 
@@ -68,7 +69,7 @@ async def test_a_killed_server_is_noticed_and_made_again(tmp_path: Path) -> None
         old = await manager.get_client("session")
         await old.execute(code="open('mine', 'w')")
         cluster.kill(manager.sandbox_name("session"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while not manager.stats().lost:
                 await asyncio.sleep(0.01)
         new = await manager.get_client("session")
@@ -143,17 +144,32 @@ async def test_the_status_is_what_agent_sandbox_writes(tmp_path: Path) -> None:
 async def test_the_shutdown_time_is_honoured_and_can_be_put_off(tmp_path: Path) -> None:
     async with LocalCluster(python=stub(tmp_path)) as cluster:
         api = cluster.custom_objects_api
-        at = in_seconds(0.4)
-        await create(cluster, "deleted", shutdownTime=at, shutdownPolicy="Delete")
-        await create(cluster, "retained", shutdownTime=at)
-        await create(cluster, "renewed", shutdownTime=at, shutdownPolicy="Delete")
+
+        async def renew(name: str, seconds: float) -> None:
+            patch = {"spec": {"shutdownTime": in_seconds(seconds)}}
+            merge = "application/merge-patch+json"
+            await api.patch_namespaced_custom_object(*AT, name, patch, _content_type=merge)
+
+        def left(name: str) -> float:
+            """Seconds until the controller ends it."""
+            assert cluster._controller is not None
+            (pod,) = (pod for pod in cluster._controller.pods.values() if pod.name == name)
+            assert pod.expiry is not None
+            return (pod.expiry.when() or 0.0) - asyncio.get_running_loop().time()
+
+        # In time that passes while they start, and in time that does not.
+        await create(cluster, "deleted", shutdownTime=in_seconds(0.4), shutdownPolicy="Delete")
         await create(cluster, "over", shutdownTime=in_seconds(-60), shutdownPolicy="Delete")
+        await create(cluster, "retained", shutdownTime=in_seconds(3600))
+        await create(cluster, "renewed", shutdownTime=in_seconds(3600), shutdownPolicy="Delete")
         await api.until(lambda: api.get("over") is None)
-        patch = {"spec": {"shutdownTime": in_seconds(60)}}
-        merge = "application/merge-patch+json"
-        await api.patch_namespaced_custom_object(*AT, "renewed", patch, _content_type=merge)
-        await api.until(lambda: reason(api.get("retained")) == "SandboxExpired")
         await api.until(lambda: api.get("deleted") is None)
+        for name in ("retained", "renewed"):
+            await api.until(lambda name=name: reason(api.get(name)) == "DependenciesReady")
+        await renew("renewed", 7200)
+        await until(lambda: left("renewed") > 3600)
+        await renew("retained", 0)
+        await api.until(lambda: reason(api.get("retained")) == "SandboxExpired")
         assert reason(api.get("renewed")) == "DependenciesReady"
         assert sorted(path.name for path in cluster.directory.iterdir()) != []
         with pytest.raises(KeyError):
@@ -200,7 +216,7 @@ async def test_servers_get_only_the_environment_that_is_passed(
     ) as cluster:
         await create(cluster, "s")
         server = cluster.directory / "1"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while not (server / "env").exists() or "WANTED=y" not in (server / "env").read_text():
                 await asyncio.sleep(0.01)
         lines = (server / "env").read_text().splitlines()
@@ -225,7 +241,7 @@ async def test_a_server_that_says_one_long_line_does_not_end_the_others(tmp_path
         await until_there(cluster.directory / "1" / "said")
         # The rest of the line is heard before this one is.
         await create(cluster, "other")
-        await api.until(lambda: reason(api.get("other")) == "DependenciesReady", timeout=5)
+        await api.until(lambda: reason(api.get("other")) == "DependenciesReady")
         assert reason(api.get("long")) == "DependenciesNotReady"
 
 
@@ -253,7 +269,7 @@ async def test_where_it_cannot_watch_it_lists(
                 await api.until(lambda: api.count("list") > count + 3)
             assert cluster.endpoint(sandbox) is not None
             api.delete_now("s")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE):
                 while cluster.endpoint(sandbox) is not None:
                     await asyncio.sleep(0.01)
         assert "task_failed" not in caplog.text
@@ -282,7 +298,7 @@ async def test_a_status_that_may_not_be_written_is_logged(
         api = cluster.custom_objects_api
         api.forbid("patch_status")
         await create(cluster, "s")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while "sandbox_abandoned" not in caplog.text:
                 await asyncio.sleep(0.01)
         assert list(cluster.directory.iterdir()) == []

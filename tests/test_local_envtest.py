@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 from _apiserver import ApiServer, assets
 from _local import condition, in_seconds, traces
+from _patience import PATIENCE
 from _sandbox_crd import sandbox_crd
 from kubernetes_asyncio.client import ApiClient, Configuration, CoreV1Api, CustomObjectsApi
 
@@ -52,7 +53,7 @@ async def test_a_session_lives_dies_and_expires(
             assert sandbox["status"]["serviceFQDN"] == f"{name}.{namespace}.svc.cluster.local"
 
             cluster.kill(name)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 while not manager.stats().lost:
                     await asyncio.sleep(0.02)
             second = await manager.get_client("session")
@@ -63,7 +64,7 @@ async def test_a_session_lives_dies_and_expires(
             await api.patch_namespaced_custom_object(
                 *at, name, spec, _content_type="application/merge-patch+json"
             )
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 while manager.stats().lost < 2:
                     await asyncio.sleep(0.02)
             third = await manager.get_client("session")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from _local import AT, condition, create, processes, reason, stub, traces, until_gone
 from _nested import nest, removed_by_force
+from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxError, SandboxUnavailableError
 from prodisco_sandbox.local import LocalCluster, _keeper, _processes
@@ -42,7 +43,7 @@ def keeper_of(directory: Path) -> int:
 
 async def sleepers(directory: Path, count: int) -> None:
     """Waits for that many: a process has no arguments for a moment while it is made."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while list(processes(directory).values()).count("sleep 60") != count:
             await asyncio.sleep(0.01)
 
@@ -68,6 +69,14 @@ async def test_what_is_stuck_hidden_or_locked_goes_too(tmp_path: Path) -> None:
     assert traces(tmp_path) == []
 
 
+@pytest.fixture
+def slow_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepers do nothing until their cluster lets go of them, however slow the cluster is itself."""
+    wait = "import select\nselect.select([0], [], [])\n"
+    monkeypatch.setattr(_processes, "_BOOTSTRAP", wait + _processes._BOOTSTRAP)
+
+
+@pytest.mark.usefixtures("slow_keeper")
 async def test_a_cluster_that_is_cancelled_while_it_starts(tmp_path: Path) -> None:
     async def cancelled_after(turns: int) -> None:
         (directory := tmp_path / str(turns)).mkdir()
@@ -85,15 +94,27 @@ async def test_a_cluster_that_is_cancelled_while_it_starts(tmp_path: Path) -> No
     assert sum(begun) >= 4
 
 
-async def test_a_cluster_that_another_task_closes_while_it_starts(tmp_path: Path) -> None:
+async def test_a_cluster_that_another_task_closes_while_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = tmp_path / "go_on"
+    wait = f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(0.01)\n"
+    monkeypatch.setattr(_processes, "_BOOTSTRAP", wait + _processes._BOOTSTRAP)
+    closed: list[LocalCluster] = []
+
     async def closed_after(turns: int) -> None:
         (directory := tmp_path / str(turns)).mkdir()
         cluster = LocalCluster(directory=directory)
         starting = asyncio.create_task(cluster.start(), name=f"start-{turns}")
         for _ in range(turns):
             await asyncio.sleep(0)
-        async with asyncio.timeout(10):
-            await cluster.aclose()
+        closing = asyncio.create_task(cluster.aclose(), name=f"close-{turns}")
+        await asyncio.sleep(0)
+        closed.append(cluster)
+        if len(closed) == 6:
+            go_on.touch()
+        async with asyncio.timeout(PATIENCE):
+            await closing
             with pytest.raises(SandboxError, match="was closed while it started"):
                 await starting
         assert traces(directory) == []
@@ -178,7 +199,7 @@ async def test_signals_that_the_cluster_blocks_do_reach_the_keeper(tmp_path: Pat
             await sleepers(tmp_path, 1)
             cluster.kill("s")
             api = cluster.custom_objects_api
-            await api.until(lambda: reason(api.get("s")) == "PodFailed", timeout=5)
+            await api.until(lambda: reason(api.get("s")) == "PodFailed")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -202,7 +223,7 @@ async def test_a_killed_keeper_takes_the_servers_along(
         assert all(cluster.endpoint(sandbox) is None for sandbox in api.objects)
         await create(cluster, "later")
         await api.until(lambda: reason(api.get("later")) == "PodFailed")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while processes(tmp_path):
                 await asyncio.sleep(0.01)
     assert "keeper_lost" in caplog.text
@@ -220,6 +241,7 @@ async def test_a_keeper_that_hangs_is_killed(
     await until_gone(tmp_path)
 
 
+@pytest.mark.usefixtures("slow_keeper")
 async def test_a_keeper_that_is_slow_to_start_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,13 +328,13 @@ async def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
             os.kill(forked, signal.SIGSTOP)
         try:
             os.kill(other, 0)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 while processes(tmp_path).keys() - {forked} or any(tmp_path.iterdir()):
                     await asyncio.sleep(0.01)
         finally:
             os.kill(forked, signal.SIGKILL)
             os.kill(other, signal.SIGKILL)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while traces(tmp_path):  # A killed process takes a moment to go.
             await asyncio.sleep(0.01)
 
@@ -320,7 +342,7 @@ async def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
 def talk(base: Path, parent: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Starts a keeper, and speaks for its cluster."""
     ours, theirs = socket.socketpair()
-    ours.settimeout(5)
+    ours.settimeout(PATIENCE)
     command = [sys.executable, "-I", "-c", _processes._BOOTSTRAP, _keeper.__file__, str(base), str(parent)]
     with theirs:
         return subprocess.Popen(command, stdin=theirs.fileno(), stderr=subprocess.DEVNULL), ours
@@ -329,7 +351,7 @@ def talk(base: Path, parent: int) -> tuple[subprocess.Popen[bytes], socket.socke
 def test_a_keeper_whose_cluster_is_gone_already(tmp_path: Path) -> None:
     process, ours = talk(tmp_path, parent=1)
     with process, ours:
-        assert process.wait(5) == 0
+        assert process.wait(PATIENCE) == 0
     assert traces(tmp_path) == []
 
 
@@ -346,7 +368,7 @@ def test_a_keeper_whose_cluster_vanishes_without_having_listened(tmp_path: Path)
         while b"said" not in ours.recv(1000, socket.MSG_PEEK):
             pass
         ours.close()
-        assert process.wait(5) == 0
+        assert process.wait(PATIENCE) == 0
     assert traces(tmp_path) == []
 
 
@@ -356,7 +378,7 @@ def test_a_keeper_that_breaks_leaves_nothing_either(tmp_path: Path) -> None:
         argv = ["/bin/sh", "-c", "echo listening on x; exec sleep 60"]
         orders = [{"do": "start", "server": "1", "argv": argv, "env": {}}, {"not": "an order"}]
         ours.sendall(b"".join(json.dumps(order).encode() + b"\n" for order in orders))
-        assert process.wait(5) == 1
+        assert process.wait(PATIENCE) == 1
         assert b"KeyError" in ours.recv(10_000)
     assert traces(tmp_path) == []
 
@@ -398,7 +420,7 @@ async def test_the_files_of_one_sandbox_do_not_end_another(tmp_path: Path) -> No
             nest(cluster.directory / "1" / "tmp")
             api = cluster.custom_objects_api
             await api.delete_namespaced_custom_object(*AT, "deep")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 while (cluster.directory / "1").exists():
                     await asyncio.sleep(0.01)
             assert reason(api.get("other")) == "DependenciesReady"
@@ -407,7 +429,7 @@ async def test_the_files_of_one_sandbox_do_not_end_another(tmp_path: Path) -> No
 
 def test_what_is_gone_already_is_no_error(tmp_path: Path) -> None:
     with subprocess.Popen(["/bin/true"]) as process:
-        process.wait(5)
+        process.wait(PATIENCE)
     _keeper.kill_trees([process.pid])
     assert _keeper.remove(tmp_path / "nothing")
     assert "cannot be read" in _keeper._tail(tmp_path / "nothing")
@@ -452,7 +474,7 @@ async def test_an_order_that_a_keeper_reads_after_its_end(tmp_path: Path) -> Non
             ours.sendall(json.dumps(order).encode() + b"\n")
 
         start("1", f"cd {base}; until [ -e go ]; do sleep 0.02; done; echo listening on x; exec sleep 60")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while not (base / next(iter(os.listdir(base)), "") / "1" / "tmp").exists():
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)

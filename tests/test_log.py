@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import structlog
+from _patience import PATIENCE
 
 from prodisco_sandbox._log import get_logger
 
@@ -22,7 +23,7 @@ def run(code: str) -> tuple[str, str]:
         check=True,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
     )
     return done.stdout, done.stderr
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from _patience import PATIENCE
+
 from prodisco_sandbox._tasks import Pace
 
 
@@ -32,7 +34,7 @@ async def run(pace: Pace, names: str, *, cancelled: str = "") -> list[tuple[str,
     await asyncio.sleep(0)
     for name in cancelled:
         tasks[name].cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.wait(tasks.values())
     counting.cancel()
     return passes.let_through

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _patience import PATIENCE
 
 import prodisco_sandbox
 
@@ -29,7 +30,7 @@ def loaded_after(code: str) -> set[str]:
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
     )
     return set(json.loads(done.stdout))
 
@@ -144,7 +145,7 @@ def test_every_requirement_has_a_lower_bound() -> None:
 @pytest.mark.slow
 def test_the_sdist_builds_the_same_wheel(tmp_path: Path) -> None:
     def run(*args: str) -> None:
-        subprocess.run([sys.executable, "-m", *args], cwd=ROOT, check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", *args], cwd=ROOT, check=True, timeout=2 * PATIENCE)
 
     run("hatchling", "build", "-t", "sdist", "-d", str(tmp_path))
     [sdist] = tmp_path.iterdir()

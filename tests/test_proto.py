@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from _patience import PATIENCE
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
 from prodisco_sandbox.proto import sandbox_pb2
@@ -177,7 +178,7 @@ def test_the_committed_stubs_are_what_the_proto_file_generates(tmp_path: Path) -
         cwd=ROOT,
         env=os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"},
         check=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     committed = ROOT / "src" / "prodisco_sandbox" / "proto"
     generated = tmp_path / "prodisco_sandbox" / "proto"

@@ -20,6 +20,7 @@ from typing import Any, Self
 import aiohttp
 import yaml
 from _apiserver import ApiServer
+from _patience import PATIENCE
 from _sandbox_crd import sandbox_crd
 from kubernetes_asyncio.client import (
     ApiClient,
@@ -253,7 +254,7 @@ def connections(port: int) -> int:
     return found
 
 
-def eventually(met: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def eventually(met: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     """Waits until something holds, for code without a loop."""
     end = time.monotonic() + seconds
     while not met():
@@ -261,7 +262,7 @@ def eventually(met: Callable[[], bool], what: str, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-async def until(met: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 20) -> None:
+async def until(met: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = PATIENCE) -> None:
     """Waits until something holds."""
     end = time.monotonic() + seconds
     while True:
@@ -383,7 +384,7 @@ class Controller:
     async def _watch(self) -> None:
         while True:
             with contextlib.suppress(ApiException, aiohttp.ClientError, OSError):
-                page = await self._api.list_namespaced_custom_object(*self._at, _request_timeout=10)
+                page = await self._api.list_namespaced_custom_object(*self._at, _request_timeout=PATIENCE)
                 self.seen = {}
                 for sandbox in page["items"]:
                     self._changed({**sandbox, "apiVersion": page["apiVersion"]})
@@ -422,7 +423,7 @@ class Controller:
         while True:
             try:
                 await self._api.patch_namespaced_custom_object_status(
-                    *self._at, name, {"status": status}, _content_type=MERGE_PATCH, _request_timeout=10
+                    *self._at, name, {"status": status}, _content_type=MERGE_PATCH, _request_timeout=PATIENCE
                 )
             except ApiException as e:
                 if e.status == 404:
@@ -445,5 +446,5 @@ class Controller:
                 if sandbox["spec"].get("shutdownPolicy") == "Delete":
                     with contextlib.suppress(ApiException, aiohttp.ClientError, OSError):
                         await self._api.delete_namespaced_custom_object(
-                            *self._at, sandbox["metadata"]["name"], _request_timeout=10
+                            *self._at, sandbox["metadata"]["name"], _request_timeout=PATIENCE
                         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from _apiserver import User
+from _patience import PATIENCE
 from kubernetes_asyncio.client import CoreV1Api
 from kubernetes_asyncio.config import incluster_config
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.envtest
 
 def manager_in(namespace: str) -> SandboxManager:
     """One that looks for its cluster itself."""
-    return SandboxManager(SandboxManagerConfig(mode="multi", namespace=namespace, ready_timeout=5))
+    return SandboxManager(SandboxManagerConfig(mode="multi", namespace=namespace, ready_timeout=PATIENCE))
 
 
 def write(path: Path, **parts: Any) -> Path:
@@ -92,7 +93,7 @@ async def test_an_exec_plugin_is_asked_again_when_its_token_expires(
     # kubernetes_asyncio renews five minutes early.
     now = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=5)
     users: tuple[User, User] = ("nobody", "admin")
-    for number, user, seconds in zip((1, 2), users, (2, 600), strict=True):
+    for number, user, seconds in zip((1, 2), users, (8, 600), strict=True):
         status = {"token": namespace.server.token(user), "expirationTimestamp": stamp(now, seconds=seconds)}
         answer = {"apiVersion": EXEC_VERSION, "kind": "ExecCredential", "status": status}
         (tmp_path / f"answer-{number}").write_text(json.dumps(answer))
@@ -105,7 +106,7 @@ async def test_an_exec_plugin_is_asked_again_when_its_token_expires(
         with pytest.raises(SandboxPermissionError, match='User "nobody"'):
             await manager.cleanup_orphaned_sandboxes()
         assert runs.read_text() == "."
-        await until(lambda: stamp(now, seconds=2) <= stamp(dt.datetime.now(dt.UTC), minutes=5), "its expiry")
+        await until(lambda: stamp(now, seconds=8) <= stamp(dt.datetime.now(dt.UTC), minutes=5), "its expiry")
         counts = await asyncio.gather(*(manager.cleanup_orphaned_sandboxes() for _ in range(20)))
         assert counts == [0] * 20
         assert runs.read_text() == ".."  # Once for all who waited.

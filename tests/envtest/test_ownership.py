@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxConflictError, SandboxManagerConfig
 from prodisco_sandbox.manifest import sandbox_body, sandbox_name
@@ -43,7 +44,7 @@ async def test_a_name_that_is_still_being_deleted_is_left_alone(
         name = manager.sandbox_name("session")
         await patch(namespace, name, {"finalizers": ["example.org/slow"]})
         # Whoever closes it waits for no finalizer, and neither does its slot.
-        await asyncio.wait_for(manager.on_session_closed("session"), 10)
+        await asyncio.wait_for(manager.on_session_closed("session"), PATIENCE)
         assert "deletionTimestamp" in (await namespace.get(name))["metadata"]
         second = await manager.get_client("session")
         assert manager.sandbox_name("session") == sandbox_name("session", 1) != name
@@ -77,7 +78,8 @@ async def test_what_took_the_name_meanwhile_is_not_deleted(
         gate.close()
         await namespace.delete(name)
         other = await foreign(namespace, name)
-        assert manager.stats().lost == 0, "it has not heard of that"
+        if ended_by != "lease":  # A renewal hears of it whenever it comes.
+            assert manager.stats().lost == 0, "it has not heard of that"
         if ended_by == "close":
             await manager.on_session_closed("session")
         elif ended_by == "lease":

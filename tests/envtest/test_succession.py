@@ -25,12 +25,12 @@ async def test_a_killed_manager_is_succeeded_or_its_lease_ends(
 ) -> None:
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(namespace.server.kubeconfig())
-    await asyncio.to_thread(run_and_kill, kubeconfig, namespace.name, "server-0", 6, "again", "never")
+    await asyncio.to_thread(run_and_kill, kubeconfig, namespace.name, "server-0", 20, "again", "never")
     left = {sandbox["metadata"]["name"]: sandbox for sandbox in await namespace.list()}
     assert set(left) == {sandbox_name("again"), sandbox_name("never")}
     assert all(sandbox["spec"]["shutdownPolicy"] == "Delete" for sandbox in left.values())
 
-    async with namespace.managed(instance_id="server-0", lease_duration=6.0) as manager:
+    async with namespace.managed(instance_id="server-0", lease_duration=20.0) as manager:
         client = await manager.get_client("again")
         assert client.sandbox is not None
         assert client.sandbox.uid == left[sandbox_name("again")]["metadata"]["uid"]

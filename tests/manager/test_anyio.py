@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
+from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.testing import FakeCustomObjectsApi
@@ -40,7 +41,7 @@ async def test_a_caller_whose_scope_is_cancelled_leaves_a_sound_manager(
             with anyio.move_on_after(0.005):
                 await use(manager)
             assert manager.stats().waiting == 0
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE):
                 client = await manager.get_client("s")
             assert client.sandbox is not None
             assert api.count("create") == 1
@@ -55,7 +56,7 @@ async def test_a_close_whose_scope_is_cancelled_goes_on() -> None:
             scope.cancel()
             await manager.on_session_closed("s")
         assert scope.cancelled_caught
-        await api.until(lambda: not api.objects, timeout=5)
+        await api.until(lambda: not api.objects)
 
 
 async def test_a_scope_that_is_cancelled_around_the_manager_waits_for_its_shutdown() -> None:

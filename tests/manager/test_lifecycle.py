@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from typing import Any
 
 import pytest
+from _patience import PATIENCE
 
 from prodisco_sandbox import (
     SandboxCapacityError,
@@ -582,13 +582,12 @@ def test_another_event_loop_gets_an_error_and_no_hang() -> None:
     first.run_until_complete(manager.get_client("s"))
 
     async def elsewhere() -> None:
-        for call in (manager.get_client("t"), manager.on_session_closed("s"), manager.shutdown()):
-            with pytest.raises(SandboxError, match="event loop"):
-                await call
+        async with asyncio.timeout(PATIENCE):
+            for call in (manager.get_client("t"), manager.on_session_closed("s"), manager.shutdown()):
+                with pytest.raises(SandboxError, match="event loop"):
+                    await call
 
-    begun = time.monotonic()
     asyncio.run(elsewhere())
-    assert time.monotonic() - begun < 1
     first.run_until_complete(manager.shutdown())
     first.close()
 

@@ -18,6 +18,7 @@ import aiohttp
 import anyio
 import looptime
 from _counts import count
+from _patience import PATIENCE
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -43,7 +44,7 @@ FIGURES = {
 """What moves are counted as; the others are just moves."""
 
 
-SPINS_AFTER = 20.0
+SPINS_AFTER = PATIENCE
 """Seconds of real time that a move may take; hours of virtual time take milliseconds."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import httpx2
 import uvicorn
+from _patience import PATIENCE
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.server import MCPServer
@@ -104,7 +105,7 @@ async def over_http(server: MCPServer[Any], **options: Any) -> AsyncIterator[str
     uvicorn_server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
     task = asyncio.create_task(uvicorn_server.serve(), name="uvicorn")
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while not uvicorn_server.started:
                 assert not task.done()
                 await asyncio.sleep(0.01)
@@ -126,7 +127,7 @@ async def connect(url: str, era: str, *, token: str | None = None, **headers: st
     if token is not None:
         extra["Authorization"] = f"Bearer {token}"
     async with (
-        httpx2.AsyncClient(headers=extra, timeout=30, verify=False) as http,
+        httpx2.AsyncClient(headers=extra, timeout=2 * PATIENCE, verify=False) as http,
         Client(streamable_http_client(url, http_client=http), mode=era) as client,
     ):
         yield client
@@ -181,12 +182,6 @@ def text_of(result: CallToolResult) -> str:
     return block.text
 
 
-async def until(condition: Any, *, timeout: float = 5.0) -> None:
-    async with asyncio.timeout(timeout):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 # Requests by hand, where a client would not make them
 
 
@@ -213,18 +208,18 @@ class open_session:
             "clientInfo": {"name": "test", "version": "0"},
         }
         body = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
-        async with httpx2.AsyncClient(verify=False) as http:
+        async with httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:
             answer = await http.post(self._url, json=body, headers=headers(None, self._token))
         self._session_id = answer.headers["mcp-session-id"]
         return self._session_id
 
     async def __aexit__(self, *_: object) -> None:
-        async with httpx2.AsyncClient(verify=False) as http:
+        async with httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:
             await http.delete(self._url, headers=headers(self._session_id, self._token))
 
 
 async def tool_call(url: str, session_id: str, *, token: str | None = None) -> httpx2.Response:
     params = {"name": "run_sandbox", "arguments": {"code": ""}}
     body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
-    async with httpx2.AsyncClient(verify=False) as http:
+    async with httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:
         return await http.post(url, json=body, headers=headers(session_id, token))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import runpy
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
+from _patience import PATIENCE, until
 from mcp import Client
 from mcp.server import MCPServer
 
@@ -22,7 +25,17 @@ from prodisco_sandbox.mcp import _serve
 from prodisco_sandbox.mcp._serve import add_probes, serve_http
 from prodisco_sandbox.testing import NEVER
 
-from .support import call, connect, over_http, rig, text_of, until
+from .support import call, connect, over_http, rig, text_of
+
+
+@pytest.fixture(autouse=True)
+def _levels() -> Iterator[None]:
+    """What the program sets for itself is not for the tests after it."""
+    loggers = [logging.getLogger(name) for name in ("prodisco_sandbox", "mcp.server.streamable_http_manager")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +144,13 @@ async def test_after_sigterm_it_is_not_ready_and_ends_when_the_calls_have_ended(
                 listener=listener,
                 path="/mcp",
                 allowed_hosts=["127.0.0.1:*"],
-                drain_timeout=5,
+                drain_timeout=PATIENCE,
             )
         )
-        async with connect(f"{base}/mcp", "legacy") as client, httpx2.AsyncClient(verify=False) as http:
+        async with (
+            connect(f"{base}/mcp", "legacy") as client,
+            httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http,
+        ):
             for probe in ("healthz", "readyz"):
                 assert (await http.get(f"{base}/{probe}")).text == "ok\n"
             refused = await http.post(f"{base}/mcp", headers={"Host": "evil.example", **JSON}, json={})
@@ -158,7 +174,7 @@ async def test_after_sigterm_it_is_not_ready_and_ends_when_the_calls_have_ended(
             # Only now has everything ended that a client may do with a result.
             assert (await client.list_tools(cache_mode="refresh")).tools
             signal.raise_signal(signal.SIGTERM)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await serving
         assert r.api.objects == []
         for task in asyncio.all_tasks():
@@ -194,7 +210,7 @@ async def test_a_call_that_outlasts_the_drain_does_not_cost_others_their_last_re
             signal.raise_signal(signal.SIGTERM)
             await asyncio.wait({endless})
             assert endless.exception() is not None, "it was cut"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await serving
         assert r.api.objects == []
         for task in asyncio.all_tasks():
@@ -228,7 +244,7 @@ async def test_on_any_loopback_address_it_answers_to_local_names_only(
         assert answer.status_code == status
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await serving
         for task in asyncio.all_tasks():
             if getattr(task.get_coro(), "__name__", "") == "_shutdown_watcher":
@@ -246,7 +262,7 @@ INITIALIZE = {
 async def test_probes_need_no_authentication() -> None:
     async with rig(auth=True) as r:
         add_probes(r.server, r.tools)
-        async with over_http(r.server) as url, httpx2.AsyncClient(verify=False) as http:
+        async with over_http(r.server) as url, httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:
             assert (await http.post(url, headers=JSON, json={})).status_code == 401
             assert (await http.get(url.replace("/mcp", "/readyz"))).status_code == 200
 
@@ -264,7 +280,7 @@ async def test_the_example_is_a_server_with_the_tool(monkeypatch: pytest.MonkeyP
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_without_the_sdk_the_error_names_the_extra() -> None:

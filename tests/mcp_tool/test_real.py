@@ -16,10 +16,12 @@ from typing import Any, Self
 
 import anyio
 import pytest
+from _patience import PATIENCE, until
+from _ports import free_ports
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
 
-from .support import ERAS, call, connect, local_server, refused, run, until
+from .support import ERAS, call, connect, local_server, refused, run
 
 WRITE = "open('diary.txt', 'w').write('the owl')"
 READ = "print(open('diary.txt').read())"
@@ -43,10 +45,9 @@ async def test_two_clients_of_each_era_have_state_of_their_own() -> None:
 
 async def test_output_comes_while_the_script_runs_and_a_cancel_stops_it() -> None:
     code = """\
-import pathlib, time
+import os, time
 print("working", flush=True)
-time.sleep(1)
-pathlib.Path("finished").touch()
+while not os.path.exists("go on"): time.sleep(0.01)
 """
 
     async def talk(url: str, era: str) -> None:
@@ -68,10 +69,10 @@ pathlib.Path("finished").touch()
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(call_tool)
-                with anyio.fail_after(5):
+                with anyio.fail_after(PATIENCE):
                     await working.wait()
                 tasks.cancel_scope.cancel()
-            with anyio.fail_after(5):
+            with anyio.fail_after(PATIENCE):
                 while await state() == "RUNNING":
                     await asyncio.sleep(0.02)
             assert await state() == "CANCELLED"
@@ -83,9 +84,11 @@ pathlib.Path("finished").touch()
 
 async def test_modes_work_together_on_the_reference_server() -> None:
     async with local_server() as (url, _manager), connect(url, "legacy") as client:
-        started = await run(client, "import time\nprint('a' * 40_000)\ntime.sleep(30)", mode="async")
+        started = await run(
+            client, "import time\nprint('a' * 40_000)\ntime.sleep(1000)", mode="async", timeout_ms=120_000
+        )
         known = {"execution_id": started["execution_id"]}
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             while len((first := await run(client, mode="status", **known))["output"]) < 30_000:
                 await asyncio.sleep(0.02)
         rest = await run(client, mode="status", output_offset=first["output_offset"], **known)
@@ -94,13 +97,15 @@ async def test_modes_work_together_on_the_reference_server() -> None:
         assert (await run(client, mode="cancel", **known))["state"] == "CANCELLED"
         ended = await run(client, mode="status", wait=True, **known)
         assert (ended["state"], ended["success"]) == ("CANCELLED", False)
-        error = await call(client, "print('begun', flush=True)\nwhile True: pass", timeout_ms=1)
-        assert error.is_error
-        assert error.structured_content is not None
-        assert (error.structured_content["state"], error.structured_content["output"]) == (
-            "TIMEOUT",
-            "begun\n",
-        )
+        output = ""
+        for _ in range(20):  # A second may be over before the script has got as far as to print.
+            error = await call(client, "print('begun', flush=True)\nwhile True: pass", timeout_ms=1)
+            assert error.is_error
+            assert error.structured_content is not None
+            assert error.structured_content["state"] == "TIMEOUT"
+            if output := error.structured_content["output"]:
+                break
+        assert output == "begun\n"
         assert "needs" in await refused(client, mode="status")
 
 
@@ -130,9 +135,19 @@ async def test_the_program_serves_both_eras_on_stdio(era: str) -> None:
         known = {"sandbox": first["sandbox"]} if "sandbox" in first else {}
         assert bool(known) == (era != "legacy")
         assert (await run(client, READ, **known))["output"] == "the owl\n"
-        with anyio.move_on_after(0.3):
-            await run(client, "import time; time.sleep(30)", **known)
+
+        async def is_running() -> bool:
+            return bool((await run(client, mode="list", states=["RUNNING"], **known))["executions"])
+
+        async with anyio.create_task_group() as tasks:
+            code = "import time; time.sleep(1000)"
+            tasks.start_soon(lambda: run(client, code, timeout_ms=120_000, **known))
+            await until(is_running)
+            tasks.cancel_scope.cancel()
         assert (await run(client, READ, **known))["output"] == "the owl\n"
+        with anyio.fail_after(PATIENCE):
+            while await is_running():
+                await asyncio.sleep(0.01)
         executions = (await run(client, mode="list", limit=2, **known))["executions"]
         assert executions[1]["state"] == "CANCELLED", "though it never printed anything"
 
@@ -152,7 +167,7 @@ async def test_the_program_on_stdio_ends_at_a_signal_though_its_input_is_open(nu
     assert process.stdout is not None
     message = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": INITIALIZE}
     process.stdin.write(json.dumps(message).encode() + b"\n")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         assert b"prodisco-sandbox" in await process.stdout.readline()
         process.send_signal(number)
         assert await process.stdout.read() == b""
@@ -167,7 +182,7 @@ async def test_the_program_on_stdio_answers_what_clients_ask_about_the_last_resu
         "-c",
         "from prodisco_sandbox.mcp import __main__ as program, _serve\n"
         "_serve.SETTLE_TIME = 60.0\n"
-        "raise SystemExit(program.main(['--local']))",
+        "raise SystemExit(program.main(['--local', '--drain-timeout', '60']))",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -196,7 +211,7 @@ while not os.path.exists({str(go_on)!r}):
     time.sleep(0.01)
 """
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(2 * PATIENCE):
             await ask("initialize", INITIALIZE, 1)
             send("notifications/initialized", {})
             tool = {"name": "run_sandbox", "_meta": {"progressToken": "t"}}
@@ -243,13 +258,13 @@ async def test_the_program_on_stdio_ends_quietly_when_its_client_does_not_read_a
             message["id"] = number
         process.stdin.write(json.dumps(message).encode() + b"\n")
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             assert b"prodisco-sandbox" in await asyncio.to_thread(os.read, ours, 65536)
             arguments = {"code": "import time; time.sleep(60)"}
             call = {"name": "run_sandbox", "arguments": arguments}
             message = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": call}
             process.stdin.write(json.dumps(message).encode() + b"\n")
-            await until(lambda: "sandbox_ready" in (tmp_path / "log").read_text(), timeout=15)
+            await until(lambda: "sandbox_ready" in (tmp_path / "log").read_text())
             os.close(ours)
             if not input_is_open:
                 process.stdin.close()
@@ -285,8 +300,8 @@ async def test_the_program_on_stdio_can_be_killed_though_its_client_does_not_rea
         ]
         for message in messages:
             process.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
-        await until(lambda: waiting() > size // 2, timeout=20)
-        async with asyncio.timeout(20):
+        await until(lambda: waiting() > size // 2)
+        async with asyncio.timeout(PATIENCE):
             while process.returncode is None:
                 process.terminate()
                 await asyncio.sleep(0.1)
@@ -298,8 +313,16 @@ async def test_the_program_on_stdio_can_be_killed_though_its_client_does_not_rea
             await process.wait()
 
 
+UNHURRIED = """
+import sys
+from prodisco_sandbox.mcp import __main__ as program, _serve
+_serve.SETTLE_TIME = 60.0
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
 class Program:
-    """The program on HTTP, in a process of its own."""
+    """The program on HTTP, in a process of its own; it waits long for what clients may still ask."""
 
     def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
         self._log, self._arguments = log, arguments
@@ -309,12 +332,12 @@ class Program:
     async def __aenter__(self) -> Self:
         with self._log.open("w") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "prodisco_sandbox.mcp", "--local", "--transport", "http", *self._arguments),
+                *(sys.executable, "-c", UNHURRIED),
+                *("--local", "--transport", "http", "--drain-timeout", "60", *self._arguments),
                 stderr=log,
                 env=self._environment,
             )
-        await until(lambda: "listening on " in self._log.read_text(), timeout=20)
+        await until(lambda: "listening on " in self._log.read_text())
         self.url = self._log.read_text().partition("listening on ")[2].split()[0]
         return self
 
@@ -348,7 +371,7 @@ print("done")
             return await client.call_tool("run_sandbox", {"code": code}, progress_callback=on_progress)
 
         calls = [asyncio.create_task(work(*pair)) for pair in zip((one, two), began, strict=True)]
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE):
             for event in began:
                 await event.wait()
         program.process.terminate()
@@ -357,32 +380,36 @@ print("done")
         go_on.touch()
         for result in await asyncio.gather(*calls):
             assert result.structured_content["output"] == "begun\ndone\n"
-        async with asyncio.timeout(15):
+        program.process.terminate()
+        async with asyncio.timeout(PATIENCE):
             assert await program.process.wait() == 0
 
 
 @pytest.mark.slow
 async def test_a_restarted_server_knows_the_handles_and_not_the_sessions(tmp_path: Path) -> None:
     secret = "kept over the restart"
-    async with Program(tmp_path / "1", "--port", "0", SANDBOX_HANDLE_SECRET=secret) as program:
-        port = program.url.rpartition(":")[2].removesuffix("/mcp")
-        async with connect(program.url, "2026-07-28") as client, connect(program.url, "legacy") as session:
-            handle = (await run(client, WRITE))["sandbox"]
-            await run(session, WRITE)
-            program.process.kill()
-            await program.process.wait()
-            again = Program(tmp_path / "2", "--port", port, SANDBOX_HANDLE_SECRET=secret)
-            async with again:
-                result = await run(client, LOOK, sandbox=handle)
-                assert result["output"] == "False\n"
-                assert "may be a new, empty sandbox" in result["note"]
-                with pytest.raises(Exception, match=r"[Ss]ession"):
-                    await run(session, LOOK)
-                async with connect(again.url, "legacy") as client_again:
-                    assert (await run(client_again, LOOK))["output"] == "False\n"
-            without = Program(tmp_path / "3", "--port", port)
-            async with without:
-                assert "call again without `sandbox`" in await refused(client, LOOK, sandbox=handle)
+    port = str(free_ports(1)[0])
+    async with (
+        Program(tmp_path / "1", "--port", port, SANDBOX_HANDLE_SECRET=secret) as program,
+        connect(program.url, "2026-07-28") as client,
+        connect(program.url, "legacy") as session,
+    ):
+        handle = (await run(client, WRITE))["sandbox"]
+        await run(session, WRITE)
+        program.process.kill()
+        await program.process.wait()
+        again = Program(tmp_path / "2", "--port", port, SANDBOX_HANDLE_SECRET=secret)
+        async with again:
+            result = await run(client, LOOK, sandbox=handle)
+            assert result["output"] == "False\n"
+            assert "may be a new, empty sandbox" in result["note"]
+            with pytest.raises(Exception, match=r"[Ss]ession"):
+                await run(session, LOOK)
+            async with connect(again.url, "legacy") as client_again:
+                assert (await run(client_again, LOOK))["output"] == "False\n"
+        without = Program(tmp_path / "3", "--port", port)
+        async with without:
+            assert "call again without `sandbox`" in await refused(client, LOOK, sandbox=handle)
 
 
 @pytest.mark.slow

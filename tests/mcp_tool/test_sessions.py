@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
+from _patience import PATIENCE, put_forward, until
 from mcp import Client
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
@@ -35,7 +36,6 @@ from .support import (
     run,
     text_of,
     tool_call,
-    until,
 )
 
 MODERN = "2026-07-28"
@@ -252,16 +252,21 @@ async def test_callers_who_cannot_be_told_apart_share_all_slots() -> None:
 
 
 @pytest.mark.parametrize("era", ERAS)
-async def test_who_comes_back_after_a_reap_is_told_once_that_the_files_are_gone(era: str) -> None:
-    settings = {"session_idle_timeout": 0.2, "idle_check_interval": 0.05}
+async def test_who_comes_back_after_a_reap_is_told_once_that_the_files_are_gone(
+    era: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"session_idle_timeout": 600.0, "idle_check_interval": 60.0}
     async with rig(settings=settings) as r, Client(r.server, mode=era) as client:
         known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
         (key,) = r.manager._current
+        put_forward(monkeypatch, 700.0)
         await until(lambda: r.manager.stats().reaped == 1 and not r.api.objects)
         r.sandbox.script("ExecuteTest", NEVER)
         async with r.manager.session(key):  # Made again, and not reaped any more.
-            with anyio.move_on_after(0.1):  # Cancelled before it could be told.
-                await run(client, "", mode="test", tests="x", **known)
+            async with anyio.create_task_group() as tasks:  # Cancelled before it could be told.
+                tasks.start_soon(lambda: run(client, "", mode="test", tests="x", **known))
+                await r.sandbox.wait_for_call("ExecuteTest")
+                tasks.cancel_scope.cancel()
             result = await run(client, "", **known)
             assert "This is a new sandbox" in result["note"]
             assert "gone" in result["note"]
@@ -358,7 +363,7 @@ async def cancelled_once_it_prints(client: Client, **known: str) -> None:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(talk)
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             await printed.wait()
         tasks.cancel_scope.cancel()
 
@@ -375,7 +380,7 @@ async def test_a_cancelled_call_cancels_the_execution(era: str, transport: str) 
             stream = await r.sandbox.wait_for_call("ExecuteStream", count=2)
             cancel = await r.sandbox.wait_for_call("CancelExecution")
             assert cancel.request.execution_id == "e1"
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE):
                 await stream.ended.wait()
             assert stream.outcome == "cancelled"
             r.sandbox.script("ExecuteStream", [DONE])
@@ -400,7 +405,7 @@ async def test_a_cancelled_wait_leaves_the_execution_alone() -> None:
             tasks.start_soon(lambda: call(client, mode="status", execution_id="e1", wait=True))
             waiting = await r.sandbox.wait_for_call("GetExecution")
             tasks.cancel_scope.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             await waiting.ended.wait()
         assert [call.rpc for call in r.sandbox.calls if call.rpc not in ("Check", "GetExecution")] == []
 
@@ -458,7 +463,7 @@ async def test_a_server_that_drains_takes_no_calls_and_waits_for_those_it_has() 
         await r.sandbox.wait_for_call("ExecuteStream")
         assert not await r.tools.drain(0.01)
         assert "shutting down" in await refused(client, "")
-        draining = asyncio.create_task(r.tools.drain(5))
+        draining = asyncio.create_task(r.tools.drain(PATIENCE))
         await asyncio.sleep(0)
         assert not draining.done()
         go_on.set()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from _patience import PATIENCE
 from mcp import Client
 from mcp.server.mcpserver import Context
 
@@ -52,6 +53,12 @@ def err(text: str) -> ExecutionChunk:
 
 def end(outcome: ExecutionOutcome = DONE) -> ExecutionChunk:
     return ExecutionChunk("e1", "result", result=outcome)
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All progress is sent before the result, however long it takes to send it."""
+    monkeypatch.setattr(_progress, "FLUSH_TIMEOUT", PATIENCE)
 
 
 @pytest_asyncio.fixture
@@ -397,7 +404,7 @@ async def test_output_is_reported_while_it_comes(r: Rig, client: Client) -> None
     calling = asyncio.create_task(
         client.call_tool("run_sandbox", {"code": "x"}, progress_callback=on_progress)
     )
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await arrived.wait()
     assert seen[0][1] == "first"
     assert not calling.done(), "the script goes on"
@@ -425,7 +432,7 @@ async def test_a_client_that_does_not_read_does_not_hold_up_the_script(
     monkeypatch.setattr(Context, "report_progress", report_progress)
     monkeypatch.setattr(_progress, "FLUSH_TIMEOUT", 0.05)
     r.sandbox.script("ExecuteStream", [out("x"), out("y"), end()])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         assert await progress_of(client) == []
 
 
@@ -436,8 +443,15 @@ async def test_a_silent_script_shows_that_it_lives(
     monkeypatch.setattr(_progress, "INTERVAL", 0.01)
     quiet = asyncio.Event()
     r.sandbox.script("ExecuteStream", [quiet, end()])
-    asyncio.get_running_loop().call_later(0.2, quiet.set)
-    seen = await progress_of(client)
+    seen: list[str | None] = []
+
+    async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+        seen.append(message)
+        if message == "[running]":
+            quiet.set()
+
+    async with asyncio.timeout(PATIENCE):
+        await client.call_tool("run_sandbox", {"code": "x"}, progress_callback=on_progress)
     assert "[running]" in seen
     assert set(seen) <= {"[running]", "[waiting for a sandbox]"}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from _counts import count, tries
 from _local import processes, traces, until_gone
+from _patience import PATIENCE
 
 PROGRAM = """\
 import asyncio, contextlib, random, signal, sys
@@ -74,7 +75,7 @@ async def busy_program(
     try:
         if up:
             assert program.stdout is not None
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(2 * PATIENCE):
                 assert await program.stdout.readline() == b"up\n"
         yield program
     finally:
@@ -97,10 +98,10 @@ async def test_killed_at_random_moments(tmp_path: Path) -> None:
             await asyncio.sleep(chance.uniform(0, 3))
             if program.returncode is not None:
                 raise AssertionError(f"it has ended by itself: {program.returncode}")
-            program.kill()
             there += bool(processes(directory).keys() - {program.pid})
+            program.kill()
             killed = time.monotonic()
-        await until_gone(directory, timeout=30)
+        await until_gone(directory)
         longest = max(longest, time.monotonic() - killed)
         assert list(directory.iterdir()) == []
         count("kills")
@@ -114,7 +115,7 @@ async def test_sigterm_drains(tmp_path: Path) -> None:
         assert program.stdout is not None
         await asyncio.sleep(1)
         program.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(2 * PATIENCE):
             assert await program.stdout.readline() == b"drained\n"
             # Nothing is left to die.
             assert processes(tmp_path).keys() <= {program.pid}

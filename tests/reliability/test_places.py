@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
@@ -47,7 +48,7 @@ async def main():
             client = await manager.get_client("known")
             await client.execute(code="x")
             if not (child := os.fork()):
-                signal.alarm(20)
+                signal.alarm(60)
                 asyncio.run(use(manager, client))
                 os._exit(0)
             status = await asyncio.to_thread(os.waitpid, child, 0)
@@ -63,7 +64,9 @@ print("well")
 
 @pytest.mark.slow
 def test_after_a_fork() -> None:
-    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=2 * PATIENCE
+    )
     lines = done.stdout.splitlines()
     assert lines[-1:] == ["well"], done.stdout + done.stderr
     assert len(lines) == 12
@@ -77,10 +80,10 @@ def loop_in_a_thread() -> Iterator[Any]:
     thread = threading.Thread(target=loop.run_forever, name="other-loop")
     thread.start()
     try:
-        yield lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
+        yield lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE)
     finally:
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(PATIENCE)
         loop.close()
 
 
@@ -154,7 +157,7 @@ def test_a_shutdown_under_way_is_waited_for_in_its_own_loop_only() -> None:
 
     async def elsewhere() -> None:
         with pytest.raises(SandboxError, match="another event loop"):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE):
                 await manager.shutdown()
 
     asyncio.run(elsewhere())

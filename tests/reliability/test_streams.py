@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from _counts import count
+from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxClient, SandboxManager
 from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
@@ -90,7 +91,7 @@ async def sweep(client: SandboxClient, use: Any, times: int, after: Callable[[],
             await Steps(use(client), at, times, task.cancel)
 
         task = asyncio.create_task(cancelled(), name=f"cancelled-at-{at}")
-        await asyncio.wait({task}, timeout=30)
+        await asyncio.wait({task}, timeout=PATIENCE)
         assert task.done(), f"cancelling at point {at} makes it hang"
         if not task.cancelled():
             task.result()
@@ -107,7 +108,7 @@ async def test_cancelled_at_every_point(use: Any, times: int) -> None:
     async with fake() as (server, client):
 
         async def over() -> None:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE):
                 for call in server.calls:
                     await call.ended.wait()
 
@@ -142,7 +143,7 @@ async def test_cancelled_at_every_point_on_a_real_server(use: Any) -> None:
         client = await manager.get_client("s")
 
         async def over() -> None:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 while await client.list_executions(states=[ExecutionState.RUNNING, ExecutionState.PENDING]):
                     await asyncio.sleep(0.01)
 

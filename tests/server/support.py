@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from _patience import PATIENCE
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.proto import sandbox_pb2_grpc
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 else:
     Stub = sandbox_pb2_grpc.SandboxServiceStub
 
-START_TIMEOUT = 20.0
-END_TIMEOUT = 20.0
+START_TIMEOUT = PATIENCE
+END_TIMEOUT = PATIENCE
 
 
 class Server:
@@ -128,19 +127,6 @@ def running(directory: Path, *options: str, **kind: object) -> Iterator[Server]:
         assert server.stop() == 0, server.log()
     else:
         server.wait()
-
-
-async def until(condition: Callable[[], object], timeout: float = 5.0) -> None:
-    """Returns once the condition holds.
-
-    Raises:
-        AssertionError: It does not in time.
-    """
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout} s: {condition}")
-        await asyncio.sleep(0.01)
 
 
 def alive(pid: int) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from _nested import removed_by_force
+from _patience import PATIENCE
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine, _tree, _usage
@@ -106,13 +107,11 @@ async def test_a_process_whose_main_thread_has_ended_is_found(stub: Stub) -> Non
     # To /proc it looks like a zombie.
     source = """
 import ctypes, os, threading, time
-read, write = os.pipe()
-if os.fork() == 0:
+pid = os.fork()
+if pid == 0:
     threading.Thread(target=time.sleep, args=(1000,)).start()
-    os.write(write, b"x")
     ctypes.CDLL(None).pthread_exit(None)
-os.read(read, 1)
-time.sleep(0.1)
+while open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z": time.sleep(0.01)
 print(*[line for line in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children")])
 """
     pid = int(await output(stub, source))
@@ -156,10 +155,13 @@ async def test_landlock_keeps_writes_and_signals_inside(stub: Stub, server: Serv
 
 @needs_landlock
 async def test_killing_everything_kills_only_itself(stub: Stub, server: Server) -> None:
-    other = stub.Execute(code("import time; time.sleep(0.5); print('still here')"))
+    wait = "import os, time\nprint('here')\nwhile not os.path.exists('go on'): time.sleep(0.01)\n"
+    other = aiter(stub.ExecuteStream(code(wait + "print('still here')")))
+    assert (await anext(other)).output == "here\n"
     answer = await stub.Execute(code("import os, signal\nos.kill(-1, signal.SIGKILL)\nprint('survived')"))
     assert not answer.success or "survived" in answer.output
-    assert (await other).output == "still here\n"
+    assert (await stub.Execute(code("open('go on', 'w')"))).success
+    assert "".join([chunk.output async for chunk in other]) == "still here\n"
     assert (await stub.HealthCheck(pb.HealthCheckRequest())).healthy
 
 
@@ -172,7 +174,7 @@ time.sleep(1000)
 """
     started = await stub.ExecuteAsync(code(source))
     pids: list[int] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while len(pids) < 2:
             answer = await stub.GetExecution(pb.GetExecutionRequest(execution_id=started.execution_id))
             pids = [int(pid) for pid in answer.output.split()]
@@ -255,14 +257,15 @@ for path in ("/new", "/usr/new", "/dev/new", "/etc/new"):
             assert await output(stub, source) == "['1', '2']\n['lo']\nFalse\n"
             assert await output(stub, "print(open('kept').read())") == "1\n"
             assert await output(stub, FORKS) == "19\n"
-            source = """
+            seconds = f"1000.{os.getpid()}"  # Nobody else's.
+            source = f"""
 import os, subprocess
-subprocess.Popen(["sleep", "1000.25"], start_new_session=True)
+subprocess.Popen(["sleep", "{seconds}"], start_new_session=True)
 while True: pass
 """
             answer = await stub.Execute(code(source, timeout_ms=1000))
             assert answer.error == "timed out after 1000 ms"
-            assert "1000.25" not in commands()
+            assert seconds not in commands()
 
 
 def commands() -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 import grpc
 import pytest
+from _patience import PATIENCE, until
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 
-from .support import Server, Stub, alive, code, until
+from .support import Server, Stub, alive, code
 
 
 async def test_output_and_success(stub: Stub) -> None:
@@ -62,9 +64,11 @@ async def test_is_main_and_runs_exit_handlers_and_threads(stub: Stub) -> None:
     source = """
 import atexit, threading, time
 atexit.register(print, "exit handler")
-threading.Thread(target=lambda: (time.sleep(0.05), print("thread"))).start()
+go_on = threading.Event()
+threading.Thread(target=lambda: (go_on.wait(), time.sleep(0.05), print("thread"))).start()
 if __name__ == "__main__":
     print("main")
+go_on.set()
 """
     assert (await stub.Execute(code(source))).output == "main\nthread\nexit handler\n"
 
@@ -140,13 +144,19 @@ async def test_no_source_is_an_answer(stub: Stub, request_: pb.ExecuteRequest) -
 
 
 async def test_timeout_is_clamped_and_keeps_the_output(stub: Stub) -> None:
-    began = time.monotonic()
-    chunks = [c async for c in stub.ExecuteStream(code("print('before')\nwhile True: pass", timeout_ms=-5))]
-    assert 0.9 < time.monotonic() - began < 3.0
-    assert "".join(chunk.output for chunk in chunks) == "before\n"
-    result = chunks[-1].result
-    assert (result.success, result.state) == (False, pb.EXECUTION_STATE_TIMEOUT)
-    assert result.error == "timed out after 1000 ms"
+    output = ""
+    for _ in range(20):  # A second may be over before the code has got as far as to print.
+        began = time.monotonic()
+        call = stub.ExecuteStream(code("print('before')\nwhile True: pass", timeout_ms=-5))
+        async with asyncio.timeout(PATIENCE):
+            chunks = [chunk async for chunk in call]
+        assert time.monotonic() - began > 0.9
+        result = chunks[-1].result
+        assert (result.success, result.state) == (False, pb.EXECUTION_STATE_TIMEOUT)
+        assert result.error == "timed out after 1000 ms"
+        if output := "".join(chunk.output for chunk in chunks):
+            break
+    assert output == "before\n"
 
 
 async def test_output_is_cut_visibly(stub: Stub) -> None:
@@ -185,21 +195,23 @@ async def test_giving_up_on_execute_ends_its_processes(stub: Stub, server: Serve
             )
             seen.append(answer.output.strip().removeprefix("False"))
 
-    await asyncio.wait_for(started(), 5)
+    await asyncio.wait_for(started(), PATIENCE)
     call.cancel()
     await until(lambda: not alive(int(seen[-1])))
 
 
-async def test_health_stays_quick_while_eight_busy_loops_run(stub: Stub) -> None:
-    calls = [stub.Execute(code("while True: pass", timeout_ms=1000)) for _ in range(8)]
-    took = []
-    while not all(call.done() for call in calls):
-        began = time.monotonic()
-        assert (await stub.HealthCheck(pb.HealthCheckRequest())).healthy
-        took.append(time.monotonic() - began)
-        await asyncio.sleep(0.02)
-    assert [answer.error for answer in await asyncio.gather(*calls)] == ["timed out after 1000 ms"] * 8
-    # The scheduler may hold up a single one while everything else on the machine is busy too.
-    took.sort()
-    assert took[len(took) * 9 // 10] < 0.1
-    assert took[-1] < 1
+async def test_health_answers_while_eight_busy_loops_run(stub: Stub, server: Server) -> None:
+    source = "import os\nprint(os.getpid(), os.nice(0), flush=True)\nwhile True: pass"
+    calls = [stub.ExecuteStream(code(source, timeout_ms=120_000)) for _ in range(8)]
+    firsts = await asyncio.gather(*(anext(aiter(call)) for call in calls))
+    # That is as many as may run, and each of them gives way to the server.
+    niceness = [int(first.output.split()[1]) for first in firsts]
+    assert min(niceness) >= os.getpriority(os.PRIO_PROCESS, server.pid) + 10
+    for _ in range(20):
+        request = pb.HealthCheckRequest()
+        assert (await stub.HealthCheck(request, timeout=PATIENCE)).healthy
+    assert not any(call.done() for call in calls)
+    for call in calls:
+        call.cancel()
+    pids = [int(first.output.split()[0]) for first in firsts]
+    await until(lambda: not any(map(alive, pids)))
