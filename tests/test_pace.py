@@ -1,4 +1,4 @@
-"""How much many tasks may do at a time: Pace in one pass of the event loop, RequestTurns by new connections."""
+"""How much many tasks may do at a time: Pace in a pass of the event loop, RequestTurns with connections."""
 
 from __future__ import annotations
 

@@ -88,7 +88,10 @@ class SandboxResources:
         self._refused_since: dict[str, float] = {}
         self._worked: set[str] = set()
         self._away_at = -math.inf
-        self._requests = RequestTurns(CONCURRENT_REQUESTS, pause=CONNECTING_PAUSE, kept=KEPT)
+        connects = api is None or hasattr(api, "api_client")  # else it is a stand-in, in memory
+        self._requests = RequestTurns(
+            CONCURRENT_REQUESTS, pause=CONNECTING_PAUSE if connects else 0.0, kept=KEPT
+        )
         self.pace = Pace(STEPS_PER_PASS)
         self._accepts: dict[str, frozenset[str] | None] = {}
 

@@ -58,9 +58,9 @@ async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_time
             drains.add(asyncio.create_task(drain(), name="drain"))
             return
         stdin.end()
-        ignore_no_signal()  # The next one kills: a client that does not read holds up the SDK's writer.
+        leave_signals()  # The next one kills: a client that does not read holds up the SDK's writer.
 
-    def ignore_no_signal() -> None:
+    def leave_signals() -> None:
         for number in SIGNALS:
             loop.remove_signal_handler(number)
 
@@ -74,7 +74,7 @@ async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_time
     finally:
         for task in drains:
             task.cancel()
-        ignore_no_signal()
+        leave_signals()
 
 
 async def serve_http(
