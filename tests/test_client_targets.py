@@ -166,6 +166,7 @@ def test_the_environment_names_the_target(
         ({}, {"tcp_port": 0}, r"tcp_port is 0"),
         ({}, {"tcp_port": "7"}, r"tcp_port is '7'"),
         ({}, {"socket_path": ""}, r"target is 'unix:'"),
+        ({}, {"socket_path": 5}, r"socket_path is 5: it must be the path of a Unix socket"),
         ({}, {"socket_path": "/s", "tcp_port": 7}, r"socket_path is given beside tcp_host or tcp_port"),
         ({"SANDBOX_TRANSPORT_MODE": "TLS"}, {}, r"SANDBOX_TRANSPORT_MODE is 'TLS'"),
         ({"SANDBOX_TRANSPORT_MODE": "mtls"}, {}, r"SANDBOX_TLS_CLIENT_CERT_PATH is not set"),

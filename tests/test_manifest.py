@@ -365,8 +365,8 @@ def sandbox(*conditions: Any, **status: Any) -> Object:
 @pytest.mark.parametrize(
     ("status", "state", "text"),
     [
-        (None, "waiting", "no status yet"),
-        ({}, "waiting", "no status yet"),
+        (None, "waiting", "no status yet (does agent-sandbox's controller run?)"),
+        ({}, "waiting", "no status yet (does agent-sandbox's controller run?)"),
         # A controller that reports no Ready condition at all: the address is all there is.
         ({"serviceFQDN": FQDN}, "ready", "ready"),
         ({"serviceFQDN": FQDN, "conditions": None}, "ready", "ready"),

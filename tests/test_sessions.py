@@ -297,3 +297,7 @@ class Table(RuleBasedStateMachine):
 
 TestTable = Table.TestCase
 TestTable.settings = settings(max_examples=tries(230), stateful_step_count=50, deadline=None)
+
+
+def test_a_session_does_not_show_its_id() -> None:
+    assert "secret" not in repr(Session(session_id="secret", session_hash="h", name="n"))

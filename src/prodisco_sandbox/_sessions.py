@@ -37,7 +37,7 @@ class Session:
     When a session id gets a new sandbox, it gets a new `Session`.
     """
 
-    session_id: str
+    session_id: str = field(repr=False)
     session_hash: str
     name: str
     """Name of the Sandbox; it changes when the name turns out to be taken."""

@@ -68,6 +68,8 @@ def target_from_env(
     tcp_given = tcp_host is not None or tcp_port is not None
     if tcp_given and socket_path is not None:
         raise ValueError("socket_path is given beside tcp_host or tcp_port: give one or the other")
+    if not isinstance(socket_path, str | os.PathLike | None):
+        raise ValueError(f"socket_path is {socket_path!r}: it must be the path of a Unix socket")  # noqa: TRY004
     host, port = environ.get("SANDBOX_TCP_HOST"), environ.get("SANDBOX_TCP_PORT")
     if not tcp_given and (socket_path is not None or not (host or port or _use_tcp(environ))):
         default = environ.get("SANDBOX_SOCKET_PATH") or "/tmp/prodisco-sandbox.sock"

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 from . import _messages as m
 from ._channel import Connection
@@ -71,6 +71,12 @@ _Found = TypeVar("_Found", ExecutionStatus, CancelResult)
 
 # What the protocol's servers do with an execution's timeout.
 _DEFAULT_TIMEOUT, _LEAST_TIMEOUT, _GREATEST_TIMEOUT = 30.0, 1.0, 120.0
+
+
+class _Options(TypedDict, total=False):
+    tls: TlsConfig | None
+    call_timeout: float
+    deadline_margin: float
 
 
 class SandboxClient:
@@ -144,7 +150,7 @@ class SandboxClient:
         tcp_host: str | None = None,
         tcp_port: int | None = None,
         socket_path: str | os.PathLike[str] | None = None,
-        **options: Any,
+        **options: Unpack[_Options],
     ) -> Self:
         """Makes a client from the environment; an explicit argument beats it.
 

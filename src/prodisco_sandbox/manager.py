@@ -81,7 +81,8 @@ class SandboxManager:
         wall_clock: The Unix time that leases are written in.
 
     Raises:
-        TypeError: `config` is no `SandboxManagerConfig`.
+        TypeError: `config` is no `SandboxManagerConfig`, or `custom_objects_api` is that of
+            the synchronous client.
     """
 
     def __init__(
@@ -94,6 +95,10 @@ class SandboxManager:
     ) -> None:
         if not isinstance(config, SandboxManagerConfig):
             raise TypeError(f"config is {config!r}: it must be a SandboxManagerConfig")
+        if type(custom_objects_api).__module__.split(".")[0] == "kubernetes":  # Its calls block the loop.
+            raise TypeError(
+                f"custom_objects_api is {custom_objects_api!r}: it must be that of kubernetes_asyncio"
+            )
         self._config = config
         self._engine: Engine | None = None
         self._current: dict[str, Session] = {}

@@ -244,7 +244,11 @@ def readiness(sandbox: Object, config: SandboxManagerConfig) -> Readiness:
         return Readiness("waiting", None, _condition_text(ready))
     target = endpoint(sandbox, config)
     if target is None:
-        known = "no status yet" if not status else "no address in its status yet"
+        known = (
+            "no status yet (does agent-sandbox's controller run?)"
+            if not status
+            else "no address in its status yet"
+        )
         return Readiness("waiting", None, known)
     return Readiness("ready", target, "ready" if ready is None else _condition_text(ready))
 

@@ -573,6 +573,12 @@ async def test_single_mode_closes_the_client_that_from_env_made() -> None:
         await client.execute(code="")
 
 
+def test_the_api_of_the_synchronous_client_is_refused() -> None:
+    synchronous = type("CustomObjectsApi", (), {"__module__": "kubernetes.client.api.custom_objects_api"})
+    with pytest.raises(TypeError, match="it must be that of kubernetes_asyncio"):
+        SandboxManager(SandboxManagerConfig(mode="multi"), custom_objects_api=synchronous())
+
+
 def test_another_event_loop_gets_an_error_and_no_hang() -> None:
     api = FakeCustomObjectsApi(auto_ready=True)
     manager = SandboxManager(

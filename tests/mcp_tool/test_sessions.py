@@ -476,6 +476,7 @@ async def test_a_server_that_drains_takes_no_calls_and_waits_for_those_it_has() 
     [
         ({"max_per_principal": 0}, "max_per_principal is 0"),
         ({"max_output": -1}, "max_output is -1"),
+        ({"max_output": "5"}, "max_output is '5'"),
         ({"handle_secret": "short"}, "handle_secret is too short"),
     ],
 )

@@ -74,7 +74,7 @@ def add_sandbox_tools(
     if max_per_principal is None:
         max_per_principal = max(1, manager._config.max_sessions // 2)
     for argument, value in (("max_per_principal", max_per_principal), ("max_output", max_output)):
-        if value < 1:
+        if not isinstance(value, int) or value < 1:  # type: ignore[redundant-expr]
             raise ValueError(f"{argument} is {value!r}: it must be an integer of at least 1")
     if session_key is default_session_key:
         session_key = functools.partial(default_session_key, principal=principal)
