@@ -237,3 +237,28 @@ async def test_the_connection_is_opened_on_first_use_shared_and_closed(
     monkeypatch.setattr(apis[0].api_client, "close", note)
     await resources.aclose()
     assert closed == [True]
+
+
+async def test_a_pipe_is_a_kubeconfig_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell's ``KUBECONFIG=<(...)``."""
+    read, write = os.pipe()
+    try:
+        os.write(write, whole(tmp_path / "config").read_bytes())
+        os.close(write)
+        monkeypatch.setenv("KUBECONFIG", f"/dev/fd/{read}")
+        async with opened() as configuration:
+            assert configuration.host == "http://one.test:8080"
+    finally:
+        os.close(read)
+
+
+@pytest.mark.parametrize(
+    "files", ["/nowhere:{}", ":{}", "{}:", "~nobody-of-that-name/x:{}", "{}/below/it:{}"]
+)
+async def test_what_cannot_be_reached_of_several_files_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str
+) -> None:
+    path = whole(tmp_path / "config")
+    monkeypatch.setenv("KUBECONFIG", files.replace("{}", str(path)))
+    async with opened() as configuration:
+        assert configuration.host == "http://one.test:8080"

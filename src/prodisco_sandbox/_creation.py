@@ -303,6 +303,8 @@ class Creation:
                 if after.target is not None and self._client(session, after.target) is client:
                     return client
                 continue
+            if session.target is None:  # A caller has closed it meanwhile.
+                continue
             hopeless = client.health_error
             if type(hopeless) is SandboxError:  # Not the other side's doing, such as a file for TLS.
                 raise hopeless.twin()

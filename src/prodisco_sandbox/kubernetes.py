@@ -56,7 +56,7 @@ CONNECTING_PAUSE = 0.004
 KEPT = 15.0
 """How long aiohttp keeps a connection that is not used."""
 STEPS_PER_PASS = 4
-"""RequestTurns and connections begun in one pass of the event loop; each takes some 300 µs of it."""
+"""Requests and connections begun in one pass of the event loop; each takes some 300 µs of it."""
 STARTING_SERVER = 10.0
 """An API server that starts answers 403 to everybody for a while."""
 

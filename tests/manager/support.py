@@ -10,7 +10,7 @@ from typing import Any
 
 from kubernetes_asyncio.client import ApiException
 
-from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
+from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.manifest import (
     GROUP,
     LABEL_INSTANCE,
@@ -48,6 +48,9 @@ class StubClient(SandboxClient):
         if not self.healthy:
             await asyncio.sleep(timeout)
         await asyncio.sleep(0)
+        if self.closed:
+            self._connection.health_error = SandboxError(f"the client of {self.target} is closed")
+            return False
         return self.healthy
 
     async def close(self) -> None:

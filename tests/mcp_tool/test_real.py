@@ -277,7 +277,8 @@ async def test_the_program_on_stdio_ends_quietly_when_its_client_does_not_read_a
 
 
 @pytest.mark.slow
-async def test_the_program_on_stdio_can_be_killed_though_its_client_does_not_read() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_program_on_stdio_can_be_killed_though_its_client_does_not_read(number: int) -> None:
     ours, theirs = os.pipe()
     size = fcntl.fcntl(theirs, fcntl.F_GETPIPE_SZ)
     process = await asyncio.create_subprocess_exec(
@@ -303,9 +304,9 @@ async def test_the_program_on_stdio_can_be_killed_though_its_client_does_not_rea
         await until(lambda: waiting() > size // 2)
         async with asyncio.timeout(PATIENCE):
             while process.returncode is None:
-                process.terminate()
+                process.send_signal(number)
                 await asyncio.sleep(0.1)
-        assert process.returncode == -signal.SIGTERM
+        assert process.returncode == -number
     finally:
         os.close(ours)
         if process.returncode is None:

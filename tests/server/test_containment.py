@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _nested import removed_by_force
@@ -18,6 +19,8 @@ from _patience import PATIENCE
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine, _tree, _usage
 from prodisco_sandbox.server._cgroup import find_pids_cgroups
+from prodisco_sandbox.server._containment import Containment
+from prodisco_sandbox.server._options import parse
 
 from .support import Server, Stub, alive, code, needs_landlock, own_cgroups, running
 
@@ -294,3 +297,21 @@ def test_what_lies_deeper_than_paths_go_counts_too(tmp_path: Path, monkeypatch: 
         # Each piece holds a descriptor, and code could use up all of the server's.
         monkeypatch.setattr(_usage, "_PIECES", 2)
         assert 0 < _usage.disk_usage([tmp_path], sys.maxsize) < 1 << 20
+
+
+def test_a_writable_directory_that_is_closed_to_the_server_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path) == "/closed/to/us":  # as below another user's directory of mode 0700; root meets none
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    containment = Containment(parse(["--writable", f"/closed/to/us:{tmp_path}"], {}), tmp_path, tmp_path)
+    try:
+        assert [path for path, _ in containment.job()["writable"]] == [str(tmp_path)]
+    finally:
+        containment.close()

@@ -59,6 +59,8 @@ async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_time
             return
         stdin.end()
         leave_signals()  # The next one kills: a client that does not read holds up the SDK's writer.
+        # Where Python's own handler raises, asyncio waits for that writer all the same.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def leave_signals() -> None:
         for number in SIGNALS:

@@ -15,7 +15,7 @@ from mcp_types import CallToolResult, TextContent, ToolAnnotations
 
 from .._log import get_logger
 from ..client import ExecutionState, SandboxClient
-from ..errors import SandboxError
+from ..errors import SandboxError, SandboxTimeoutError
 from ..manager import SandboxManager
 from . import _parameters as p
 from . import _texts as texts
@@ -274,10 +274,8 @@ class SandboxTools:
 
     async def _status(self, client: SandboxClient, call: p.Call) -> SandboxOutput:
         if call.wait:
-            # The call's own deadline would pass for a sign that the sandbox is dead.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(call.patience):
-                    await client.wait_for_execution(call.execution_id)
+            with contextlib.suppress(SandboxTimeoutError):
+                await client.wait_for_execution(call.execution_id, timeout=call.patience)
         # From the beginning: in which units the server counts is its own affair.
         status = await client.get_execution(call.execution_id)
         result = SandboxOutput(execution_id=status.execution_id, state=status.state.name)

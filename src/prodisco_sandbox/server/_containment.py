@@ -44,7 +44,9 @@ class Containment:
         # place of one, which must not let the next execution out. Held open, for their numbers
         # to stay theirs.
         self._held = {
-            path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in self._writable() if path.exists()
+            path: os.open(path, os.O_PATH | os.O_CLOEXEC)
+            for path in dict.fromkeys(self._writable())
+            if os.path.exists(path)  # noqa: PTH110 - unlike Path.exists also where it is closed to us
         }
         self.prefix = self._bubblewrap() if options.isolation == "bwrap" else []
         # Namespaces already hide everything else.

@@ -238,7 +238,10 @@ class Executions:
         await self.measure()
 
     async def _grown(self) -> str | None:
-        """What is wrong with the workspace, for one that may have filled it quicker than it is watched."""
+        """What is wrong with a full workspace, for one that may have filled it quicker than the watch looks.
+
+        One that was not full is left to the watch, lest every execution count its files.
+        """
         bound = self._used
         if bound <= self._options.workspace_limit:
             return None
