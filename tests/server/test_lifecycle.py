@@ -213,7 +213,14 @@ print("begun")
 while not os.path.exists({str(go_on)!r}): time.sleep(0.01)
 print("done")
 """
-    with running(tmp_path, "--grace-period", "3600", "--max-concurrent", "1") as server:
+    unhurried = """
+import sys
+from prodisco_sandbox.server import __main__ as program, _app
+_app._LINGER = 3600.0
+sys.exit(program.main())
+"""
+    options = ["--grace-period", "3600", "--max-concurrent", "1"]
+    with running(tmp_path, *options, command=(sys.executable, "-c", unhurried)) as server:
         async with server.connect() as stub:
             last = aiter(stub.ExecuteStream(code(source, timeout_ms=120_000)))
             assert (await anext(last)).output == "begun\n"
@@ -232,7 +239,9 @@ print("done")
             rest = [chunk async for chunk in last]
             assert "".join(chunk.output for chunk in rest) == "done\n"
             assert rest[-1].result.state == pb.EXECUTION_STATE_COMPLETED
-        assert server.wait() == 0
+            # There is time to read the last answer, but who asks twice does not wait for it.
+            assert not (await stub.HealthCheck(pb.HealthCheckRequest())).healthy
+            assert server.stop() == 0
         assert not (tmp_path / "run").exists()
 
 

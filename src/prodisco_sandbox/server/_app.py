@@ -48,6 +48,9 @@ CHANNEL_OPTIONS = [
 ]
 
 _KILL_TIMEOUT = 15.0
+_LINGER = 0.2
+"""Seconds that connections stay after the last answer, for clients to have read it: a connection
+that is closed under what they send takes with it what they have not read yet."""
 _LAST_ANSWERS = 1.0
 """Seconds for the answers of what was killed at the end to get out."""
 
@@ -176,7 +179,10 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
             await standard_health.enter_graceful_shutdown()
         finally:
             grace = 0.0 if stop.at_once.is_set() else options.grace_period
+            linger = _LINGER if executions.busy else 0.0
             await _drain(executions, grace, stop)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.at_once.wait(), linger)
             await server.stop(_LAST_ANSWERS)
             await processes.close()
     finally:

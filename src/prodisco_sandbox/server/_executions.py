@@ -178,6 +178,11 @@ class Executions:
         run = self._running.get(execution.id)
         return run is not None and run.stop(State.CANCELLED, why)
 
+    @property
+    def busy(self) -> bool:
+        """Whether something runs."""
+        return not self._idle.is_set()
+
     async def drain(self, grace: float) -> None:
         """Takes nothing new, gives what runs `grace` seconds, then kills it."""
         self._draining = True
