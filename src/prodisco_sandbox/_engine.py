@@ -32,7 +32,7 @@ ROUNDS = 3
 """How often a caller asks again when the sandbox dies before it gets the client."""
 REAPED_PER_PASS = 40
 STEPS_PER_PASS = 16
-"""Steps of creations and closes in one pass of the event loop; some 20 µs each until they wait."""
+"""Steps of creations and closes in one pass of the event loop; 20 to 80 µs each until they wait."""
 REMEMBERED = 1024
 """How many ended sessions are remembered, to tell a re-creation from a first creation."""
 

@@ -71,7 +71,7 @@ class Session:
     # What is known of its client.
     client: SandboxClient | None = None
     target: str | None = None
-    """Where the client leads; None: nowhere, since one of its users has closed it."""
+    """Where the client leads; None: there is none yet, or one of its users has closed it."""
     pod_ips: tuple[str, ...] = ()
     usable: bool = False
     """Ready, and no reason to doubt the client: it may be handed out at once."""

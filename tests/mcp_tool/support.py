@@ -28,6 +28,12 @@ from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 
 T = TypeVar("T")
 
+INITIALIZE = {
+    "protocolVersion": "2025-11-25",
+    "capabilities": {},
+    "clientInfo": {"name": "test", "version": "0"},
+}
+
 ERAS = ("legacy", "2026-07-28")
 """What `Client` takes as mode: the handshake of 2025-11-25 and before, and requests that stand alone."""
 
@@ -113,11 +119,17 @@ async def over_http(server: MCPServer[Any], **options: Any) -> AsyncIterator[str
         yield f"http://127.0.0.1:{port}/mcp"
     finally:
         uvicorn_server.should_exit = True
-        await task
-        for other in asyncio.all_tasks():
-            # sse_starlette's, which looks for a signal for ever.
-            if getattr(other.get_coro(), "__name__", "") == "_shutdown_watcher":
-                other.cancel()
+        await served(task)
+
+
+async def served(serving: asyncio.Task[None]) -> None:
+    """Waits for the end of a server on HTTP, and ends what it leaves."""
+    async with asyncio.timeout(PATIENCE):
+        await serving
+    for task in asyncio.all_tasks():
+        # sse_starlette's, which looks for a signal for ever.
+        if getattr(task.get_coro(), "__name__", "") == "_shutdown_watcher":
+            task.cancel()
 
 
 @asynccontextmanager

@@ -25,7 +25,7 @@ from prodisco_sandbox.mcp import _serve
 from prodisco_sandbox.mcp._serve import add_probes, serve_http
 from prodisco_sandbox.testing import NEVER
 
-from .support import call, connect, over_http, rig, text_of
+from .support import INITIALIZE, call, connect, over_http, rig, served, text_of
 
 
 @pytest.fixture(autouse=True)
@@ -174,12 +174,8 @@ async def test_after_sigterm_it_is_not_ready_and_ends_when_the_calls_have_ended(
             # Only now has everything ended that a client may do with a result.
             assert (await client.list_tools(cache_mode="refresh")).tools
             signal.raise_signal(signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE):
-            await serving
+        await served(serving)
         assert r.api.objects == []
-        for task in asyncio.all_tasks():
-            if getattr(task.get_coro(), "__name__", "") == "_shutdown_watcher":
-                task.cancel()
 
 
 async def test_a_call_that_outlasts_the_drain_does_not_cost_others_their_last_result(
@@ -210,12 +206,8 @@ async def test_a_call_that_outlasts_the_drain_does_not_cost_others_their_last_re
             signal.raise_signal(signal.SIGTERM)
             await asyncio.wait({endless})
             assert endless.exception() is not None, "it was cut"
-        async with asyncio.timeout(PATIENCE):
-            await serving
+        await served(serving)
         assert r.api.objects == []
-        for task in asyncio.all_tasks():
-            if getattr(task.get_coro(), "__name__", "") == "_shutdown_watcher":
-                task.cancel()
 
 
 @pytest.mark.parametrize(
@@ -244,19 +236,10 @@ async def test_on_any_loopback_address_it_answers_to_local_names_only(
         assert answer.status_code == status
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE):
-            await serving
-        for task in asyncio.all_tasks():
-            if getattr(task.get_coro(), "__name__", "") == "_shutdown_watcher":
-                task.cancel()
+        await served(serving)
 
 
 JSON = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
-INITIALIZE = {
-    "protocolVersion": "2025-11-25",
-    "capabilities": {},
-    "clientInfo": {"name": "test", "version": "0"},
-}
 
 
 async def test_probes_need_no_authentication() -> None:

@@ -21,7 +21,7 @@ from _ports import free_ports
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
 
-from .support import ERAS, call, connect, local_server, refused, run
+from .support import ERAS, INITIALIZE, call, connect, local_server, refused, run
 
 WRITE = "open('diary.txt', 'w').write('the owl')"
 READ = "print(open('diary.txt').read())"
@@ -110,12 +110,6 @@ async def test_modes_work_together_on_the_reference_server() -> None:
 
 
 # The server as a program
-
-INITIALIZE = {
-    "protocolVersion": "2025-11-25",
-    "capabilities": {},
-    "clientInfo": {"name": "t", "version": "0"},
-}
 
 
 def program(*arguments: str, **environment: str) -> StdioServerParameters:

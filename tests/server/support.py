@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,12 @@ def alive(pid: int) -> bool:
     return Path("/proc", str(pid)).exists()
 
 
+def resident(pid: int) -> int:
+    """Bytes of memory of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
 def code(source: str, timeout_ms: int | None = None) -> pb.ExecuteRequest:
     return pb.ExecuteRequest(code=source, timeout_ms=timeout_ms)
 
@@ -144,6 +151,8 @@ def tls_options(paths: dict[str, Path], mode: str) -> list[str]:
         options += ["--tls-ca", str(paths["clients"])]
     return ["--transport-mode", mode, *options]
 
+
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 needs_landlock = pytest.mark.skipif(
     _confine.landlock_version() < _confine.LANDLOCK_SCOPES,

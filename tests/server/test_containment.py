@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from prodisco_sandbox.server._cgroup import find_pids_cgroups
 from prodisco_sandbox.server._containment import Containment
 from prodisco_sandbox.server._options import parse
 
-from .support import Server, Stub, alive, code, needs_landlock, own_cgroups, running
+from .support import Server, Stub, alive, code, needs_bubblewrap, needs_landlock, own_cgroups, running
 
 
 async def output(stub: Stub, source: str) -> str:
@@ -240,7 +239,7 @@ def test_cgroups_of_version_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@needs_bubblewrap
 async def test_namespaces_by_bubblewrap(tmp_path: Path) -> None:
     with running(tmp_path, "--isolation", "bwrap", "--max-processes", "20") as server:
         async with server.connect() as stub:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from _patience import PATIENCE, until
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server._executions import Execution
 
-from .support import Server, Stub, alive, code, running
+from .support import Server, Stub, alive, code, resident, running
 
 SLEEP = "import time; time.sleep(1000)"
 
@@ -253,18 +252,14 @@ def test_all_that_an_execution_holds_counts() -> None:
 
 @pytest.mark.slow
 async def test_reports_do_not_fill_the_memory(tmp_path: Path) -> None:
-    def resident() -> int:
-        pages = Path(f"/proc/{server.pid}/statm").read_text().split()[1]
-        return int(pages) * resource.getpagesize()
-
     with running(tmp_path, "--retain-limit-mb", "8", "--cache-limit-mb", "0") as server:
         async with server.connect() as stub:
             await stub.Execute(code("print(1)"))
-            before = resident()
+            before = resident(server.pid)
             for _ in range(40):
                 await stub.Execute(code("import os; os.write(3, b'x' * (4 << 20))"))
                 await stub.ExecuteTest(pb.ExecuteTestRequest(code="1/0", tests="#" * (8 << 20)))
-            assert resident() - before < 200 << 20
+            assert resident(server.pid) - before < 200 << 20
 
 
 # The workspace's limit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import grpc
@@ -11,9 +10,7 @@ import pytest
 
 from prodisco_sandbox.server._usage import disk_usage
 
-from .support import Stub, code, needs_landlock, running, tls_options
-
-needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+from .support import Stub, code, needs_bubblewrap, needs_landlock, running, tls_options
 
 
 async def replace(stub: Stub, place: str, target: Path) -> None:

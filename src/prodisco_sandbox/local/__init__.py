@@ -31,6 +31,7 @@ PASSED = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH")
 _OWN_OPTIONS = ("--socket", "--host", "--port", "--workspace", "--cache-dir", "--exit-with-parent")
 # The kernel takes 107 bytes: /prodisco-xxxxxxxx, a number, /socket.
 _LONGEST_BASE = 107 - len("/prodisco-xxxxxxxx/123456/socket")
+_NOT_STARTED = "the cluster has not been started: use `async with LocalCluster()`"
 
 
 class LocalCluster:
@@ -124,7 +125,7 @@ class LocalCluster:
             SandboxError: The cluster has not been started.
         """
         if self._keeper.root is None:
-            raise SandboxError("the cluster has not been started: use `async with LocalCluster()`")
+            raise SandboxError(_NOT_STARTED)
         return self._keeper.root
 
     def endpoint(self, sandbox: Object) -> str | None:
@@ -134,7 +135,7 @@ class LocalCluster:
         to a server.
         """
         if self._controller is None:
-            raise SandboxError("the cluster has not been started: use `async with LocalCluster()`")
+            raise SandboxError(_NOT_STARTED)
         pod = self._controller.pods.get(str(manifest.uid(sandbox)))
         return pod.server.target if pod and pod.server else None
 

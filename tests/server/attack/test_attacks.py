@@ -24,7 +24,7 @@ from _patience import PATIENCE, until
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine, _tree
 
-from ..support import Server, Stub, alive, code, needs_landlock, own_cgroups, running
+from ..support import Server, Stub, alive, code, needs_landlock, own_cgroups, resident, running
 
 pytestmark = pytest.mark.slow
 
@@ -54,12 +54,6 @@ async def stub(server: Server) -> AsyncIterator[Stub]:
 def grandchildren(pid: int) -> list[int]:
     table = _tree.children_by_parent()
     return [below for child in table.get(pid, ()) for below in table.get(child, ())]
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
 
 
 @pytest.mark.skipif(
