@@ -140,19 +140,27 @@ def test_default_body(api_version: str, running: dict[str, Any]) -> None:
                 "metadata": {"labels": {**LABELS, "prodisco.dev/sandbox": "sandbox-1"}},
                 "spec": {
                     "serviceAccountName": "sandbox-server",
+                    "restartPolicy": "Never",
+                    "terminationGracePeriodSeconds": 5,
                     "containers": [
                         {
                             "name": "sandbox",
                             "image": "image:1",
                             "imagePullPolicy": "IfNotPresent",
                             "ports": [{"name": "grpc", "containerPort": 6000, "protocol": "TCP"}],
-                            "env": env(
-                                SANDBOX_USE_TCP="true",
-                                SANDBOX_TCP_HOST="0.0.0.0",
-                                SANDBOX_TCP_PORT="6000",
-                                SCRIPTS_CACHE_DIR="/tmp/prodisco-scripts",
-                                SANDBOX_TRANSPORT_MODE="insecure",
-                            ),
+                            "env": [
+                                *env(
+                                    SANDBOX_USE_TCP="true",
+                                    SANDBOX_TCP_HOST="0.0.0.0",
+                                    SANDBOX_TCP_PORT="6000",
+                                    SCRIPTS_CACHE_DIR="/tmp/prodisco-scripts",
+                                ),
+                                {
+                                    "name": "SANDBOX_POD_NAME",
+                                    "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}},
+                                },
+                                *env(SANDBOX_TRANSPORT_MODE="insecure"),
+                            ],
                             "resources": {
                                 "requests": {"memory": "128Mi", "cpu": "100m"},
                                 "limits": {"memory": "512Mi", "cpu": "500m", "ephemeral-storage": "1Gi"},

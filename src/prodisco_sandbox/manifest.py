@@ -118,6 +118,7 @@ def _default_pod_template(config: SandboxManagerConfig) -> Object:
             {"name": "SANDBOX_TCP_HOST", "value": "0.0.0.0"},  # noqa: S104 - inside its pod
             {"name": "SANDBOX_TCP_PORT", "value": str(config.sandbox_port)},
             {"name": "SCRIPTS_CACHE_DIR", "value": CACHE_DIR},
+            {"name": "SANDBOX_POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
             *_tls_env(config.tls),
         ],
         "resources": {
@@ -135,7 +136,15 @@ def _default_pod_template(config: SandboxManagerConfig) -> Object:
     if config.tls is not None:
         container["volumeMounts"].append({"name": "tls", "mountPath": TLS_DIR, "readOnly": True})
         volumes.append({"name": "tls", "secret": {"secretName": config.tls.secret_name}})
-    spec = {"serviceAccountName": "sandbox-server", "containers": [container], "volumes": volumes}
+    spec = {
+        "serviceAccountName": "sandbox-server",
+        # A container restarted in place would be an empty machine that looks like the old one.
+        "restartPolicy": "Never",
+        # Until the pod is gone its name is taken, and a session that comes back waits.
+        "terminationGracePeriodSeconds": 5,
+        "containers": [container],
+        "volumes": volumes,
+    }
     return {"spec": spec}
 
 

@@ -140,7 +140,7 @@ SETTINGS = (
     _Setting("isolation", "SANDBOX_ISOLATION", _one_of("process", "bwrap"), "process", "process, or bwrap: namespaces by bubblewrap"),
     _Setting("writable", "SANDBOX_WRITABLE", _paths, "", "further directories, separated by colons, that executions may write to"),
     _Setting("pass-env", "SANDBOX_PASS_ENV", _names, "", "variables, separated by commas, that executions inherit; by default none"),
-    _Setting("grace-period", "SANDBOX_GRACE_PERIOD", _seconds, "5", "seconds that running executions get at shutdown"),
+    _Setting("grace-period", "SANDBOX_GRACE_PERIOD", _seconds, "3", "seconds that running executions get at shutdown"),
     _Setting("max-concurrent", "SANDBOX_MAX_CONCURRENT", _integer(1, 1000), "8", "executions that run at once"),
     _Setting("max-queued", "SANDBOX_MAX_QUEUED", _integer(0, 100_000), "64", "executions that may wait for their turn"),
     _Setting("max-processes", "SANDBOX_MAX_PROCESSES", _integer(1, 32_768), "64", "processes and threads of an execution"),
