@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from . import _refusals
 from .errors import (
     SandboxCapacityError,
     SandboxConflictError,
@@ -64,34 +65,35 @@ class VersionGoneError(SandboxUnavailableError):
     """The API server knows no such path: the API version is not served (any more)."""
 
 
+WRITES = ("create", "patch", "delete")
+"""The verbs that admission looks at."""
+
+
 def translate(
     verb: str, namespace: str, code: int, body: object, headers: Mapping[str, str] | None
 ) -> SandboxError:
     """What an HTTP error means. `body` is a Kubernetes Status in JSON, or any text."""
-    status = _parsed(body)
-    plain = status is None and bool(body)
-    status = status or {}
-    said = str(status.get("message") or (str(body)[:500] if body else f"HTTP {code}"))
+    status, said = _read(code, body)
     text = f"the API server refused to {verb} a Sandbox in namespace {namespace!r}: {said}"
+    if _refusals.is_denied(said) and not _refusals.exceeded_quota(said):
+        # The webhook chooses the code: one that failed inside says 500.
+        if code == 429 or code >= 500:
+            return retryable(code, text, headers, ambiguous=False)
+        return SandboxFailedError(text, status=code)
     match code:
         case 401:
             return SandboxPermissionError(text, status=code)
-        case 403 if "exceeded quota" in said:
-            return SandboxCapacityError(text, status=code)
-        case 403 if "being terminated" in said:
-            return SandboxFailedError(text, status=code)
         case 403:
-            rule = f'apiGroups ["{GROUP}"], resources ["{PLURAL}"], verbs ["{verb}"]'
-            return SandboxPermissionError(f"{text} (a Role needs the rule {rule})", status=code)
-        case 404 if plain:
+            return _forbidden(verb, said, text, is_status=(status or {}).get("kind") == "Status")
+        case 404 if status is None and body:
             return VersionGoneError(text, status=code)
-        case 404 if (status.get("details") or {}).get("kind") == "namespaces":
+        case 404 if ((status or {}).get("details") or {}).get("kind") == "namespaces":
             return SandboxFailedError(text, status=code)
         case 404:
             return NotFoundError(text, status=code)
         case 405 | 415:
             return UnsupportedError(text, status=code)
-        case 409 if verb == "create" and status.get("reason", "AlreadyExists") == "AlreadyExists":
+        case 409 if verb == "create" and (status or {}).get("reason", "AlreadyExists") == "AlreadyExists":
             return AlreadyExistsError(text, status=code)
         case 409 if verb == "create":  # Not about the object: a ResourceQuota that others count on.
             return retryable(code, text, headers, ambiguous=False)
@@ -99,11 +101,46 @@ def translate(
             return PreconditionError(text, status=code)
         case 410:
             return ExpiredError(text, status=code)
-        case 422 if verb == "patch" and "uid" in said:
+        case 422 if verb == "patch" and "metadata.uid" in said:
             return PreconditionError(text, status=code)
         case 429 | 500 | 502 | 503 | 504 | 0:
-            return retryable(code, text, headers)
+            # Admission comes before anything is stored.
+            return retryable(code, text, headers, ambiguous=False if _refusals.may_pass(said) else None)
     return SandboxFailedError(text, status=code)
+
+
+def _forbidden(verb: str, said: str, text: str, *, is_status: bool) -> SandboxError:
+    """What a 403 means: RBAC, a quota, an admission plugin and proxies all use it."""
+    if _refusals.exceeded_quota(said):
+        return SandboxCapacityError(text, status=403)
+    if rule := _missing_rule(verb, said):
+        return SandboxPermissionError(f"{text} ({rule})", status=403)
+    if _refusals.may_pass(said):
+        return retryable(403, text, None, ambiguous=False)
+    if is_status and verb in WRITES:
+        return SandboxFailedError(text, status=403)
+    if not is_status:
+        text += " (this is not the API server's own answer, but that of something in front of it)"
+    return SandboxPermissionError(text, status=403)
+
+
+def rbac_refused(verb: str, code: int, body: object) -> bool:
+    """Whether RBAC said so, which an API server that starts does to everybody."""
+    said = _read(code, body)[1]
+    return code == 403 and not _refusals.is_denied(said) and _missing_rule(verb, said) is not None
+
+
+def _missing_rule(verb: str, said: str) -> str | None:
+    return _refusals.missing_rule("" if said == "HTTP 403" else said, GROUP, PLURAL, verb)
+
+
+def _read(code: int, body: object) -> tuple[dict[str, Any] | None, str]:
+    """The Status, if it is one, and what it or the text says."""
+    if isinstance(body, bytes):
+        body = body.decode(errors="replace")
+    status = _parsed(body)
+    message = (status or {}).get("message")
+    return status, str(message or (str(body)[:500] if body else f"HTTP {code}"))
 
 
 def retryable(
@@ -123,7 +160,7 @@ def _parsed(body: object) -> dict[str, Any] | None:
     if isinstance(body, dict):
         return body
     try:
-        parsed = json.loads(body) if isinstance(body, str | bytes) else None
+        parsed = json.loads(body) if isinstance(body, str) else None
     except ValueError:
         return None
     return parsed if isinstance(parsed, dict) else None

@@ -28,6 +28,7 @@ from ._answers import (
     UnexpectedError,
     UnsupportedError,
     VersionGoneError,
+    rbac_refused,
     retryable,
     translate,
 )
@@ -378,11 +379,15 @@ class SandboxResources:
                     result = await bound(*args, **kwargs)
                     if verb == "watch":
                         await _check_stream(result)
-        except ApiException as e:
-            error = self._translated(verb, e.status or 0, e.body, e.headers)
+        except (ApiException, UnicodeDecodeError) as e:
+            # kubernetes_asyncio trips over a proxy's page that is no UTF-8.
+            answer = e if isinstance(e, ApiException) else e.__context__
+            if not isinstance(answer, ApiException):
+                raise _unexpected(verb, e) from e
+            error = self._translated(verb, answer.status or 0, answer.body, answer.headers)
             if isinstance(error, NotFoundError | AlreadyExistsError | PreconditionError):
-                self._allowed(verb)  # Who may not ask is not told what there is.
-            raise error from e
+                self._allowed(verb)  # A 404 or 409 proves that RBAC allowed the request.
+            raise error from answer
         except TimeoutError as e:
             raise RetryableError(
                 f"the API server did not answer a {verb} within {REQUEST_TIMEOUT:g} s"
@@ -393,7 +398,7 @@ class SandboxResources:
             broken.ambiguous = not isinstance(e, aiohttp.ClientConnectorError)
             raise broken from e
         except Exception as e:
-            raise UnexpectedError(f"the CustomObjectsApi failed to {verb} a Sandbox: {_described(e)}") from e
+            raise _unexpected(verb, e) from e
         self._allowed(verb)
         return result
 
@@ -420,10 +425,11 @@ class SandboxResources:
     ) -> SandboxError:
         error = translate(verb, self._config.namespace, code, body, headers)
         now = asyncio.get_running_loop().time()
-        if isinstance(error, SandboxPermissionError):
+        if isinstance(error, SandboxPermissionError) and (code == 401 or rbac_refused(verb, code, body)):
             # An API server that starts refuses everybody for a while: also what was allowed
             # before, and what nobody had asked for until it was away.
-            since = self._refused_since.setdefault(verb, now) if verb in self._worked else self._away_at
+            known = code == 403 and verb in self._worked
+            since = self._refused_since.setdefault(verb, now) if known else self._away_at
             if now - since < STARTING_SERVER:
                 return retryable(code, str(error), None, ambiguous=False)
         return error
@@ -436,7 +442,7 @@ async def _check_stream(response: Any) -> None:
         return
     try:
         refusal = ApiException(status=status)
-        refusal.body, refusal.headers = await response.text(), response.headers
+        refusal.body, refusal.headers = await response.read(), response.headers
     finally:
         response.close()
     raise refusal
@@ -456,6 +462,10 @@ def _matches(sandbox: Object, selector: str) -> bool:
     """Whether the labels fit an equality selector: a plain fake may not look at it."""
     found = manifest.labels(sandbox)
     return all(found.get(key) == value for key, value in (part.split("=", 1) for part in selector.split(",")))
+
+
+def _unexpected(verb: str, error: Exception) -> UnexpectedError:
+    return UnexpectedError(f"the CustomObjectsApi failed to {verb} a Sandbox: {_described(error)}")
 
 
 def _described(error: BaseException) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import aiohttp
 import pytest
 
-from prodisco_sandbox import SandboxPermissionError
-from prodisco_sandbox.testing import FakeCustomObjectsApi
+from prodisco_sandbox import SandboxFailedError, SandboxPermissionError
+from prodisco_sandbox.manifest import name
+from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import managed, now
+from .support import alive, left_behind, managed, now
 
 pytestmark = pytest.mark.looptime
 
@@ -45,3 +46,39 @@ async def test_without_an_absence_a_refusal_counts_at_once() -> None:
         with pytest.raises(SandboxPermissionError):
             await manager.get_client("s")
         assert now() < 0.1
+
+
+DENIED = 'admission webhook "validation.gatekeeper.sh" denied the request: image has no digest'
+
+
+async def test_a_webhooks_refusal_counts_at_once_whatever_worked_before() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("before")
+        for error in (api_error(403, DENIED), api_error(422, DENIED), api_error(400, DENIED)):
+            with api.faults.add("create", error=error) as fault:
+                with pytest.raises(SandboxFailedError, match="image has no digest") as caught:
+                    await manager.get_client("s")
+                assert "needs the rule" not in str(caught.value)
+                assert fault.hits == 1
+        assert now() < 0.1
+        await manager.get_client("s")
+
+
+async def test_a_webhook_that_could_not_be_called_is_waited_for() -> None:
+    calling = 'Internal error occurred: failed calling webhook "w": Post "https://w.n.svc:443/": EOF'
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.faults.add("create", error=api_error(500, calling), times=3)
+        await manager.get_client("s")
+        assert (api.count("create"), api.count("get")) == (4, 0), (
+            "nothing was stored: there is nothing to look for"
+        )
+
+
+async def test_a_claim_that_a_webhook_refuses_is_an_error_and_costs_nobody_the_sandbox() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+        left = await left_behind(api, "s", instance="another")
+        refusal = api.faults.add("patch", error=api_error(403, DENIED), name=name(left))
+        with refusal, pytest.raises(SandboxFailedError, match="image has no digest"):
+            await manager.get_client("s")
+        assert (now(), alive(api), api.count("delete")) == (0.0, [name(left)], 0)
+        await manager.get_client("s")
