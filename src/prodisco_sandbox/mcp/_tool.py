@@ -22,8 +22,17 @@ from . import _texts as texts
 from ._identity import Handles, Policy
 from ._identity import principal as default_principal
 from ._identity import session_key as default_session_key
+from ._language import Language, language_of
 from ._output import Clip, SandboxOutput, read_executions, read_report
 from ._progress import Progress
+from ._reading import (
+    PARAMETERS,
+    Call,
+    WrongCallError,
+    foreign_arguments,
+    object_arguments,
+    read_call,
+)
 from ._sandboxes import CLEANUP_TIMEOUT, RefusedError, Sandboxes, Use
 
 log = get_logger("mcp")
@@ -85,7 +94,9 @@ def add_sandbox_tools(
         max_per_principal=max_per_principal,
         handles=Handles(handle_secret),
     )
-    tools = SandboxTools(sandboxes, max_output)
+    spoken = language_of(language)
+    tools = SandboxTools(sandboxes, name, spoken, max_output)
+    server.middleware.append(object_arguments(name))
     server.add_tool(
         tools.run_sandbox,
         name=name,
@@ -100,8 +111,10 @@ def add_sandbox_tools(
 class SandboxTools:
     """The tool that `add_sandbox_tools` has added."""
 
-    def __init__(self, sandboxes: Sandboxes, max_output: int) -> None:
+    def __init__(self, sandboxes: Sandboxes, name: str, language: Language, max_output: int) -> None:
         self._sandboxes = sandboxes
+        self._name = name
+        self._language = language
         self._max_output = max_output
         self._calls = 0
         self._quiet = asyncio.Event()
@@ -151,37 +164,30 @@ class SandboxTools:
         sandbox: p.Sandbox = p.ABSENT,
     ) -> Annotated[CallToolResult, SandboxOutput]:
         """The tool itself; its description is in _texts.py."""
-        call = p.Call(
-            mode=mode,
-            code=code,
-            cached=cached,
-            timeout_ms=timeout_ms,
-            execution_id=execution_id,
-            wait=wait,
-            output_offset=output_offset,
-            error_output_offset=error_output_offset,
-            states=states,
-            limit=limit,
-            include_completed_within_ms=include_completed_within_ms,
-            tests=tests,
-        )
-        if problem := call.problem():
-            return _result(SandboxOutput(), problem)
+        values = (
+            mode, code, cached, timeout_ms, execution_id, wait, output_offset, error_output_offset,
+            states, limit, include_completed_within_ms, tests, sandbox,
+        )  # fmt: skip
+        sent = foreign_arguments(ctx, self._name) | dict(zip(PARAMETERS, values, strict=True))
+        try:
+            call = read_call(sent, self._language)
+        except WrongCallError as error:
+            return _result(SandboxOutput(), str(error))
         if self._draining:
             return _result(SandboxOutput(), texts.DRAINING)
         self._calls += 1
         self._quiet.clear()
         try:
-            return await self._answer(ctx, call, sandbox or None)
+            return await self._answer(ctx, call)
         finally:
             self._calls -= 1
             if not self._calls:
                 self._quiet.set()
 
-    async def _answer(self, ctx: Context[Any, Any], call: p.Call, handle: str | None) -> CallToolResult:
+    async def _answer(self, ctx: Context[Any, Any], call: Call) -> CallToolResult:
         make = call.mode in NEED_NO_SANDBOX
         try:
-            async with Progress(ctx) as progress, self._sandboxes.use(ctx, handle, make=make) as use:
+            async with Progress(ctx) as progress, self._sandboxes.use(ctx, call.sandbox, make=make) as use:
                 progress.doing = "running"
                 result = await self._in_sandbox(use, call, progress)
                 # Before the handle counts as told: a caller may go meanwhile.
@@ -194,7 +200,7 @@ class SandboxTools:
             log.warning("no_sandbox", error=str(error))
             return _result(SandboxOutput(), texts.no_sandbox(error))
 
-    async def _in_sandbox(self, use: Use, call: p.Call, progress: Progress) -> CallToolResult:
+    async def _in_sandbox(self, use: Use, call: Call, progress: Progress) -> CallToolResult:
         problem = None
         try:
             output = await self._carry_out(use.client, call, progress)
@@ -206,11 +212,12 @@ class SandboxTools:
             log.warning("call_failed", mode=call.mode, error=str(error))
             output, problem = SandboxOutput(), texts.failed_call(error, call.mode)
         output.sandbox = use.handle
-        if use.note is not None:
-            output.add_note(use.note)
+        for note in (use.note, *call.notes):
+            if note is not None:
+                output.add_note(note)
         return _result(output, problem)
 
-    async def _carry_out(self, client: SandboxClient, call: p.Call, progress: Progress) -> SandboxOutput:
+    async def _carry_out(self, client: SandboxClient, call: Call, progress: Progress) -> SandboxOutput:
         match call.mode:
             case "execute" | "stream":
                 return await self._run(client, call, progress)
@@ -230,15 +237,15 @@ class SandboxTools:
             case "list":
                 # All of them: a server may take the limit for the oldest ones.
                 found = await client.list_executions(
-                    states=[ExecutionState[name] for name in call.states or ()],
-                    include_completed_within=(call.include_completed_within_ms or 0) / 1000,
+                    states=[ExecutionState[name] for name in call.states],
+                    include_completed_within=call.include_completed_within_ms / 1000,
                 )
-                return SandboxOutput(executions=read_executions(found, call.limit or p.DEFAULT_LIMIT))
+                return SandboxOutput(executions=read_executions(found, call.limit))
             case _:
                 report = await client.execute_test(tests=call.tests, code=call.code, timeout=call.timeout)
                 return read_report(report, self._max_output)
 
-    async def _run(self, client: SandboxClient, call: p.Call, progress: Progress) -> SandboxOutput:
+    async def _run(self, client: SandboxClient, call: Call, progress: Progress) -> SandboxOutput:
         merged = call.mode == "execute"
         output = Clip(self._max_output)
         errors = output if merged else Clip(self._max_output)
@@ -272,7 +279,7 @@ class SandboxTools:
             result.note = texts.rest(clipped.left_out, execution_id, offset, error_offset)
         return result
 
-    async def _status(self, client: SandboxClient, call: p.Call) -> SandboxOutput:
+    async def _status(self, client: SandboxClient, call: Call) -> SandboxOutput:
         if call.wait:
             with contextlib.suppress(SandboxTimeoutError):
                 await client.wait_for_execution(call.execution_id, timeout=call.patience)
@@ -281,7 +288,7 @@ class SandboxTools:
         result = SandboxOutput(execution_id=status.execution_id, state=status.state.name)
         if status.result is not None:
             result.end(status.result)
-        begin, error_begin = call.output_offset or 0, call.error_output_offset or 0
+        begin, error_begin = call.output_offset, call.error_output_offset
         result.output = status.output[begin : begin + self._max_output]
         result.error_output = status.error_output[error_begin : error_begin + self._max_output]
         result.output_offset = begin + len(result.output)
