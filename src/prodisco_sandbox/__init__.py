@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         SandboxFailedError,
         SandboxManagerClosedError,
         SandboxPermissionError,
+        SandboxReplacedError,
         SandboxTimeoutError,
         SandboxUnavailableError,
     )
@@ -83,6 +84,7 @@ __all__ = [
     "SandboxFailedError",
     "SandboxManagerClosedError",
     "SandboxPermissionError",
+    "SandboxReplacedError",
     "SandboxTimeoutError",
     "SandboxUnavailableError",
 ]

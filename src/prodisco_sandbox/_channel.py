@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ._fence import Fence
 from ._messages import MAX_MESSAGE_BYTES, HealthStatus
 from ._single_flight import SingleFlight
 from ._target import grpc_address
@@ -24,6 +25,7 @@ from .errors import (
     SandboxCapacityError,
     SandboxError,
     SandboxPermissionError,
+    SandboxReplacedError,
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
@@ -58,6 +60,16 @@ _ERRORS: dict[grpc.StatusCode, type[SandboxError]] = {
 
 SUSPICIOUS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 """With these, calls to a dead sandbox fail."""
+
+_FROM_SERVERS = frozenset(grpc.StatusCode) - {
+    grpc.StatusCode.OK,
+    *SUSPICIOUS,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNKNOWN,
+}
+"""What gRPC itself never says in place of a server."""
 
 
 def read_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
@@ -108,6 +120,7 @@ class Connection:
         self.on_suspect: Callable[[], None] | None = None
         self.on_close: Callable[[], None] | None = None
         self.pace: Callable[[], Awaitable[None]] | None = None  # for answers to health checks
+        self.fence: Fence | None = None
         self._address = grpc_address(target)
         self._tls = tls
         self._credentials: SingleFlight[grpc.ChannelCredentials] | None = None
@@ -192,7 +205,7 @@ class Connection:
     async def _call(
         self, rpc: str, request: Any, timeout: float, suspicious: Sequence[grpc.StatusCode] = ()
     ) -> Any:
-        call = (await self._method(rpc, timeout))(request, timeout=timeout)
+        call = await self._begin(rpc, request, timeout)
         self._calls.add(call)
         try:
             await _ended(call)
@@ -201,6 +214,7 @@ class Connection:
             if self.closed and call.cancelled():
                 raise self.closed_under(rpc)
             answer = await call
+            await self.verify(rpc, call)
         except grpc.aio.AioRpcError as error:
             raise self.failure(rpc, error, suspicious) from error
         except asyncio.CancelledError:
@@ -212,8 +226,13 @@ class Connection:
             raise self.undecodable(rpc)
         return answer
 
+    async def _begin(self, rpc: str, request: Any, timeout: float) -> Any:
+        method = await self._method(rpc, timeout)
+        metadata = None if self.fence is None else self.fence.expectations()
+        return method(request, timeout=timeout, metadata=metadata)
+
     async def start_stream(self, request: pb.ExecuteRequest, timeout: float) -> Any:
-        call = (await self._method("ExecuteStream", timeout))(request, timeout=timeout)
+        call = await self._begin("ExecuteStream", request, timeout)
         self._streams.add(call)
         # Nobody may be reading any more: its deadline ends it all the same.
         call.add_done_callback(self._stream_ended)
@@ -243,6 +262,14 @@ class Connection:
     ) -> SandboxError:
         """The error of this library for a gRPC status; tells `on_suspect` where it is due."""
         code, details = error.code(), error.details() or "no details"
+        fence = self.fence
+        if fence is not None:
+            refusal = fence.refusal(error.trailing_metadata())
+            if refusal is not None:
+                fence.give_up(f"{refusal} answers in its place")
+                return self._replaced(rpc, fence, code.name)
+            if code in _FROM_SERVERS and not fence.is_met(error.initial_metadata(), ok=False):
+                return self._unfenced(rpc, fence)
         kind = _ERRORS.get(code, SandboxError)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             kind = SandboxError
@@ -250,6 +277,25 @@ class Connection:
         if code in suspicious and self.on_suspect is not None:
             self.on_suspect()
         return kind(f"{rpc} on {self.target}: {code.name}: {details}", status=code.name)
+
+    async def verify(self, rpc: str, call: Any) -> None:
+        """Checks which machine has answered.
+
+        Raises:
+            SandboxReplacedError: One without fences: the call ran there.
+        """
+        fence = self.fence
+        if fence is not None and not fence.is_met(await call.initial_metadata(), ok=True):
+            raise self._unfenced(rpc, fence)
+
+    def _unfenced(self, rpc: str, fence: Fence) -> SandboxError:
+        fence.give_up("a server without fences answers in its place")
+        text = f"the machine was replaced ({fence.broken}): the call ran there"
+        return SandboxReplacedError(f"{rpc} on {self.target}: {text}", ran=True)
+
+    def _replaced(self, rpc: str, fence: Fence, status: str | None = None) -> SandboxError:
+        text = f"the machine was replaced ({fence.broken}): nothing was run"
+        return SandboxReplacedError(f"{rpc} on {self.target}: {text}", status=status)
 
     def undecodable(self, rpc: str) -> SandboxError:
         # gRPC logs the reason and hands out None.
@@ -262,6 +308,8 @@ class Connection:
 
     async def _method(self, rpc: str, timeout: float) -> Any:
         """One of the channel's methods; makes the channel on first use."""
+        if self.fence is not None and self.fence.broken is not None:
+            raise self._replaced(rpc, self.fence)
         self._check_open()
         self._check_loop()
         method = self._methods.get(rpc)

@@ -6,7 +6,7 @@ import asyncio
 
 from . import _messages as m
 from ._channel import Connection
-from .errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from .errors import SandboxError, SandboxReplacedError, SandboxTimeoutError, SandboxUnavailableError
 
 
 async def wait_for_healthy(connection: Connection, timeout: float) -> bool:
@@ -37,7 +37,8 @@ async def _until_healthy(connection: Connection) -> None:
                 f"{connection.target} answers that it is unhealthy"
             )
         except SandboxError as error:
-            if error.status is None:  # Not the other side's doing.
+            # Not the other side's doing, or the doing of another machine, for good.
+            if error.status is None or isinstance(error, SandboxReplacedError):
                 raise
             connection.health_error = error
             if isinstance(error, SandboxTimeoutError):

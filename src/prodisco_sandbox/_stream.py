@@ -44,6 +44,7 @@ class ExecutionStream:
         "_reading",
         "_request",
         "_timeout",
+        "_verified",
     )
 
     def __init__(self, connection: Connection, request: pb.ExecuteRequest, timeout: float) -> None:
@@ -52,7 +53,7 @@ class ExecutionStream:
         self._timeout = timeout
         self._call: Any = None
         self._finalizer: weakref.finalize[..., ExecutionStream] | None = None
-        self._over = self._reading = self._complete = False
+        self._over = self._reading = self._complete = self._verified = False
 
     def __aiter__(self) -> Self:
         return self
@@ -123,9 +124,15 @@ class ExecutionStream:
         cancellations = _cancellations()
         try:
             message = await self._call.read()
+            if not self._verified:
+                await self._connection.verify("ExecuteStream", self._call)
+                self._verified = True
         except grpc.aio.AioRpcError as error:
             self._finish()
             raise self._connection.failure("ExecuteStream", error, SUSPICIOUS) from error
+        except SandboxError:
+            self._finish()
+            raise
         except asyncio.CancelledError:
             was_over = self._over
             self._finish()

@@ -10,6 +10,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 from . import _messages as m
 from ._channel import Connection
+from ._fence import Fence
 from ._health import wait_for_healthy
 from ._messages import (
     CacheEntry,
@@ -98,6 +99,8 @@ class SandboxClient:
     - `ValueError` for a wrong argument, before anything is sent;
     - `SandboxUnavailableError` where the sandbox cannot be reached, TLS does not match
       (never a downgrade), or the client was closed under the call;
+    - `SandboxReplacedError` where another machine answers at the sandbox's address, for a
+      client that a manager handed out; nothing ran, unless ``ran`` says so;
     - `SandboxTimeoutError` for a call's own deadline. That a script ran into its timeout
       is no error of the call but a result, like any failure of a script;
     - `SandboxPermissionError` and `SandboxCapacityError` where the server says so;
@@ -215,6 +218,15 @@ class SandboxClient:
     def _tell_closed(self, callback: Callable[[], None]) -> None:
         """Has `close` say so to whoever hands this client out, who must not do that again."""
         self._connection.on_close = callback
+
+    def _expect(self, pod: str, on_other: Callable[[str], None]) -> None:
+        """Means every call for one machine, for good: this pod's, as it is at the first answer."""
+        self._connection.fence = Fence(pod, on_other)
+
+    @property
+    def _boot_id(self) -> str | None:
+        fence = self._connection.fence
+        return None if fence is None else fence.boot_id
 
     @property
     def health_error(self) -> SandboxError | None:

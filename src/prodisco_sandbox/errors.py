@@ -18,6 +18,7 @@ class SandboxError(Exception):
         ├── SandboxFailedError          will never be ready: a terminal reason
         ├── SandboxConflictError        the name is taken by somebody else's Sandbox
         ├── SandboxUnavailableError     cluster or sandbox cannot be reached
+        ├── SandboxReplacedError        another machine answers in the sandbox's place
         └── SandboxPermissionError      401 or 403: the credentials do not suffice
 
     Where an error has a cause (an answer of the API server, a gRPC status, a broken
@@ -69,6 +70,22 @@ class SandboxConflictError(SandboxError):
 
 class SandboxUnavailableError(SandboxError):
     """The cluster or the sandbox cannot be reached at present."""
+
+
+class SandboxReplacedError(SandboxError):
+    """The machine behind the client was replaced: its state is gone, and the client is of no more use.
+
+    The manager's next client of the session leads to the new machine.
+
+    Attributes:
+        ran: Whether the call ran on the other machine. False: it was refused before
+            anything ran, so it can be repeated; True only where that machine's server has
+            no fences.
+    """
+
+    def __init__(self, message: str, *, status: int | str | None = None, ran: bool = False) -> None:
+        super().__init__(message, status=status)
+        self.ran = ran
 
 
 class SandboxPermissionError(SandboxError):

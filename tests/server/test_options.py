@@ -68,6 +68,7 @@ def test_every_setting_is_read_from_both_places() -> None:
         (["--isolation", "vm"], {}, "--isolation is 'vm'"),
         (["--host", ""], {}, "--host is '': it must not be empty"),
         (["--grace-period", "nan"], {}, "--grace-period is 'nan'"),
+        (["--pod-name", "Not a pod"], {}, "--pod-name is 'Not a pod': it must be the name of a pod"),
         (["--max-concurrent", "0"], {}, "--max-concurrent is '0'"),
         (["--transport-mode", "tls"], {}, "--tls-cert (SANDBOX_TLS_CERT_PATH) is not set"),
         (

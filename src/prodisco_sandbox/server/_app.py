@@ -24,6 +24,7 @@ from ._cache import ScriptCache
 from ._confine import identity
 from ._containment import Containment
 from ._executions import Executions
+from ._fence import Fence
 from ._interpreter import Processes
 from ._options import Options, OptionsError
 from ._service import SandboxService
@@ -162,7 +163,7 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
         cache = ScriptCache(options.cache_dir, options.cache_limit)
         executions = Executions(options, processes, cache)
         service = SandboxService(options, executions, cache)
-        server, standard_health = await _server(service)
+        server, standard_health = await _server(service, Fence(uuid.uuid4().hex, options.pod_name))
         target = _transport.bind(server, options)
         processes.install()
         if options.workspace is not None:
@@ -189,10 +190,10 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
         containment.close()
 
 
-async def _server(service: SandboxService) -> tuple[grpc.aio.Server, Any]:
+async def _server(service: SandboxService, fence: Fence) -> tuple[grpc.aio.Server, Any]:
     """The gRPC server with all its services, and the one that tells its health."""
     standard_health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[Undecodable()])
+    server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[fence, Undecodable()])
     sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(standard_health, server)
     name = sandbox_pb2.DESCRIPTOR.services_by_name["SandboxService"].full_name

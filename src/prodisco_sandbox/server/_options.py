@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Options:
     check: bool
     """Only ask a running server with these settings whether it is well."""
     isolation: str
+    pod_name: str | None
+    """None: this is no pod, or it was not told its name."""
     writable: tuple[Path, ...]
     pass_env: tuple[str, ...]
     grace_period: float
@@ -91,6 +94,12 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _pod_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", text):
+        raise ValueError("it must be the name of a pod, as the downward API gives it (metadata.name)")
+    return text
+
+
 def _one_of(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in choices:
@@ -138,6 +147,7 @@ SETTINGS = (
     _Setting("workspace", "SANDBOX_WORKSPACE", _path, None, "working directory of all executions; default: a private temporary one, removed at the end"),
     _Setting("cache-dir", "SCRIPTS_CACHE_DIR", _path, "/tmp/prodisco-scripts", "where scripts that succeeded are kept"),
     _Setting("isolation", "SANDBOX_ISOLATION", _one_of("process", "bwrap"), "process", "process, or bwrap: namespaces by bubblewrap"),
+    _Setting("pod-name", "SANDBOX_POD_NAME", _pod_name, None, "name of the pod that this server runs in; calls meant for another one are refused"),
     _Setting("writable", "SANDBOX_WRITABLE", _paths, "", "further directories, separated by colons, that executions may write to"),
     _Setting("pass-env", "SANDBOX_PASS_ENV", _names, "", "variables, separated by commas, that executions inherit; by default none"),
     _Setting("grace-period", "SANDBOX_GRACE_PERIOD", _seconds, "3", "seconds that running executions get at shutdown"),

@@ -11,6 +11,15 @@ from google.protobuf.message import DecodeError
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+async def streamed(answers: Any) -> AsyncIterator[Any]:
+    """The answers of a streaming method: those that it yields, or none if it writes them itself."""
+    if hasattr(answers, "__aiter__"):
+        async for answer in answers:
+            yield answer
+    else:
+        await answers
+
+
 class Undecodable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Answers INTERNAL, as the protocol says, to what cannot be decoded.
 
@@ -38,7 +47,7 @@ class Undecodable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             stream = handler.unary_stream
 
             async def answer_stream(data: bytes, context: Context) -> AsyncIterator[Any]:
-                async for answer in stream(await decoded(data, context), context):
+                async for answer in streamed(stream(await decoded(data, context), context)):
                     yield answer
 
             return grpc.unary_stream_rpc_method_handler(

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -30,6 +31,7 @@ from ..client import (
     StartedExecution,
 )
 from ..proto import sandbox_pb2 as pb
+from ..server._fence import Fence
 
 Health = Literal["standard", "own"]
 """Which health service a server has: ``grpc.health.v1``, or only its own HealthCheck."""
@@ -116,6 +118,16 @@ class FakeSandboxServer:
         certificate: PEM certificate chain: serve TLS, together with `private_key`.
         private_key: PEM private key.
         client_ca: PEM authorities: demand a certificate of theirs from clients (mTLS).
+        fences: Whether it says which machine it is, by a boot id that each `start` draws
+            anew, and refuses calls that are meant for another one; refused calls are not
+            in `calls`. False: as the stock Node server.
+        pod_name: The pod that it is in; None: it was not told.
+
+    Attributes:
+        calls: What it was asked, in the order of arrival.
+        boot_id: Its boot id; None: without fences, or not started yet.
+        fences: As given; counts from the next `start`.
+        pod_name: Likewise.
     """
 
     def __init__(
@@ -127,12 +139,16 @@ class FakeSandboxServer:
         certificate: bytes | None = None,
         private_key: bytes | None = None,
         client_ca: bytes | None = None,
+        fences: bool = True,
+        pod_name: str | None = None,
     ) -> None:
         if health not in ("standard", "own"):
             raise ValueError(f'health is {health!r}: it must be "standard" or "own"')
         if (certificate is None) != (private_key is None) or (client_ca and not certificate):
             raise ValueError("TLS needs both certificate and private_key")
         self.calls: list[FakeCall] = []
+        self.boot_id: str | None = None
+        self.fences, self.pod_name = fences, pod_name
         self._port = port
         self._socket_path = socket_path
         self._has_standard_health = health == "standard"
@@ -193,14 +209,16 @@ class FakeSandboxServer:
         return calls[count - 1]
 
     async def start(self) -> None:
-        """Starts serving; after `stop` or `kill` again, at the same target.
+        """Starts serving; after `stop` or `kill` again, at the same target, with another boot id.
 
         Raises:
             RuntimeError: It is running, or the port is taken.
         """
         if self._server is not None:
             raise RuntimeError(f"the server of {self.target} is running")
-        server = grpc.aio.server(options=_OPTIONS)
+        self.boot_id = uuid.uuid4().hex if self.fences else None
+        interceptors = [] if self.boot_id is None else [Fence(self.boot_id, self.pod_name)]
+        server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         server.add_generic_rpc_handlers(tuple(self._handlers()))
         if self._socket_path is None:
             address = f"127.0.0.1:{self._port}"

@@ -1,0 +1,63 @@
+"""Which machine the calls of a client are meant for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .proto import metadata as names
+
+Metadata = Iterable[Any]
+
+
+class Fence:
+    """One machine, as a client's calls name it: the pod, and once known the boot id.
+
+    gRPC reconnects inside a channel without telling. The names travel with each call, so
+    that another machine at the same address refuses it before anything runs.
+
+    Args:
+        pod: The pod's name. A server that was not told its own accepts any.
+        on_other: Called, synchronously, with the reason when another machine answers.
+
+    Attributes:
+        boot_id: Of the first answer, for good; None: none yet, or a server without fences.
+        broken: How another machine was noticed; None: none was.
+    """
+
+    def __init__(self, pod: str, on_other: Callable[[str], None]) -> None:
+        self._pod = pod
+        self._on_other = on_other
+        self._pinned = False
+        self.boot_id: str | None = None
+        self.broken: str | None = None
+
+    def expectations(self) -> tuple[tuple[str, str], ...]:
+        """Metadata of a call."""
+        pod = (names.EXPECT_POD, self._pod)
+        return (pod,) if self.boot_id is None else (pod, (names.EXPECT_BOOT, self.boot_id))
+
+    def refusal(self, trailing: Metadata) -> str | None:
+        """How the machine that refused a call differs; None: it is another failure."""
+        refusals = {"pod": "another pod", "boot": "a server that started anew"}
+        return refusals.get(dict(trailing).get(names.FENCE, ""))
+
+    def is_met(self, initial: Metadata, *, ok: bool) -> bool:
+        """Whether an answer comes from the machine that is meant; the first one pins it.
+
+        Args:
+            initial: The answer's initial metadata.
+            ok: Whether the call succeeded: otherwise something on the way may have answered.
+        """
+        boot_id = dict(initial).get(names.BOOT_ID)
+        if not self._pinned:
+            self._pinned = ok or boot_id is not None
+            self.boot_id = boot_id
+            return True
+        return boot_id == self.boot_id
+
+    def give_up(self, reason: str) -> None:
+        """Another machine answers: no further call is sent."""
+        if self.broken is None:
+            self.broken = reason
+            self._on_other(reason)

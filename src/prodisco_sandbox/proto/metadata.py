@@ -1,0 +1,21 @@
+"""The gRPC metadata of the protocol: which machine a call means, and which one answers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+BOOT_ID: Final = "prodisco-boot-id"
+"""In the initial metadata of every answer: drawn anew whenever a server starts to serve."""
+POD_NAME: Final = "prodisco-pod-name"
+"""Likewise, from a server that was told its pod's name."""
+FEATURES: Final = "prodisco-features"
+"""Likewise: what the server can beyond the protocol's messages, separated by commas."""
+
+EXPECT_POD: Final = "prodisco-expect-pod"
+"""In a request: the name of the pod that it is meant for."""
+EXPECT_BOOT: Final = "prodisco-expect-boot"
+"""In a request: the boot id that it is meant for."""
+
+FENCE: Final = "prodisco-fence"
+"""In the trailing metadata of a refusal (FAILED_PRECONDITION): the expectation that was not met,
+``pod`` or ``boot``. Nothing has run."""

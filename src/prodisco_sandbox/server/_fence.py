@@ -1,0 +1,117 @@
+"""Fences: a call that is meant for another machine is refused before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
+
+import grpc
+
+from prodisco_sandbox.proto import metadata as names
+
+from ._undecodable import streamed
+
+_EXPECTATIONS = {names.EXPECT_POD: "pod", names.EXPECT_BOOT: "boot"}
+
+
+class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Says in every answer which machine this is, and refuses calls that expect another one.
+
+    Args:
+        boot_id: Of this server's life.
+        pod: The pod's name; None: not known, and every expected name is accepted.
+        features: What else the server can, for its answers to say.
+    """
+
+    def __init__(self, boot_id: str, pod: str | None, features: Iterable[str] = ()) -> None:
+        self._own = {"pod": pod, "boot": boot_id}
+        answer = {names.BOOT_ID: boot_id, names.FEATURES: ",".join(("fence", *features))}
+        if pod is not None:
+            answer[names.POD_NAME] = pod
+        self._answer = tuple(answer.items())
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        unmet = self._unmet(handler_call_details.invocation_metadata or ())
+        if unmet is not None:
+            text = f"the call is meant for another machine: this one has {unmet} {self._own[unmet]}"
+            return self._refusal(grpc.StatusCode.FAILED_PRECONDITION, text, ((names.FENCE, unmet),))
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return self._refusal(
+                grpc.StatusCode.UNIMPLEMENTED, f"there is no method {handler_call_details.method}"
+            )
+        return self._announced(handler)
+
+    def _unmet(self, metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+        """What the call expects and this machine is not: the pod, which says more, or the boot id."""
+        expected = [(_EXPECTATIONS[key], value) for key, value in metadata if key in _EXPECTATIONS]
+        unmet = [kind for kind, value in expected if self._own[kind] not in (None, value)]
+        return max(unmet, default=None)
+
+    def _refusal(self, code: grpc.StatusCode, text: str, trailing: Any = ()) -> Any:
+        async def refuse(_: Any, context: Any) -> None:
+            await _Announcer(context, self._answer).abort(code, text, trailing)
+
+        # Of this kind, since it is not even read what the client sends.
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _announced(self, handler: Any) -> Any:
+        kind = ("stream" if handler.request_streaming else "unary") + (
+            "_stream" if handler.response_streaming else "_unary"
+        )
+        run = getattr(handler, kind)
+
+        async def unary(request: Any, context: Any) -> Any:
+            announcer = _Announcer(context, self._answer)
+            try:
+                answer = await run(request, announcer)
+            except Exception:
+                await announcer.announce()
+                raise
+            await announcer.announce()
+            return answer
+
+        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            announcer = _Announcer(context, self._answer)
+            try:
+                async for answer in streamed(run(request, announcer)):
+                    await announcer.announce()
+                    yield answer
+            except Exception:
+                await announcer.announce()
+                raise
+            await announcer.announce()
+
+        return handler._replace(**{kind: stream if handler.response_streaming else unary})
+
+
+class _Announcer:
+    """A call's context that puts this machine's names into the initial metadata, whoever sends it."""
+
+    def __init__(self, context: Any, machine: tuple[tuple[str, str], ...]) -> None:
+        self._context = context
+        self._machine = machine
+        self._announced = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def announce(self) -> None:
+        if not self._announced:
+            await self.send_initial_metadata(())
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        self._announced = True
+        await self._context.send_initial_metadata((*self._machine, *metadata))
+
+    async def write(self, message: Any) -> None:
+        await self.announce()
+        await self._context.write(message)
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> None:
+        await self.announce()
+        await self._context.abort(code, details, tuple(trailing_metadata))

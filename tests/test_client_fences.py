@@ -1,0 +1,226 @@
+"""A client that is meant for one machine, and servers that are another one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from _patience import PATIENCE
+
+from prodisco_sandbox import SandboxClient, SandboxError, SandboxReplacedError, SandboxUnavailableError
+from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
+
+POD = "sandbox-1"
+
+Call = Callable[[SandboxClient], Awaitable[Any]]
+
+
+async def stream(client: SandboxClient) -> list[Any]:
+    async with client.execute_stream(code="1") as chunks:
+        return [chunk async for chunk in chunks]
+
+
+CALLS: dict[str, Call] = {
+    "execute": lambda client: client.execute(code="1"),
+    "execute_stream": stream,
+    "execute_async": lambda client: client.execute_async(code="1"),
+    "execute_test": lambda client: client.execute_test(tests=""),
+    "get_execution": lambda client: client.get_execution("1"),
+    "wait_for_execution": lambda client: client.wait_for_execution("1"),
+    "cancel_execution": lambda client: client.cancel_execution("1"),
+    "list_executions": lambda client: client.list_executions(),
+    "clear_cache": lambda client: client.clear_cache(),
+    "lsp_hover": lambda client: client.lsp_hover("a.py", 1, 0),
+    "health_check": lambda client: client.health_check(),
+}
+
+
+class Meant:
+    """A client as a manager makes it: meant for one pod."""
+
+    def __init__(self, server: FakeSandboxServer) -> None:
+        self.reasons: list[str] = []
+        self.client = SandboxClient(server.target)
+        self.client._expect(POD, self.reasons.append)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeSandboxServer]:
+    async with FakeSandboxServer(pod_name=POD) as server:
+        yield server
+
+
+@pytest.fixture
+async def meant(server: FakeSandboxServer) -> AsyncIterator[Meant]:
+    meant = Meant(server)
+    async with meant.client:
+        yield meant
+
+
+async def restart(server: FakeSandboxServer, **changes: Any) -> None:
+    """Another machine at the same address."""
+    await server.kill()
+    for name, value in changes.items():
+        setattr(server, name, value)
+    await server.start()
+    server.calls.clear()
+
+
+async def reached(call: Call, client: SandboxClient) -> Any:
+    """A call that gets to the server: not one that finds its old connection broken."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                return await call(client)
+            except SandboxUnavailableError:
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_no_call_runs_on_a_server_that_started_anew(
+    server: FakeSandboxServer, meant: Meant, name: str
+) -> None:
+    await CALLS[name](meant.client)
+    assert meant.client._boot_id == server.boot_id
+    await restart(server)
+    with pytest.raises(SandboxReplacedError, match=r"started anew.*nothing was run") as caught:
+        await reached(CALLS[name], meant.client)
+    assert not caught.value.ran
+    assert server.calls == []
+    assert len(meant.reasons) == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_first_contact_with_another_pod_is_refused(
+    server: FakeSandboxServer, meant: Meant, name: str
+) -> None:
+    await restart(server, pod_name="sandbox-2")
+    with pytest.raises(SandboxReplacedError, match=r"another pod.*nothing was run") as caught:
+        await reached(CALLS[name], meant.client)
+    assert not caught.value.ran
+    assert server.calls == []
+    assert meant.client._boot_id is None
+
+
+async def test_waiting_for_health_ends_when_another_machine_answers(
+    server: FakeSandboxServer, meant: Meant
+) -> None:
+    assert await meant.client.wait_for_healthy(5)
+    await restart(server)
+    assert not await meant.client.wait_for_healthy(60)
+    assert isinstance(meant.client.health_error, SandboxReplacedError)
+
+
+async def test_the_servers_own_health_call_is_fenced_too() -> None:
+    async with FakeSandboxServer(health="own", pod_name=POD) as server:
+        meant = Meant(server)
+        async with meant.client:
+            assert await meant.client.wait_for_healthy(5)
+            assert meant.client._boot_id == server.boot_id
+            await restart(server)
+            assert not await meant.client.wait_for_healthy(60)
+            assert server.calls == []
+
+
+async def test_a_client_of_a_replaced_machine_sends_nothing_more(
+    server: FakeSandboxServer, meant: Meant
+) -> None:
+    await meant.client.execute(code="1")
+    boot_id = meant.client._boot_id
+    await restart(server)
+    for _ in range(3):
+        with pytest.raises(SandboxReplacedError):
+            await reached(CALLS["execute"], meant.client)
+    assert len(meant.reasons) == 1
+    assert meant.client._boot_id == boot_id, "it never means another machine"
+
+
+@pytest.mark.parametrize("name", ["execute", "execute_stream", "health_check"])
+async def test_a_server_without_fences_in_its_place_is_told(
+    server: FakeSandboxServer, meant: Meant, name: str
+) -> None:
+    await meant.client.execute(code="1")
+    await restart(server, fences=False)
+    with pytest.raises(SandboxReplacedError, match=r"without fences.*the call ran there") as caught:
+        await reached(CALLS[name], meant.client)
+    assert caught.value.ran
+    assert len(meant.reasons) == 1
+    with pytest.raises(SandboxReplacedError, match="nothing was run"):
+        await CALLS[name](meant.client)
+    assert len(server.calls) == 1
+
+
+async def test_a_failure_said_by_a_server_without_fences_is_told_too(
+    server: FakeSandboxServer, meant: Meant
+) -> None:
+    await meant.client.execute(code="1")
+    await restart(server, fences=False)
+    server.script("GetExecution", FakeStatus("NOT_FOUND"))
+    with pytest.raises(SandboxReplacedError) as caught:
+        await reached(CALLS["get_execution"], meant.client)
+    assert caught.value.ran
+    assert len(meant.reasons) == 1
+
+
+@pytest.mark.parametrize("health", ["standard", "own"])
+async def test_a_server_without_fences_is_accepted(health: Any) -> None:
+    async with FakeSandboxServer(health=health, fences=False) as server:
+        meant = Meant(server)
+        async with meant.client:
+            assert await meant.client.wait_for_healthy(5)
+            assert (await meant.client.execute(code="1")).success
+            server.script("GetExecution", FakeStatus("NOT_FOUND"))
+            with pytest.raises(SandboxError) as caught:
+                await meant.client.get_execution("1")
+            assert caught.value.status == "NOT_FOUND"
+            await restart(server)
+            assert (await reached(CALLS["execute"], meant.client)).success
+            assert meant.reasons == []
+
+
+async def test_a_server_with_fences_in_the_place_of_one_without_is_told() -> None:
+    async with FakeSandboxServer(fences=False) as server:
+        meant = Meant(server)
+        async with meant.client:
+            await meant.client.execute(code="1")
+            await restart(server, fences=True)
+            with pytest.raises(SandboxReplacedError):
+                await reached(CALLS["execute"], meant.client)
+
+
+async def test_a_server_that_was_not_told_its_pod_is_fenced_by_its_boot_id() -> None:
+    async with FakeSandboxServer() as server:
+        meant = Meant(server)
+        async with meant.client:
+            assert await meant.client.wait_for_healthy(5)
+            await restart(server)
+            with pytest.raises(SandboxReplacedError):
+                await reached(CALLS["execute"], meant.client)
+            assert server.calls == []
+
+
+async def test_failures_of_the_connection_are_no_other_machine(
+    server: FakeSandboxServer, meant: Meant
+) -> None:
+    await meant.client.execute(code="1")
+    server.script("Execute", FakeStatus("UNAVAILABLE"), FakeStatus("INTERNAL"), NEVER)
+    for timeout in (None, None, 1):
+        with pytest.raises(SandboxError) as caught:
+            await SandboxClient.execute(meant.client, code="1", timeout=timeout)
+        assert not isinstance(caught.value, SandboxReplacedError)
+    await server.kill()
+    with pytest.raises(SandboxError) as caught:
+        await meant.client.execute(code="1")
+    assert not isinstance(caught.value, SandboxReplacedError)
+    assert meant.reasons == []
+
+
+async def test_a_direct_client_is_meant_for_whoever_answers(server: FakeSandboxServer) -> None:
+    async with SandboxClient(server.target) as client:
+        await client.execute(code="1")
+        for changes in ({}, {"pod_name": "sandbox-2"}, {"fences": False}):
+            await restart(server, **changes)
+            assert (await reached(CALLS["execute"], client)).success
+        assert client.sandbox is None
