@@ -54,7 +54,7 @@ def calls(channel: Any, metadata: Any = None) -> dict[str, Any]:
         return code(f"open({name!r}, 'w').close()").SerializeToString()
 
     async def none() -> AsyncIterator[bytes]:
-        for request in ():
+        for request in list[bytes]():
             yield request
 
     options = {"metadata": metadata, "timeout": 20}
