@@ -96,7 +96,7 @@ class FakeCluster:
         """The newest resourceVersion."""
         return str(self._store.revision)
 
-    async def until(self, condition: Callable[[], object], *, timeout: float = 10.0) -> None:
+    async def until(self, condition: Callable[[], object], *, timeout: float = 60.0) -> None:
         """Waits until a condition holds; it is looked at upon each request, change and watch.
 
         Raises:

@@ -104,7 +104,7 @@ class Fault:
         self._owner._discard(self)
         self.release()
 
-    async def reached(self, count: int = 1, *, timeout: float = 10.0) -> None:
+    async def reached(self, count: int = 1, *, timeout: float = 60.0) -> None:
         """Waits until `count` requests in all have come to where it holds, delays or fails them.
 
         Raises:

@@ -196,7 +196,7 @@ class FakeSandboxServer:
         """What the health services say from now on; True at first."""
         self._serving = serving
 
-    async def wait_for_call(self, rpc: str, *, count: int = 1, timeout: float = 5.0) -> FakeCall:
+    async def wait_for_call(self, rpc: str, *, count: int = 1, timeout: float = 60.0) -> FakeCall:
         """Waits until `rpc` has been called `count` times; returns the call of that number.
 
         Raises:
