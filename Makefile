@@ -7,6 +7,8 @@ EXTRAS ?= dev mcp server
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 UNIT := not slow and not process
+# Each worker has servers of its own, so no more than four of them however many cores there are.
+WORKERS := --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 PROTO_PY := .venv-proto/bin/python
 PROTO := src/prodisco_sandbox/proto/sandbox.proto
 # Directories too: they change when a file goes.
@@ -29,10 +31,7 @@ demo: $(VENV)/.installed ## two sessions, each in a sandbox of its own, on this 
 	@$(PY) examples/demo.py
 
 test: $(VENV)/.installed $(PROTO_VENV) ## all but the slow tests, with branch coverage
-	@$(PY) -m coverage erase
-	@$(PY) -m coverage run -m pytest -m "not slow" $(PYTEST_ARGS)
-	@$(PY) -m coverage combine --quiet
-	@$(PY) -m coverage report
+	@tools/run-tests $(PY) $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 slow: $(VENV)/.installed $(PROTO_VENV) ## the tests that take long
 	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
@@ -50,7 +49,7 @@ $(VENV)/benchmarks.json:
 	@$(MAKE) --no-print-directory bench
 
 unit: $(VENV)/.installed $(PROTO_VENV) ## the tests that start no process, in half a minute
-	@$(PY) -m pytest -m "$(UNIT)" $(PYTEST_ARGS)
+	@$(PY) -m pytest $(WORKERS) -m "$(UNIT)" $(PYTEST_ARGS)
 
 lowest: ## the quick tests with the lowest versions that pyproject.toml allows
 	@$(MAKE) --no-print-directory unit UNIT="not slow and not envtest" VENV=.venv-lowest BOUNDS=--lowest \

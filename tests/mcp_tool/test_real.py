@@ -150,19 +150,26 @@ async def test_the_program_serves_both_eras_on_stdio(era: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_program_on_stdio_ends_at_a_signal_though_its_input_is_open(number: int) -> None:
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "prodisco_sandbox.mcp",
-        "--local",
+        # As a job in the background, under nohup.
+        *("/bin/sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"),
+        *(sys.executable, "-m", "prodisco_sandbox.mcp", "--local"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    message = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": INITIALIZE}
-    process.stdin.write(json.dumps(message).encode() + b"\n")
-    async with asyncio.timeout(PATIENCE):
+
+    async def initialize() -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        message = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": INITIALIZE}
+        process.stdin.write(json.dumps(message).encode() + b"\n")
         assert b"prodisco-sandbox" in await process.stdout.readline()
+
+    async with asyncio.timeout(PATIENCE):
+        await initialize()
+        process.send_signal(signal.SIGHUP)
+        await initialize()
         process.send_signal(number)
         assert await process.stdout.read() == b""
         assert await process.wait() == 0

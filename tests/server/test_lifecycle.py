@@ -279,6 +279,16 @@ async def test_ends_at_once(tmp_path: Path, how: str) -> None:
         assert os.listdir(tmp_path) == ["log"]
 
 
+async def test_ignored_signals_that_it_inherits(tmp_path: Path) -> None:
+    background = ("/bin/sh", "-c", 'trap "" INT HUP; exec "$@"', "sh")
+    command = (*background, sys.executable, "-m", "prodisco_sandbox.server")
+    with running(tmp_path, command=command) as server:
+        server.process.send_signal(signal.SIGHUP)
+        async with server.connect() as stub:
+            assert (await stub.Execute(code("print(1)"))).output == "1\n"
+        assert server.stop(signal.SIGINT) == 0
+
+
 async def test_executions_die_with_a_killed_server(tmp_path: Path) -> None:
     server = Server(tmp_path)
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,73 @@
+"""What the suite itself promises: it depends on nothing that it inherits, and blames the right test."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import _leftovers
+import pytest
+from _leftovers import kept_open, open_files
+from _patience import PATIENCE
+
+ROOT = Path(__file__).parents[1]
+
+
+def signals_of_a_child() -> dict[str, int]:
+    """The signals that a child process ignores and blocks, as sets of bits."""
+    code = "print(open('/proc/self/status').read())"
+    status = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return {
+        name: int(value, 16) for name, value in re.findall(r"^Sig(Ign|Blk):\s+(\w+)", status, re.MULTILINE)
+    }
+
+
+def test_children_have_the_default_of_every_signal() -> None:
+    own = {signal.SIGPIPE, signal.SIGXFSZ}  # Python ignores these by itself.
+    assert signals_of_a_child() == {"Ign": sum(1 << number - 1 for number in own), "Blk": 0}
+
+
+def test_it_can_be_started_with_signals_ignored_and_says_last_what_was_skipped() -> None:
+    chosen = [
+        f"{__file__}::{test_children_have_the_default_of_every_signal.__name__}",
+        "tests/test_local_envtest.py",
+    ]
+    done = subprocess.run(
+        [
+            *("/bin/sh", "-c", 'trap "" HUP INT TERM USR1 CHLD; exec "$@"', "sh"),
+            *(sys.executable, "-m", "pytest", "--numprocesses=1", "--dist=loadgroup", *chosen),
+        ],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "KUBEBUILDER_ASSETS"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stdout
+    *_, closing, last = done.stdout.splitlines()
+    assert "1 passed" in closing
+    skipped = re.search(r"(\d+) skipped", closing)
+    assert skipped is not None
+    assert last == f"skipped: {skipped[1]} envtest (KUBEBUILDER_ASSETS is not set)"
+
+
+def test_what_is_open_for_a_moment_is_not_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_files()
+    file = (tmp_path / "resolv.conf").open("w")
+    between_two_looks = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: file.close())
+    monkeypatch.setattr(_leftovers, "time", between_two_looks)
+    assert kept_open(before) == []
+    assert file.closed, "it was open at the first look"
+
+
+def test_what_stays_open_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_leftovers, "SETTLING", 0.05)
+    before = open_files()
+    with (tmp_path / "diary.txt").open("w") as file:
+        assert kept_open(before) == [(file.fileno(), str(tmp_path / "diary.txt"))]
