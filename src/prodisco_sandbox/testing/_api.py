@@ -63,23 +63,32 @@ class FakeCustomObjectsApi(FakeCluster):
     keeps to JSON merge and JSON patches, has no managed fields, does not prune unknown
     fields, and validates no more than names, labels and the main fields of the schema.
 
+    With `auto_ready` a controller runs that decides as agent-sandbox's does (0.5.6) and writes
+    the same conditions in the same steps: for pods that start, fail, or are deleted under it
+    (`delete_pod`, `fail_pod`), for ``spec.operatingMode`` and ``spec.shutdownTime`` (`suspend`,
+    `resume`, `expire`), and for a name that an old pod still holds. It leaves a Sandbox alone
+    once somebody else has written its status, until the test gives it a pod with `set_ready`.
+
     Every call yields to the loop before the operation is carried out and again before it
     answers, so that races show. All delays are on the loop's clock. The constructor needs
     no running loop, and no tasks are made at all.
 
     Args:
         versions: The API versions that are served; see `versions`.
-        auto_ready: What the built-in controller does with a new Sandbox: True makes it
-            ready, a number does so after so many seconds, and a function of the Sandbox
-            says which of these for each one, or returns the status to write, or None to
-            leave it. False: nothing, until the test calls `set_ready` or `set_status`.
+        auto_ready: What becomes of a new Sandbox's pod, and of each that follows it: True
+            makes it ready, a number does so after so many seconds (``math.inf``: never), and
+            a function of the Sandbox says which of these for each one, or returns the status
+            to write, or None to leave it. False: nothing, until the test calls `set_ready` or
+            `set_status`.
         namespaces: The namespaces that exist; None: all.
         user: Who asks, in the texts of 403 answers.
-        now: The wall clock of timestamps, in Unix seconds.
+        now: The wall clock of timestamps and of ``spec.shutdownTime``, in Unix seconds.
         history: How many changes and requests are remembered; who lags further behind
             gets 410.
         bookmark_interval: Seconds between the BOOKMARK events of a watch that allows them;
             one more comes shortly before its end.
+        pod_termination: Seconds that a deleted pod takes until it is gone; for the second half
+            it is Succeeded or Failed.
 
     Attributes:
         faults: Makes requests slow, hang or fail: `Faults.add`.
@@ -87,6 +96,8 @@ class FakeCustomObjectsApi(FakeCluster):
             held it, until `finish_deletes`.
         quota: How many Sandboxes a namespace may hold before a create is refused with 403
             ``exceeded quota``; None: any number.
+        pod_refusal: What the API server answers when the controller creates a pod, such as
+            ``pods "x" is forbidden: violates PodSecurity``; empty: it creates it.
     """
 
     async def create_namespaced_custom_object(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 from ..manifest import API_VERSIONS, Object
 from ._arguments import verbs_of
-from ._controller import AutoReady, Controller
+from ._controller import AutoReady, Controller, Reason
 from ._faults import VERBS, Faults, Request, Verb
+from ._patches import MERGE_PATCH
 from ._store import Change, EventType, Key, Store, copied, plain, shown
 from ._watch import Watch
 
@@ -32,11 +34,12 @@ class FakeCluster:
         now: Callable[[], float] = time.time,
         history: int = 10_000,
         bookmark_interval: float = 60.0,
+        pod_termination: float = 0.7,
     ) -> None:
         self.faults = Faults(self._call_later)
         self._store = Store(now, history)
         self._store.on_change = self._changed
-        self._controller = Controller(self._store, auto_ready, self._call_later)
+        self._controller = Controller(self._store, auto_ready, self._call_later, now, pod_termination)
         self._versions = tuple(versions)
         self._namespaces = None if namespaces is None else frozenset(namespaces)
         self._user = user
@@ -48,6 +51,7 @@ class FakeCluster:
         self._counts: collections.Counter[str] = collections.Counter()
         self._pokes: list[asyncio.Future[None]] = []
         self._timers: set[asyncio.TimerHandle] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -181,6 +185,68 @@ class FakeCluster:
         """
         self._controller.set_ready(self._existing(name, namespace), status)
 
+    def delete_pod(
+        self,
+        name: str,
+        *,
+        graceful: bool = True,
+        reason: Reason = "PodSucceeded",
+        namespace: str | None = None,
+    ) -> None:
+        """Deletes a Sandbox's pod, as a drained node or ``kubectl delete pod`` does.
+
+        The pod ends within `pod_termination` seconds. On its way out it is Succeeded or Failed
+        for a moment, and the Sandbox's condition Finished is True; then the controller makes
+        another pod in the same Sandbox, and `auto_ready` makes that ready.
+
+        Args:
+            name: The Sandbox's name.
+            graceful: False: the pod is gone at once, as with ``--force``.
+            reason: How its containers end.
+            namespace: The Sandbox's namespace; None: whichever has one of that name.
+
+        Raises:
+            KeyError: There is no such Sandbox, or it has no pod.
+        """
+        self._controller.delete_pod(self._existing(name, namespace), reason, graceful=graceful)
+
+    def fail_pod(
+        self,
+        name: str,
+        *,
+        reason: Reason = "PodFailed",
+        message: str = "",
+        namespace: str | None = None,
+    ) -> None:
+        """Ends a Sandbox's pod by itself: a crash, an eviction, no memory. The pod stays as it
+        is, as under restartPolicy Never, until it is deleted.
+
+        Args:
+            name: The Sandbox's name.
+            reason: PodFailed, or PodSucceeded where all containers end with status 0.
+            message: The conditions' message; empty: the controller's own words.
+            namespace: The Sandbox's namespace; None: whichever has one of that name.
+
+        Raises:
+            KeyError: There is no such Sandbox, or it has no pod.
+        """
+        self._controller.fail_pod(self._existing(name, namespace), reason, message)
+
+    def suspend(self, name: str, *, namespace: str | None = None) -> None:
+        """Patches ``spec.operatingMode`` to Suspended, as somebody else would with kubectl:
+        the controller deletes the pod, and the Sandbox stays."""
+        self._patch_mode(name, namespace, "Suspended", 0)
+
+    def resume(self, name: str, *, namespace: str | None = None) -> None:
+        """Patches ``spec.operatingMode`` to Running: the controller makes a pod again."""
+        self._patch_mode(name, namespace, "Running", 1)
+
+    def expire(self, name: str, *, namespace: str | None = None) -> None:
+        """Patches ``spec.shutdownTime`` to now: the controller writes SandboxExpired, and 70 ms
+        later the Sandbox is gone, if its shutdownPolicy is Delete, or else its pod."""
+        self._controller.expire(self._existing(name, namespace))
+        self._patch_spec(name, namespace, {"shutdownTime": self._store.timestamp()})
+
     def set_condition(
         self,
         name: str,
@@ -203,12 +269,39 @@ class FakeCluster:
         """Takes an object away at once, finalizers or not, as if somebody else had deleted it."""
         self._store.remove(*self._existing(name, namespace))
 
+    @property
+    def pod_termination(self) -> float:
+        return self._controller.termination
+
+    @pod_termination.setter
+    def pod_termination(self, seconds: float) -> None:
+        self._controller.termination = seconds
+
+    @property
+    def pod_refusal(self) -> str:
+        return self._controller.pod_refusal
+
+    @pod_refusal.setter
+    def pod_refusal(self, text: str) -> None:
+        self._controller.pod_refusal = text
+
     def finish_deletes(self) -> None:
         """Takes away all objects that are being deleted, and ends `linger_deletes`."""
         self.linger_deletes = False
         for key, sandbox in list(self._store.objects.items()):
             if "deletionTimestamp" in sandbox["metadata"]:
                 self._store.remove(*key)
+
+    def _patch_mode(self, name: str, namespace: str | None, mode: str, replicas: int) -> None:
+        spec = self._store.objects[self._existing(name, namespace)]["spec"]
+        is_old = "replicas" in spec and "operatingMode" not in spec
+        self._patch_spec(name, namespace, {"replicas": replicas} if is_old else {"operatingMode": mode})
+
+    def _patch_spec(self, name: str, namespace: str | None, fields: Object) -> None:
+        key = self._existing(name, namespace)
+        sandbox = self._store.objects[key]
+        version = sandbox["apiVersion"].rpartition("/")[2]
+        self._store.patch(key[0], version, name, {"spec": fields}, MERGE_PATCH)
 
     def _watch_ended(self, watch: Watch) -> None:
         self._watches.pop(watch, None)
@@ -220,8 +313,7 @@ class FakeCluster:
         kind: EventType = "DELETED" if change.new is None else "MODIFIED" if change.old else "ADDED"
         for callback in list(self._subscribers.values()):
             callback(kind, self._copy(change.new or change.old or {}))
-        if kind == "ADDED":
-            self._controller.added(change.key)
+        self._controller.changed(change)
         self._poke()
 
     def _poke(self) -> None:
@@ -230,13 +322,25 @@ class FakeCluster:
             if not poke.done():
                 poke.set_result(None)
 
-    def _call_later(self, delay: float, callback: Callable[[], None]) -> None:
+    def _call_later(self, delay: float, callback: Callable[[], None]) -> Callable[[], None]:
+        """Plans a call; returns what takes it back."""
+
         def fire() -> None:
             self._timers.discard(handle)
             callback()
 
-        handle = asyncio.get_running_loop().call_later(delay, fire)
+        def cancel() -> None:
+            self._timers.discard(handle)
+            handle.cancel()
+
+        # The test may change things while no loop runs, between two runs of one or after the last.
+        with contextlib.suppress(RuntimeError):
+            self._loop = asyncio.get_running_loop()
+        if self._loop is None or self._loop.is_closed():
+            return lambda: None
+        handle = self._loop.call_later(delay, fire)
         self._timers.add(handle)
+        return cancel
 
     def _copy(self, sandbox: Object) -> Object:
         version = self._versions[0] if self._versions else API_VERSIONS[0]

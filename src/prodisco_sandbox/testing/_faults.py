@@ -185,7 +185,7 @@ class Faults:
     and including the first that fails it.
     """
 
-    def __init__(self, call_later: Callable[[float, Callable[[], None]], None]) -> None:
+    def __init__(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
         self._active: list[Fault] = []
         self._call_later = call_later
 

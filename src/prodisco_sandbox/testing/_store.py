@@ -216,6 +216,17 @@ class Store:
         """Replaces the whole status, as a controller does."""
         self._update(self.find(*key), {"status": status}, {}, status=True, dry_run=False)
 
+    def annotate(self, key: Key, annotation: str, value: str | None) -> None:
+        """Sets an annotation, or takes it off, as a controller does."""
+        current = self.find(*key)
+        annotations = dict(current["metadata"].get("annotations") or {})
+        if annotations.get(annotation) == value:
+            return
+        annotations = {k: v for k, v in {**annotations, annotation: value}.items() if v is not None}
+        metadata = {k: v for k, v in current["metadata"].items() if k != "annotations"}
+        metadata |= {"annotations": annotations} if annotations else {}
+        self._put(key, {**current, "metadata": metadata})
+
     def list(
         self,
         selector: Selector,
