@@ -34,6 +34,13 @@ INITIALIZE = {
     "clientInfo": {"name": "test", "version": "0"},
 }
 
+META = {
+    "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+    "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "0"},
+    "io.modelcontextprotocol/clientCapabilities": {},
+}
+"""What a request of that protocol says of itself."""
+
 ERAS = ("legacy", "2026-07-28")
 """What `Client` takes as mode: the handshake of 2025-11-25 and before, and requests that stand alone."""
 

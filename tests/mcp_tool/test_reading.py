@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx2
 import pytest
+from _patience import PATIENCE
 from mcp import Client
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
@@ -13,7 +15,7 @@ from mcp.server.mcpserver import Context
 from prodisco_sandbox.mcp._language import language_of
 from prodisco_sandbox.mcp._reading import PARAMETERS, Call, WrongCallError, read_call
 
-from .support import refused, rig, run
+from .support import ERAS, META, headers, open_session, over_http, refused, rig, run
 
 PYTHON, TYPESCRIPT = language_of("Python"), language_of("TypeScript")
 LIST, STATUS = {"mode": "list"}, {"mode": "status", "execution_id": "e1"}
@@ -310,6 +312,8 @@ def test_what_is_no_parameter_is_told() -> None:
     assert "and 4 more" in many
     assert len(many) < 400
     assert "no such parameter: `script`" in refusal(script="print(1)")
+    # Nothing that a transport could not encode.
+    assert "`\\ud800`" in refusal(arguments=r'{"\ud800": 1}')
 
 
 @pytest.mark.parametrize(
@@ -371,6 +375,30 @@ async def test_notes_come_with_the_result_and_a_refusal_costs_no_sandbox() -> No
         assert "fence around `code`" in result["note"]
         assert "`timeout` (`timeout_ms`?)" in result["note"]
         assert (await r.sandbox.wait_for_call("ExecuteStream")).request.code == "1\n"
+
+
+@pytest.mark.parametrize("era", ERAS)
+async def test_over_http_too_arguments_that_are_no_object_get_a_sentence(era: str) -> None:
+    async with (
+        rig() as r,
+        over_http(r.server) as url,
+        httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http,
+    ):
+        for arguments in (["print(1)"], "print(1)", 5, {"code": ["print(1)"]}):
+            async with open_session(url) as session_id:
+                given = headers(session_id if era == "legacy" else None, None)
+                params: dict[str, Any] = {"name": "run_sandbox", "arguments": arguments}
+                if era != "legacy":
+                    given |= {
+                        "MCP-Protocol-Version": era,
+                        "Mcp-Method": "tools/call",
+                        "Mcp-Name": "run_sandbox",
+                    }
+                    params["_meta"] = META
+                body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+                answer = await http.post(url, json=body, headers=given)
+            assert "must be an object" in answer.text or "`code` is an array" in answer.text
+        assert r.manager.stats().created == 0
 
 
 async def test_a_tool_that_calls_this_one_has_arguments_of_its_own() -> None:

@@ -237,7 +237,7 @@ def _about_unknown(names: list[str]) -> str:
     shown = []
     for name in names[:_MOST_UNKNOWN]:
         close = difflib.get_close_matches(name[:_MOST_SHOWN].lower(), PARAMETERS, n=1)
-        shown.append(f"`{name[:_MOST_SHOWN]}`" + (f" (`{close[0]}`?)" if close else ""))
+        shown.append(f"`{repr(name[:_MOST_SHOWN])[1:-1]}`" + (f" (`{close[0]}`?)" if close else ""))
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return f"Ignored, because the tool has no such parameter: {', '.join(shown)}{more}."
 

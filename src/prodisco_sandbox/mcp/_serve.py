@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from ..manager import SandboxManager
 from ._lifespan import sandbox_lifespan
-from ._stdin import EndableStdin
+from ._stdio import Stdio
 from ._tool import SandboxTools, add_sandbox_tools
 
 log = logging.getLogger("prodisco_sandbox.mcp")
@@ -44,20 +44,20 @@ def make_server(manager: SandboxManager, **options: Any) -> tuple[MCPServer[Any]
 
 async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_timeout: float) -> None:
     """Serves until standard input ends, or until a signal and the end of the calls."""
-    stdin = EndableStdin()
-    stdin.install()
+    stdio = Stdio()
+    stdio.install()
     loop = asyncio.get_running_loop()
     drains: set[asyncio.Task[None]] = set()
 
     async def drain() -> None:
         await _drain(tools, drain_timeout)
-        stdin.end()
+        stdio.end()
 
     def on_signal() -> None:
         if not tools.draining:
             drains.add(asyncio.create_task(drain(), name="drain"))
             return
-        stdin.end()
+        stdio.end()
         leave_signals()  # The next one kills: a client that does not read holds up the SDK's writer.
         # Where Python's own handler raises, asyncio waits for that writer all the same.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -149,7 +149,7 @@ class SandboxTools:
     async def run_sandbox(
         self,
         ctx: Context[Any, Any],
-        mode: p.ModeParameter = "execute",
+        mode: p.ModeParameter = p.ABSENT,
         code: p.Code = p.ABSENT,
         cached: p.Cached = p.ABSENT,
         timeout_ms: p.TimeoutMs = p.ABSENT,
