@@ -14,15 +14,17 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
+import pytest
 import trustme
 from _ports import free_ports
 from kubernetes_asyncio.client import ApiClient, Configuration
 
 User = Literal["admin", "nobody"]
+Server = TypeVar("Server", bound="ApiServer")
 
 # Runs the servers and ends them when its standard input closes, so that nothing survives a
 # killed test run, and a restart leaves this process with the same child and pipes. (A
@@ -35,7 +37,13 @@ try:
         command, name, log, *argv = json.loads(line)
         if command == "start":
             with open(log, "ab") as out:
-                running[name] = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+                try:
+                    running[name] = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+                except OSError as error:
+                    out.write(str(error).encode())
+        elif command == "terminate" and name in running:
+            running[name].terminate()
+            running.pop(name).wait()
         elif command == "kill" and name in running:
             running[name].kill()
             running.pop(name).wait()
@@ -45,6 +53,19 @@ finally:
         child.kill()
         child.wait()
 """
+
+
+@contextlib.contextmanager
+def booted(server: Server) -> Iterator[Server]:
+    """The server while it runs; where it does not boot, the tests that need it skip and say why."""
+    try:
+        server.__enter__()
+    except (OSError, RuntimeError, TimeoutError, subprocess.TimeoutExpired) as e:
+        pytest.skip(f"{type(server).__name__} does not boot here: {e}")
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def assets() -> Path | None:
@@ -204,7 +225,7 @@ class ApiServer:
             plural = f"namespaces/default/{spec['names']['plural']}"
             return all(self.status(f"/apis/{group}/{version}/{plural}") == 200 for version in wanted)
 
-        _wait(f"{crd} in {', '.join(sorted(wanted))}", served, 30)
+        wait(f"{crd} in {', '.join(sorted(wanted))}", served, 60)
 
     def compact(self) -> int:
         """Compacts etcd's history up to now: older resourceVersions and continue tokens get 410."""
@@ -244,6 +265,7 @@ class ApiServer:
             f"--secure-port={self.port}",
             "--bind-address=127.0.0.1",
             "--advertise-address=127.0.0.1",
+            "--endpoint-reconciler-type=none",  # newer ones refuse a loopback address without it
             f"--cert-dir={self._path('certs')}",
             f"--tls-cert-file={self._path('server.crt')}",
             f"--tls-private-key-file={key}",
@@ -258,16 +280,23 @@ class ApiServer:
         )
 
         def ready() -> bool:
-            for name in ("etcd", "kube-apiserver"):
-                if not self._ask("poll", name):
-                    log = self._path(f"{name}.log").read_text(errors="replace")
-                    raise RuntimeError(f"{name} ended; its log ends with:\n{log[-2000:]}")
+            self._check_running("etcd", "kube-apiserver")
             return self.status("/readyz") == 200
 
-        _wait("kube-apiserver", ready, 90)
+        wait("kube-apiserver", ready, 90)
 
     def _run(self, name: str, *flags: str) -> None:
-        self._ask("start", name, str(self.binaries / name), *flags)
+        self._start(name, str(self.binaries / name), *flags)
+
+    def _start(self, name: str, *argv: str) -> None:
+        """Starts a program that ends when the server does; its output goes to NAME.log."""
+        self._ask("start", name, *argv)
+
+    def _check_running(self, *names: str) -> None:
+        for name in names:
+            if not self._ask("poll", name):
+                log = self._path(f"{name}.log").read_text(errors="replace")
+                raise RuntimeError(f"{name} ended; its log ends with:\n{log[-2000:]}")
 
     def _ask(self, command: str, name: str, *argv: str) -> bool:
         """Tells the keeper to do something; returns whether that server is running then."""
@@ -292,7 +321,7 @@ class ApiServer:
         return self.directory / name
 
 
-def _wait(what: str, ready: Callable[[], bool], seconds: float) -> None:
+def wait(what: str, ready: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > end:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,11 @@ settings.register_profile("dev", deadline=None, suppress_health_check=[HealthChe
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
-_NEEDED = {"envtest": "KUBEBUILDER_ASSETS", "cluster": "E2E_KUBECONFIG"}
+_NEEDED = {
+    "envtest": ("KUBEBUILDER_ASSETS",),
+    "controller": ("KUBEBUILDER_ASSETS", "AGENT_SANDBOX_DIR", "AGENT_SANDBOX_PODS"),
+    "cluster": ("E2E_KUBECONFIG",),
+}
 
 
 def pytest_configure() -> None:
@@ -43,9 +47,12 @@ def _start_children_with_default_signals() -> None:
             signal.signal(number, signal.SIG_DFL if default else lambda *_: None)
 
 
-_WITH_PROCESSES = ("server/", "mcp_tool/", "reliability/", "envtest/", "cluster/", "test_local", "test_demo")
+_WITH_PROCESSES = (
+    *("server/", "mcp_tool/", "reliability/", "envtest/", "controller/", "cluster/"),
+    *("test_local", "test_demo"),
+)
 # Each set in one worker: they share what takes seconds to start.
-_TOGETHER = ("envtest/", "test_demo")
+_TOGETHER = ("envtest/", "controller/", "test_demo")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,9 +63,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("process")
         for group in filter(path.startswith, _TOGETHER):
             item.add_marker(pytest.mark.xdist_group(group))
-        for marker, variable in _NEEDED.items():
-            if item.get_closest_marker(marker) and not os.environ.get(variable):
-                item.add_marker(pytest.mark.skip(reason=f"{variable} is not set"))
+        for marker, variables in _NEEDED.items():
+            missing = [name for name in variables if not os.environ.get(name)]
+            if item.get_closest_marker(marker) and missing:
+                item.add_marker(pytest.mark.skip(reason=f"{missing[0]} is not set"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fails a test that skips though PRODISCO_MUST_RUN lists one of its markers."""
+    report = yield
+    required = os.environ.get("PRODISCO_MUST_RUN", "").split()
+    if report.skipped and not hasattr(report, "wasxfail") and any(map(item.get_closest_marker, required)):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which PRODISCO_MUST_RUN forbids: {report.longrepr}"
+    return report
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

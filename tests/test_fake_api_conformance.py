@@ -7,7 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from _apiserver import ApiServer, assets
+from _apiserver import ApiServer, assets, booted
 from _cluster import MERGE, PLURAL, QUOTA, Cluster, body
 from _conform_lists import Lists
 from _conform_requests import Requests
@@ -49,7 +49,7 @@ _numbers = itertools.count()
 def server() -> Iterator[ApiServer]:
     binaries = assets()
     assert binaries is not None
-    with ApiServer(binaries) as server:
+    with booted(ApiServer(binaries)) as server:
         _serve(server, ("v1beta1", "v1alpha1"))
         yield server
 

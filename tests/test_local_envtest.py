@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from _apiserver import ApiServer, assets
+from _apiserver import ApiServer, assets, booted
 from _local import condition, in_seconds, traces
 from _patience import PATIENCE
 from _sandbox_crd import sandbox_crd
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.envtest, pytest.mark.slow]
 def server() -> Iterator[ApiServer]:
     binaries = assets()
     assert binaries is not None
-    with ApiServer(binaries) as server:
+    with booted(ApiServer(binaries)) as server:
         server.install_crd(sandbox_crd("v1beta1", "v1alpha1"))
         yield server
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from _apiserver import assets
+from _apiserver import assets, booted
 
 from .support import (
     VERSIONS,
@@ -24,14 +24,15 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AuditedServer]:
-    with AuditedServer(binaries(), tmp_path_factory.mktemp("audit")) as server:
+    with booted(AuditedServer(binaries(), tmp_path_factory.mktemp("audit"))) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def uncached_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AuditedServer]:
     """One whose watches read etcd itself, so that a compaction ages their resourceVersion."""
-    with AuditedServer(binaries(), tmp_path_factory.mktemp("audit"), watch_cache=False) as server:
+    directory = tmp_path_factory.mktemp("audit")
+    with booted(AuditedServer(binaries(), directory, watch_cache=False)) as server:
         yield server
 
 
