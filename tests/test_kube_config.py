@@ -136,6 +136,94 @@ async def test_a_configuration_that_is_no_use_says_where_it_looked(
     assert caught.value.__cause__ is not None
 
 
+WHOLE = {
+    "clusters": [cluster("one")],
+    "contexts": [context("one")],
+    "users": [{"name": "me", "user": {"token": "secret-token"}}],
+    "current-context": "one",
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "missing"),
+    [
+        ("", "is empty"),
+        ("# nothing yet\n", "is empty"),
+        ("apiVersion: v1\nkind: Config\nclusters: null\n", "is empty"),
+        ("clusters: [", r"is no YAML \(line 1\)"),
+        ("a: b: secret-token", r"is no YAML \(line 1\)"),
+        (b"\xff\x80", "is no YAML"),
+        ("just secret-token", "holds str, not a mapping"),
+        ("- clusters", "holds list, not a mapping"),
+        ({**WHOLE, "current-context": ""}, "has no current-context"),
+        ({**WHOLE, "current-context": "two"}, r"has no context 'two' \(it has 'one'\)"),
+        ({**WHOLE, "contexts": []}, r"has no context 'one' \(it has none\)"),
+        ({**WHOLE, "contexts": {"one": {}}}, "has contexts that is no list"),
+        ({**WHOLE, "contexts": [{"name": "one"}]}, "has a context 'one' without a cluster"),
+        ({**WHOLE, "clusters": None}, "has no cluster 'one'"),
+        ({**WHOLE, "clusters": [{"name": "one"}]}, "has a cluster 'one' without a server"),
+        ({**WHOLE, "users": []}, r"has no user 'me' \(it has none\)"),
+        ({**WHOLE, "users": ["secret-token"]}, "has an entry of users without a name"),
+        (
+            {**WHOLE, "users": [{"name": "me", "user": "secret-token"}]},
+            "has an entry of users .* whose user is no mapping",
+        ),
+        ({**WHOLE, "users": [{"user": {"token": "secret-token"}}]}, "has an entry of users without a name"),
+    ],
+)
+async def test_a_kubeconfig_that_is_not_whole_says_what_is_missing_in_which_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any, missing: str
+) -> None:
+    file = tmp_path / "config"
+    text = yaml.safe_dump(content) if isinstance(content, dict) else content
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.setenv("KUBECONFIG", str(file))
+    with pytest.raises(
+        SandboxUnavailableError, match=f"no usable Kubernetes configuration: {file} {missing}"
+    ) as e:
+        await open_custom_objects_api()
+    assert "secret-token" not in str(e.value)
+
+
+async def test_a_directory_is_no_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path))
+    with pytest.raises(SandboxUnavailableError, match=f"{tmp_path} cannot be read: Is a directory"):
+        await open_custom_objects_api()
+
+
+async def test_an_empty_file_beside_others_is_as_good_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").touch()
+    config = whole(tmp_path / "config")
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join([str(tmp_path / "empty"), str(config)]))
+    async with opened() as configuration:
+        assert configuration.host == "http://one.test:8080"
+
+
+async def test_of_several_files_the_first_that_says_something_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As kubectl merges them."""
+    first = write(tmp_path / "a", **{**WHOLE, "current-context": ""})
+    second = whole(tmp_path / "b", {"token": "from b"})
+    third = write(tmp_path / "c", **{**WHOLE, "current-context": "two"})
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join(map(str, (first, second, third))))
+    async with opened() as configuration:
+        assert configuration.host == "http://one.test:8080"
+        assert await token(configuration) == "Bearer secret-token"
+
+
+async def test_a_context_may_have_no_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = {"name": "one", "cluster": {"server": "https://one.test:6443"}}
+    nobody = {"name": "one", "context": {"cluster": "one"}}
+    file = write(tmp_path / "config", **{**WHOLE, "clusters": [server], "contexts": [nobody]})
+    monkeypatch.setenv("KUBECONFIG", str(file))
+    async with opened() as configuration:
+        assert configuration.host == "https://one.test:6443"
+        assert await token(configuration) is None
+
+
 async def test_in_a_cluster_the_token_that_rotates_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

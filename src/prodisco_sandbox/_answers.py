@@ -82,7 +82,8 @@ def translate(
         return SandboxFailedError(text, status=code)
     match code:
         case 401:
-            return SandboxPermissionError(text, status=code)
+            why = "the credentials are missing, have expired or were revoked"
+            return SandboxPermissionError(f"{text}: {why}", status=code)
         case 403:
             return _forbidden(verb, said, text, is_status=(status or {}).get("kind") == "Status")
         case 404 if status is None and body:

@@ -32,12 +32,17 @@ from ._answers import (
     retryable,
     translate,
 )
-from ._kube_config import open_custom_objects_api
+from ._kube_config import OwnClient, open_custom_objects_api
 from ._log import get_logger
 from ._single_flight import SingleFlight
 from ._tasks import Pace, RequestTurns
 from .config import SandboxManagerConfig
-from .errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
+from .errors import (
+    SandboxError,
+    SandboxFailedError,
+    SandboxPermissionError,
+    SandboxUnavailableError,
+)
 from .manifest import GROUP, PLURAL, Object
 
 REQUEST_TIMEOUT = 10.0
@@ -84,6 +89,8 @@ class SandboxResources:
         self._given = api
         self._open = SingleFlight("kubernetes-config", open_custom_objects_api)
         self._discover = SingleFlight("kubernetes-discovery", self._discover_version)
+        self._renew = SingleFlight("kubernetes-credentials", self._renew_credentials)
+        self._renewals = 0
         self._version_was_served = False
         self._assumed_until: float | None = None
         self._refused_since: dict[str, float] = {}
@@ -99,6 +106,7 @@ class SandboxResources:
     async def aclose(self) -> None:
         """Closes the connection that was opened here; one that was passed in stays open."""
         await self._discover.aclose()
+        await self._renew.aclose()
         opened = await self._open.aclose()
         if opened is not None:
             await opened.api_client.close()
@@ -132,7 +140,9 @@ class SandboxResources:
                 served = await self._once("discover", api.get_api_resources, (GROUP, version), {})
             except (VersionGoneError, NotFoundError):
                 continue
-            except (SandboxPermissionError, UnsupportedError):
+            except (SandboxPermissionError, UnsupportedError) as e:
+                if e.status == 401:
+                    raise
                 # Not an answer to keep: a server that is starting refuses this too.
                 self._assumed_until = asyncio.get_running_loop().time() + STARTING_SERVER
                 return "v1alpha1"
@@ -367,6 +377,49 @@ class SandboxResources:
             ) from e
 
     async def _once(self, verb: str, bound: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        """One request, and a second one with new credentials where those in use are refused."""
+        renewals = self._renewals
+        try:
+            return await self._attempt(verb, bound, args, kwargs)
+        except SandboxError as e:
+            # Nothing was done: authentication comes first. (A webhook may say 401, too.)
+            if e.status != 401 or isinstance(e, SandboxFailedError) or not await self._renewed(renewals):
+                raise
+        try:
+            return await self._attempt(verb, bound, args, kwargs)
+        except SandboxPermissionError as e:
+            if e.status != 401:
+                raise
+            text = f"{e}, and so are those that were loaded after that"
+            raise SandboxPermissionError(text, status=401) from e.__cause__
+
+    async def _renewed(self, renewals: int) -> bool:
+        """After a 401 to a request that began after so many renewals: whether to try once more."""
+        client = getattr(await self._api(), "api_client", None)
+        if not isinstance(client, OwnClient):  # It was passed in: its own hook is called for each request.
+            configuration = getattr(client, "configuration", None)
+            return getattr(configuration, "refresh_api_key_hook", None) is not None
+        if renewals == self._renewals:
+            self._renew.forget()
+            await self._renew()
+        return True
+
+    async def _renew_credentials(self) -> None:
+        client = (await self._api()).api_client
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                await client.renew_credentials()
+        except (SandboxUnavailableError, TimeoutError) as e:
+            why = str(e) or f"not within {OPEN_TIMEOUT:g} s"
+            self._log.warning("credentials_not_renewed", reason=why)
+            text = f"the API server refused the credentials, and new ones could not be loaded: {why}"
+            raise SandboxUnavailableError(text, status=401) from e.__cause__ or e
+        self._renewals += 1
+        self._log.info("credentials_renewed")
+
+    async def _attempt(
+        self, verb: str, bound: Any, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Any:
         limit: object = REQUEST_TIMEOUT
         if verb == "watch":  # connect, then silence
             limit = (REQUEST_TIMEOUT, WATCH_TIMEOUT + WATCH_GRACE)
@@ -388,6 +441,8 @@ class SandboxResources:
             if isinstance(error, NotFoundError | AlreadyExistsError | PreconditionError):
                 self._allowed(verb)  # A 404 or 409 proves that RBAC allowed the request.
             raise error from answer
+        except SandboxError:  # The credentials could not be renewed: nothing was sent.
+            raise
         except TimeoutError as e:
             raise RetryableError(
                 f"the API server did not answer a {verb} within {REQUEST_TIMEOUT:g} s"
