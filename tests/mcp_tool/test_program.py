@@ -20,9 +20,12 @@ from mcp.server import MCPServer
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
+from prodisco_sandbox.local import PASSED, LocalCluster
 from prodisco_sandbox.mcp import __main__ as program
 from prodisco_sandbox.mcp import _serve
+from prodisco_sandbox.mcp._local import server_settings
 from prodisco_sandbox.mcp._serve import add_probes, serve_http
+from prodisco_sandbox.server._options import parse
 from prodisco_sandbox.testing import NEVER
 
 from .support import INITIALIZE, call, connect, over_http, rig, served, text_of
@@ -47,6 +50,30 @@ def _levels() -> Iterator[None]:
         (["--local", "--path", "mcp"], "must begin with '/'"),
         (["--local", "--drain-timeout", "-1"], "no number of seconds"),
         (["--local", "--drain-timeout", "nan"], "no number of seconds"),
+        (["--kubernetes", "--server-option=--max-output=5"], "--server-option is for --local"),
+        (["--kubernetes", "--python", sys.executable], "--python is for --local"),
+        (
+            ["--local", "--server-option=--frob=1"],
+            "--server-option=--frob=1: the sandbox server has no option",
+        ),
+        (["--local", "--server-option=frob=1"], "has no option --frob; it has --isolation, --writable,"),
+        (["--local", "--server-option=-x"], "has no option -x"),
+        (["--local", "--server-option="], "has no option --;"),
+        (["--local", "--server-option=--memory-limit=1"], "has no option --memory-limit;"),
+        (
+            ["--local", "--server-option=--memory-limit-mb=lots"],
+            "--server-option: --memory-limit-mb is 'lots': it must be an integer",
+        ),
+        (["--local", "--server-option=--max-output"], "--max-output: expected one argument"),
+        *(
+            (
+                ["--local", f"--server-option={option}"],
+                f"{option.partition('=')[0]} is the program's own to set",
+            )
+            for option in ("--socket=/tmp/s", "--port=1", "--workspace=/tmp", "--tls-cert=/c", "--pod-name=p")
+        ),
+        (["--local", "--server-option=--check"], "--check is the program's own"),
+        (["--local", "--server-option=--help"], "--help is the program's own"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -65,6 +92,7 @@ def test_wrong_arguments_are_refused(
     [
         ("SANDBOX_MAX_SESSIONS", "many", ["--kubernetes"]),
         ("SANDBOX_MAX_SESSIONS", "many", ["--local"]),
+        ("SANDBOX_MEMORY_LIMIT_MB", "lots", ["--local"]),
         ("SANDBOX_HANDLE_SECRET", "short", ["--local"]),
     ],
 )
@@ -112,6 +140,43 @@ async def test_locally_it_reads_how_many_there_may_be(monkeypatch: pytest.Monkey
     monkeypatch.setenv("SANDBOX_MAX_SESSIONS", "7")
     async with program._manager(program._parser().parse_args(["--local"])) as manager:
         assert (manager._config.mode, manager._config.max_sessions) == ("multi", 7)
+
+
+def test_options_of_the_servers_beat_their_variables_and_reach_them_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [
+        "--max-output=5",
+        "cpu-limit=7",
+        "--isolation",
+        "process",
+        "--pass-env",
+        "HOUSE",
+        "--writable=a:/b",
+    ]
+    environ = {
+        "SANDBOX_MAX_OUTPUT": "6",
+        "SANDBOX_MAX_QUEUED": "3",
+        "SANDBOX_WRITABLE": "c",
+        "SANDBOX_TCP_PORT": "no number",
+        "SANDBOX_TRANSPORT_MODE": "mtls",
+        "SANDBOX_POD_NAME": "A POD",
+        "SANDBOX_CPU_LIMIT": "",
+    }
+    arguments, inherited = server_settings(given, environ)
+    assert {*PASSED, "SANDBOX_MAX_OUTPUT", "SANDBOX_MAX_QUEUED", "HOUSE"} <= set(inherited)
+    assert not set(inherited) & {"SANDBOX_TCP_PORT", "SANDBOX_TRANSPORT_MODE", "SANDBOX_POD_NAME"}
+    monkeypatch.chdir("/")  # Servers have working directories of their own.
+    read = parse(arguments, {name: environ[name] for name in inherited if name in environ})
+    assert (read.max_output, read.cpu_limit, read.max_queued) == (5, 7, 3)
+    assert read.writable == (tmp_path / "a", Path("/b"))
+    assert read.pass_env == ("HOUSE",)
+    LocalCluster(server_args=arguments, pass_env=inherited)  # It does not refuse them.
+
+
+def test_without_options_and_variables_servers_are_as_they_come() -> None:
+    assert server_settings([], {}) == ([], list(PASSED))
 
 
 @pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("0.0.0.0", True)])

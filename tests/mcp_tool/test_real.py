@@ -147,6 +147,18 @@ async def test_the_program_serves_both_eras_on_stdio(era: str) -> None:
 
 
 @pytest.mark.slow
+async def test_the_programs_sandboxes_are_configured_by_options_and_variables(tmp_path: Path) -> None:
+    options = ("--server-option=--pass-env=GREETING", "--server-option=--max-output=8")
+    environment = {"GREETING": "hello", "SANDBOX_MAX_OUTPUT": "1000", "SANDBOX_WRITABLE": str(tmp_path)}
+    async with Client(program("--local", *options, **environment), mode="legacy") as client:
+        told = await run(client, "import os; print(os.environ['GREETING'])")
+        assert told["output"] == "hello\n"
+        await run(client, f"open({str(tmp_path / 'file')!r}, 'w').write('x')")
+        assert (tmp_path / "file").read_text() == "x"
+        assert "output cut" in (await run(client, "print('x' * 100)"))["output"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_program_on_stdio_ends_at_a_signal_though_its_input_is_open(number: int) -> None:
     process = await asyncio.create_subprocess_exec(

@@ -70,6 +70,8 @@ def test_every_setting_is_read_from_both_places() -> None:
         (["--grace-period", "nan"], {}, "--grace-period is 'nan'"),
         (["--pod-name", "Not a pod"], {}, "--pod-name is 'Not a pod': it must be the name of a pod"),
         (["--max-concurrent", "0"], {}, "--max-concurrent is '0'"),
+        (["--frob=1"], {}, "unrecognized arguments: --frob=1"),
+        (["--max-concurrent"], {}, "--max-concurrent: expected one argument"),
         (["--transport-mode", "tls"], {}, "--tls-cert (SANDBOX_TLS_CERT_PATH) is not set"),
         (
             ["--transport-mode", "tls", "--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.pem"],

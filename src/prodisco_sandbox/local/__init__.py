@@ -28,7 +28,12 @@ log = get_logger("local")
 PASSED = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH")
 """Variables of the environment that servers inherit by default."""
 
-_OWN_OPTIONS = ("--socket", "--host", "--port", "--workspace", "--cache-dir", "--exit-with-parent")
+OWN_OPTIONS = (
+    "--socket", "--host", "--port", "--transport-mode", "--tls-cert", "--tls-key", "--tls-ca", "--pod-name",
+    "--workspace", "--cache-dir", "--exit-with-parent", "--check", "--help", "-h",
+)  # fmt: skip
+"""Options of the server that are the cluster's to set, or that keep it from serving."""
+
 # The kernel takes 107 bytes: /prodisco-xxxxxxxx, a number, /socket.
 _LONGEST_BASE = 107 - len("/prodisco-xxxxxxxx/123456/socket")
 _NOT_STARTED = "the cluster has not been started: use `async with LocalCluster()`"
@@ -96,8 +101,8 @@ class LocalCluster:
         self._python = _interpreter(python)
         self._server_args = _strings("server_args", server_args)
         for arg in self._server_args:
-            if arg.partition("=")[0] in _OWN_OPTIONS:
-                own = ", ".join(_OWN_OPTIONS)
+            if arg.partition("=")[0] in OWN_OPTIONS:
+                own = ", ".join(OWN_OPTIONS)
                 raise ValueError(f"server_args has {arg!r}: the cluster itself sets {own}")
         passed = _strings("pass_env", pass_env)
         self._env = {name: os.environ[name] for name in passed if name in os.environ}

@@ -14,7 +14,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 from ..config import SandboxManagerConfig, env_int
 from ..errors import SandboxError
+from ..local import LocalCluster
 from ..manager import SandboxManager
+from ._local import server_settings
 from ._serve import make_server, serve_http, serve_stdio
 
 log = logging.getLogger("prodisco_sandbox.mcp")
@@ -25,8 +27,12 @@ EPILOG = f"""\
 Settings come from the environment: SANDBOX_NAMESPACE, SANDBOX_IMAGE, SANDBOX_MAX_SESSIONS,
 SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, and SANDBOX_TRANSPORT_MODE with the SANDBOX_TLS_*
 variables; KUBECONFIG and K8S_CONTEXT outside a cluster; {HANDLE_SECRET} (at least 16
-random characters) for handles that outlive the process. With --local, only
-SANDBOX_MAX_SESSIONS and {HANDLE_SECRET} count.
+random characters) for handles that outlive the process.
+
+With --local, SANDBOX_MAX_SESSIONS and {HANDLE_SECRET} count, and the variables of the sandbox
+server, such as SANDBOX_MEMORY_LIMIT_MB; an option given by --server-option beats its variable.
+`python -m prodisco_sandbox.server --help` lists both. Where servers listen and keep their files
+is the program's to decide: such options are refused, and such variables ignored.
 
 Callers are not authenticated: put something in front of it that does it before it listens
 anywhere but on loopback.
@@ -37,6 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.kubernetes and (args.server_option or args.python):
+        option = "--server-option" if args.server_option else "--python"
+        parser.error(
+            f"{option} is for --local: on Kubernetes the servers take their options from the variables in"
+            " the sandbox pods' template, and packages from the image"
+        )
+    try:
+        server_settings(args.server_option, {})
+    except ValueError as error:
+        parser.error(str(error))
     # To standard error; standard output belongs to the protocol.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("prodisco_sandbox").setLevel(args.log_level.upper())
@@ -67,6 +83,20 @@ def _parser() -> argparse.ArgumentParser:
         help="sandboxes are processes on this machine: for code that you would run yourself",
     )
     where.add_argument("--kubernetes", action="store_true", help="sandboxes are pods of agent-sandbox")
+    parser.add_argument(
+        "--server-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="local: an option of the sandbox servers, such as --server-option=--memory-limit-mb=4096;"
+        " may be repeated",
+    )
+    parser.add_argument(
+        "--python",
+        metavar="PROGRAM",
+        help="local: the interpreter that runs the sandbox servers, and whose packages code can import;"
+        " it must have prodisco-sandbox; default: the one that runs this",
+    )
     parser.add_argument("--transport", choices=("stdio", "http"), default="stdio", help="default: stdio")
     parser.add_argument("--host", default="127.0.0.1", help="http: where to listen; default: %(default)s")
     parser.add_argument("--port", type=_port, default=8000, help="http: 0 picks one; default: %(default)s")
@@ -133,9 +163,8 @@ async def _manager(args: argparse.Namespace) -> AsyncIterator[SandboxManager]:
     if args.kubernetes:
         yield SandboxManager(SandboxManagerConfig.from_env(mode="multi"))
         return
-    from ..local import LocalCluster
-
-    async with LocalCluster() as cluster:
+    server_args, pass_env = server_settings(args.server_option, os.environ)
+    async with LocalCluster(server_args=server_args, pass_env=pass_env, python=args.python) as cluster:
         settings = {}
         if os.environ.get("SANDBOX_MAX_SESSIONS"):
             settings["max_sessions"] = env_int(os.environ, "SANDBOX_MAX_SESSIONS")

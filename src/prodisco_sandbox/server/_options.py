@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import quote
 
 MIN_TIMEOUT_MS = 1_000
@@ -171,8 +171,8 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     """Reads the command line, and the environment for what it leaves open.
 
     Raises:
-        OptionsError: A setting is wrong or contradicts another.
-        SystemExit: ``--help``, or an option that does not exist.
+        OptionsError: A setting is wrong, does not exist, or contradicts another.
+        SystemExit: ``--help``.
     """
     env = os.environ if environ is None else environ
     given = vars(_parser().parse_args(argv))
@@ -196,8 +196,13 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     return Options(**values)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionsError(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m prodisco_sandbox.server",
         description="Runs Python code sent over gRPC, each piece in a fresh process of its own.",
         allow_abbrev=False,
