@@ -26,6 +26,7 @@ from .errors import (
     SandboxError,
     SandboxFailedError,
     SandboxPermissionError,
+    SandboxReplacedError,
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
@@ -44,6 +45,8 @@ LOOK_TIMEOUT = 10.0
 HEALTH_SLICE = 1.0
 """How long health is waited for before the Sandbox itself is looked at again."""
 HEALTH_PAUSE = 0.1
+PLACE_MARGIN = 0.05
+"""How long before its deadline a wait for another address ends."""
 INCARNATIONS = 100
 """How many incarnations of a name are tried, and recognised in a Sandbox that is adopted."""
 
@@ -298,10 +301,22 @@ class Creation:
                 await self._hear(session, deadline)
                 continue
             client = self._client(session, reading.target)
+            if client is None:
+                await self._hear_of_place(session, deadline)
+                continue
             if await client.wait_for_healthy(max(0.0, min(HEALTH_SLICE, deadline - loop.time()))):
                 after = manifest.readiness(session.observed or {}, self._config)
-                if after.target is not None and self._client(session, after.target) is client:
+                if after.target is None or self._client(session, after.target) is not client:
+                    continue
+                if self._is_own(session, client):
                     return client
+                await self._hear_of_place(session, deadline)
+                continue
+            if isinstance(client.health_error, SandboxReplacedError):
+                if client._has_met:
+                    await self.refresh(session, deadline)
+                else:  # Its first contact was with another pod.
+                    await self._hear_of_place(session, deadline)
                 continue
             if session.target is None:  # A caller has closed it meanwhile.
                 continue
@@ -313,24 +328,55 @@ class Creation:
             if loop.time() - session.observed_at >= self._interval(session):
                 await self.refresh(session, deadline)
 
-    def _client(self, session: Session, target: str) -> SandboxClient:
-        """The session's client for this target; another pod is another machine."""
-        ips = manifest.pod_ips(session.observed or {})
+    def _client(self, session: Session, target: str) -> SandboxClient | None:
+        """The session's client for this target; None: that is another session's, by a newer status."""
+        observed = session.observed or {}
+        ips = manifest.pod_ips(observed)
         moved = bool(ips and session.pod_ips and ips != session.pod_ips)
         if session.client is not None and (moved or session.target != target):
             self._discard(session.name, session.client)
             session.client = None
-            if moved:
-                session.incarnation += 1
-                self._table.totals.recreated += 1
-                self._log.warning(
-                    "sandbox_pod_replaced", sandbox=session.name, incarnation=session.incarnation
-                )
         session.pod_ips = ips or session.pod_ips
+        place = manifest.place(observed, target)
+        if place != session.place:
+            session.place, session.placed_at = place, asyncio.get_running_loop().time()
+        others = self._table.occupy(session, frozenset((target, *ips)))
+        if others is None:
+            return None
+        for other in others:
+            text = f"the status of sandbox {session.name} names its address"
+            self._log.info("sandbox_suspect", sandbox=other.name, reason=text)
+            self._table.doubt(other)
         if session.client is None:
             session.target = target
             session.client = self._make_client(session, target)
         return session.client
+
+    def _is_own(self, session: Session, client: SandboxClient) -> bool:
+        """Whether a client has met the session's own machine; notes it if it has replaced another one."""
+        if session.met is client:  # It never means another machine.
+            return True
+        boot_id = client._boot_id
+        other = None if boot_id is None else self._table.meet(session, boot_id)
+        if other is not None:
+            text = f"the machine at its address is that of sandbox {other.name}"
+            self._log.info("sandbox_suspect", sandbox=session.name, reason=text)
+            self._discard(session.name, client)
+            session.client = session.target = None
+            self._table.vacate(session)
+            return False
+        before, session.machine = session.machine, boot_id or session.pod_ips or session.machine
+        session.met = client
+        if before and before != session.machine:
+            session.incarnation += 1
+            self._table.totals.recreated += 1
+            self._log.warning(
+                "sandbox_pod_replaced",
+                sandbox=session.name,
+                incarnation=session.incarnation,
+                reason="another pod" if boot_id is None else "another boot id",
+            )
+        return True
 
     def _watched(self, session: Session) -> bool:
         return session.claimed and self._watching()
@@ -365,6 +411,21 @@ class Creation:
             reading.cancel()
         if reading.done():
             reading.result()
+
+    async def _hear_of_place(self, session: Session, deadline: float) -> None:
+        """Waits until there is news of where the session's machine is: it is not where its status says.
+
+        Raises:
+            SandboxUnavailableError: There is none in time, which says nothing of the machine's life.
+        """
+        try:
+            async with asyncio.timeout_at(deadline - PLACE_MARGIN):
+                await self._hear(session, deadline)
+        except TimeoutError as e:
+            raise SandboxUnavailableError(
+                f"the address in the status of sandbox {session.name} leads to another machine, and the"
+                " status has not changed in time"
+            ) from e
 
     def reading(self, sandbox: Object) -> manifest.Readiness:
         """How far a Sandbox is, as far as that can be told."""

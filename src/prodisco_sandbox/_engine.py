@@ -226,7 +226,8 @@ class Engine:
         if self.table.current.get(session.session_id) is not session:
             return  # Closed meanwhile, and the client has hidden the cancellation.
         session.check = None
-        client.sandbox = SandboxRef(session.name, session.uid or "", session.incarnation)
+        boot_id = session.machine if isinstance(session.machine, str) else None
+        client.sandbox = SandboxRef(session.name, session.uid or "", session.incarnation, boot_id)
         session.last_used = self._now()
         # Each holds a whole Sandbox, pod template and all.
         session.observed = session.request = session.creation = None
@@ -247,6 +248,14 @@ class Engine:
             if session.client is client:
                 session.target = None  # It leads nowhere now: the next look makes another.
 
+        def other_machine(reason: str) -> None:
+            doubt(reason)
+            if session.client is client:
+                session.target = None
+            self._discard(session.name, client)
+
+        pod = session.name if session.observed is None else manifest.pod_name(session.observed)
+        client._expect(pod, other_machine)
         client.on_suspect = lambda: doubt("a call failed")
         client._tell_closed(closed)
         client._keep_pace(self._pace)

@@ -21,6 +21,7 @@ class Fence:
         on_other: Called, synchronously, with the reason when another machine answers.
 
     Attributes:
+        pinned: Whether a machine has answered; from then on every other one is wrong.
         boot_id: Of the first answer, for good; None: none yet, or a server without fences.
         broken: How another machine was noticed; None: none was.
     """
@@ -28,7 +29,7 @@ class Fence:
     def __init__(self, pod: str, on_other: Callable[[str], None]) -> None:
         self._pod = pod
         self._on_other = on_other
-        self._pinned = False
+        self.pinned = False
         self.boot_id: str | None = None
         self.broken: str | None = None
 
@@ -50,8 +51,8 @@ class Fence:
             ok: Whether the call succeeded: otherwise something on the way may have answered.
         """
         boot_id = dict(initial).get(names.BOOT_ID)
-        if not self._pinned:
-            self._pinned = ok or boot_id is not None
+        if not self.pinned:
+            self.pinned = ok or boot_id is not None
             self.boot_id = boot_id
             return True
         return boot_id == self.boot_id

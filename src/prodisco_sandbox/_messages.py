@@ -86,8 +86,11 @@ class SandboxRef:
     uid: str
     """The Sandbox object's, for preconditions and kubectl."""
     incarnation: int
-    """Which incarnation under this uid: it goes up when a pod is replaced under the Sandbox,
-    and when a name was still taken by a predecessor that was being deleted."""
+    """Which incarnation under this uid: it goes up when the machine is replaced under the Sandbox
+    (another pod, or a container that was restarted in its pod), and when a name was still taken
+    by a predecessor that was being deleted."""
+    boot_id: str | None = None
+    """Of the server's life, as it says; None: it has no fences, and a restart in place goes unnoticed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,20 @@ class Session:
     target: str | None = None
     """Where the client leads; None: there is none yet, or one of its users has closed it."""
     pod_ips: tuple[str, ...] = ()
+    place: tuple[object, ...] = ()
+    """Where its Sandbox's status said last that its machine is; see `manifest.place`."""
+    placed_at: float = 0.0
+    """When it said so first, on the loop's clock."""
+    addresses: frozenset[str] = frozenset()
+    """Target and addresses that no other session has meanwhile; see `SessionTable.occupy`."""
+    rivals: set[Session] = field(default_factory=set)
+    """Sessions that wait for one of its addresses."""
+    boot_ids: list[str] = field(default_factory=list)
+    """Of all machines that it has had."""
+    met: SandboxClient | None = None
+    """The client that last found its machine healthy."""
+    machine: str | tuple[str, ...] = ()
+    """The machine that it led to: its boot id or, of a server without fences, its addresses."""
     usable: bool = False
     """Ready, and no reason to doubt the client: it may be handed out at once."""
 
@@ -125,7 +139,8 @@ class SessionTable:
 
     Invariants: per id there is at most one current and one closing session; creating
     and ready sessions are current; the sessions that hold a slot never exceed
-    `max_sessions`; whoever waits for a slot gets it in the order of arrival.
+    `max_sessions`; whoever waits for a slot gets it in the order of arrival; no two
+    current sessions have the same address.
     """
 
     def __init__(self, max_sessions: int) -> None:
@@ -135,6 +150,8 @@ class SessionTable:
         self.closing: dict[str, Session] = {}
         self._queue: dict[Session, None] = {}
         self._by_name: dict[str, Session] = {}
+        self._by_address: dict[str, Session] = {}
+        self._by_boot_id: dict[str, Session] = {}
         self._slots = 0
 
     def __len__(self) -> int:
@@ -199,6 +216,52 @@ class SessionTable:
         """A ready session's client is not to be handed out until it was checked."""
         session.usable = False
 
+    def occupy(self, session: Session, addresses: frozenset[str]) -> list[Session] | None:
+        """Gives a session the addresses that its Sandbox's status names.
+
+        A status may lag behind, so two can name one address. The one that has named it
+        for the shorter time is taken to be right, until a server says otherwise.
+
+        Returns:
+            The sessions that have lost an address, whose status must be read again; None:
+            another session's status is newer, and this one's must change.
+        """
+        if session.addresses == addresses:
+            return []
+        self.vacate(session)
+        holders = {self._by_address.get(address) for address in addresses}
+        others = [holder for holder in holders if holder is not None]
+        for other in others:
+            if other.placed_at >= session.placed_at:
+                other.rivals.add(session)
+                return None
+        for other in others:
+            self.vacate(other)
+        session.addresses = addresses
+        self._by_address |= dict.fromkeys(addresses, session)
+        return others
+
+    def vacate(self, session: Session) -> None:
+        """Takes a session's addresses away, and wakes those that wait for one."""
+        for address in session.addresses:
+            del self._by_address[address]
+        session.addresses = frozenset()
+        for rival in session.rivals:
+            rival.news.set()
+        session.rivals.clear()
+
+    def meet(self, session: Session, boot_id: str) -> Session | None:
+        """Notes which machine a session has.
+
+        Returns:
+            Another current session that has met it before: then it is not this one's.
+        """
+        other = self._by_boot_id.get(boot_id)
+        if other is None:
+            self._by_boot_id[boot_id] = session
+            session.boot_ids.append(boot_id)
+        return None if other is session else other
+
     def close(self, session: Session, error: SandboxError | None) -> bool:
         """Takes a session out of use.
 
@@ -210,6 +273,10 @@ class SessionTable:
             return False
         del self.current[session.session_id]
         session.usable = False
+        self.vacate(session)
+        for boot_id in session.boot_ids:
+            del self._by_boot_id[boot_id]
+        session.boot_ids.clear()
         session.error = error
         session.settled.set()
         session.news.set()

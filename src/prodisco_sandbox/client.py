@@ -225,8 +225,14 @@ class SandboxClient:
 
     @property
     def _boot_id(self) -> str | None:
+        """The machine that it means; None: none has answered yet, or its server has no fences."""
         fence = self._connection.fence
         return None if fence is None else fence.boot_id
+
+    @property
+    def _has_met(self) -> bool:
+        """Whether the machine that it means has answered."""
+        return self._connection.fence is not None and self._connection.fence.pinned
 
     @property
     def health_error(self) -> SandboxError | None:

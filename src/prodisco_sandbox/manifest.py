@@ -203,6 +203,12 @@ def name(sandbox: Object) -> str:
     return str((sandbox.get("metadata") or {}).get("name"))
 
 
+def pod_name(sandbox: Object) -> str:
+    """The name of its pod: its own, unless the controller has noted another."""
+    noted = ((sandbox.get("metadata") or {}).get("annotations") or {}).get(f"{GROUP}/pod-name")
+    return noted if isinstance(noted, str) and noted else name(sandbox)
+
+
 def is_of(sandbox: Object, session: str, instance: str | None = None) -> bool:
     """Whether `managed_selector` of this session, and of this instance if given, finds it."""
     found = labels(sandbox)
@@ -216,6 +222,15 @@ def is_deleting(sandbox: Object) -> bool:
 
 def pod_ips(sandbox: Object) -> tuple[str, ...]:
     return tuple((sandbox.get("status") or {}).get("podIPs") or ())
+
+
+def place(sandbox: Object, target: str) -> tuple[object, ...]:
+    """Where its status says that its machine is, and since when: what another machine changes."""
+    conditions = (sandbox.get("status") or {}).get("conditions") or ()
+    since = [
+        c.get("lastTransitionTime") for c in conditions if isinstance(c, dict) and c.get("type") == "Ready"
+    ]
+    return (target, pod_ips(sandbox), *since)
 
 
 @dataclass(frozen=True, slots=True)
