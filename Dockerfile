@@ -32,7 +32,7 @@ ENV PATH=/opt/sandbox/bin:$PATH \
     SANDBOX_USE_TCP=true \
     SANDBOX_TCP_HOST=0.0.0.0 \
     SANDBOX_TCP_PORT=50051 \
-    SANDBOX_WRITABLE=/tmp:/dev/shm \
+    SANDBOX_WRITABLE=/tmp \
     SCRIPTS_CACHE_DIR=/tmp/prodisco-scripts
 WORKDIR /tmp
 EXPOSE 50051

@@ -23,6 +23,9 @@ _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 
+_CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWIPC = 0x0002_0000, 0x1000_0000, 0x0800_0000
+_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x4_0000
+
 _CAPABILITY_VERSION_3 = 0x20080522
 
 # The same numbers on every architecture that Python runs on today, but for alpha.
@@ -100,6 +103,47 @@ def yield_to_the_server() -> None:
         file.write("1000")
 
 
+SHARED_MEMORY = "/dev/shm"
+
+
+def own_shared_memory(size: int) -> None:
+    """Gives this process and its descendants shared memory that no other process sees.
+
+    It is gone with the last of them: POSIX semaphores and segments, at most `size` bytes of
+    them, and those of System V. As an ordinary user this takes a user namespace, in which
+    this user keeps its number and all others are "nobody".
+
+    Raises:
+        OSError: This kernel, container or user has no namespaces, or no ``/dev/shm``.
+    """
+    user, group = os.geteuid(), os.getegid()
+    namespaces = _CLONE_NEWNS | _CLONE_NEWIPC
+    if _libc.unshare(namespaces) < 0:
+        _check(_libc.unshare(namespaces | _CLONE_NEWUSER), "unshare")
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{user} {user} 1"),
+            ("gid_map", f"{group} {group} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:  # noqa: PTH123
+                file.write(text)
+    _mount(None, "/", None, _MS_REC | _MS_PRIVATE, None)
+    _mount(b"tmpfs", SHARED_MEMORY, b"tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=1777,size={size}")
+
+
+def move(source: str, target: str) -> None:
+    """Shows a directory at another path, too, to those that share this process's namespace."""
+    try:
+        _mount(source.encode(), target, None, _MS_BIND, None)
+    except FileNotFoundError:
+        return  # An earlier execution has removed it.
+
+
+def _mount(source: bytes | None, target: str, kind: bytes | None, flags: int, data: str | None) -> None:
+    options = None if data is None else data.encode()
+    _check(_libc.mount(source, target.encode(), kind, ctypes.c_ulong(flags), options), f"mount({target})")
+
+
 def landlock_version() -> int:
     """The kernel's Landlock version; 0 where it has none."""
     version: int = _libc.syscall(
@@ -114,11 +158,13 @@ def identity(path: str | os.PathLike[str] | int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def landlock(version: int, writable: Sequence[tuple[str, tuple[int, int]]], hidden: Sequence[str]) -> None:
+def landlock(
+    version: int, writable: Sequence[tuple[str, tuple[int, int] | None]], hidden: Sequence[str]
+) -> None:
     """Confines this process and its descendants for good; needs no_new_privs.
 
     They write below `writable` only, each of which counts only while it has the `identity`
-    given with it, cannot read the files `hidden`, and cannot trace
+    given with it, if any, cannot read the files `hidden`, and cannot trace
     (hence not see into) processes outside; from `LANDLOCK_SCOPES` on they cannot signal
     those either.
     """

@@ -13,12 +13,16 @@ from typing import Any
 from . import _confine
 from ._cgroup import PidsCgroups, find_pids_cgroups
 from ._options import Options, OptionsError
+from ._shared_memory import SharedMemory
 
 log = logging.getLogger(__name__)
 
 _OPEN_FILES = 1024
 _CHECK_TIMEOUT = 10.0
 _SHARED_MEMORY = 64 << 20
+_SHORT_TEMPORARY = Path("/var/tmp")
+_LONGEST_TEMPORARY = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+"""Bytes: the kernel takes 107 as a Unix socket's path, and multiprocessing makes such sockets."""
 _SUPERVISORS = {"process": 1, "bwrap": 2}
 """Processes in an execution's cgroup that are ours: the supervisor, and bwrap."""
 
@@ -39,7 +43,6 @@ class Containment:
         self._options = options
         self.workspace = workspace
         self.temporary = temporary
-        self.environ = _environment(options, workspace, temporary)
         # As they are now: where code may write to the directory above, it can put a link in the
         # place of one, which must not let the next execution out. Held open, for their numbers
         # to stay theirs.
@@ -48,10 +51,19 @@ class Containment:
             for path in dict.fromkeys(self._writable())
             if os.path.exists(path)  # noqa: PTH110 - unlike Path.exists also where it is closed to us
         }
+        self.environ = _environment(options, workspace, temporary)
         self.prefix = self._bubblewrap() if options.isolation == "bwrap" else []
         # Namespaces already hide everything else.
         self._landlock = 0 if self.prefix else _confine.landlock_version()
         self.cgroups = self._find_cgroups()
+        self.shared_memory = SharedMemory(in_namespaces=bool(self.prefix))
+        self._code_temporary = self._short_temporary() or temporary
+        if self.environ["TMPDIR"] == str(temporary):
+            self.environ["TMPDIR"] = str(self._code_temporary)
+        self._reads_environment = any(
+            name.startswith("PYTHON") and name != "PYTHONDONTWRITEBYTECODE" and name in os.environ
+            for name in options.pass_env
+        )
         self._warn()
         if hidden := [
             path for path in self._hidden() if any(path.is_relative_to(w) for w in self._writable())
@@ -61,8 +73,13 @@ class Containment:
     def job(self) -> dict[str, Any]:
         """The fields of a job that confine it."""
         options = self._options
+        temporary = str(self.temporary), str(self._code_temporary)
         return {
             "cwd": str(self.workspace),
+            "temporary": ("/tmp", "/tmp") if self.prefix else temporary,
+            "script": f"sandbox-{os.urandom(16).hex()}.py",
+            "reads_environment": self._reads_environment,
+            "shared_memory": _SHARED_MEMORY if self.shared_memory.private else 0,
             "limits": {
                 "RLIMIT_AS": (options.memory_limit, options.memory_limit),
                 # The second one later is SIGKILL, for code that ignores SIGXCPU.
@@ -76,6 +93,13 @@ class Containment:
             "writable": [(str(path), _confine.identity(held)) for path, held in self._held.items()],
             "hidden": [str(path) for path in self._hidden()],
         }
+
+    def _short_temporary(self) -> Path | None:
+        """Where executions find their TMPDIR, if its own path is too long for sockets in it."""
+        if not self.shared_memory.private or len(os.fsencode(self.temporary)) <= _LONGEST_TEMPORARY:
+            return None
+        free = not any(path.is_relative_to(_SHORT_TEMPORARY) for path in self._writable())
+        return _SHORT_TEMPORARY if free and _SHORT_TEMPORARY.is_dir() else None
 
     def _writable(self) -> list[Path]:
         return [self.workspace, self.temporary, *self._options.writable]

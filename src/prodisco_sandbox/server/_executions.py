@@ -204,6 +204,8 @@ class Executions:
     def _start(self, execution: Execution) -> None:
         execution.state = State.RUNNING
         execution.started_at_ms = now_ms()
+        if not self._running:
+            self._processes.containment.shared_memory.begin()
         try:
             run = _Run(self._processes, self._cache, execution, self._grown)
         except OSError as error:
@@ -271,6 +273,8 @@ class Executions:
             self._finish(execution, State.FAILED, f"the server could not run it: {failure}")
         else:
             self._finish(execution, *run.task.result())
+        if not self._running:
+            self._processes.containment.shared_memory.end()
         while self._pending and len(self._running) < self._options.max_concurrent:
             self._start(self._pending.pop(next(iter(self._pending))))
         if not self._running:

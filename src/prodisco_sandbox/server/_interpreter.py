@@ -159,7 +159,8 @@ class Processes:
         return cgroup
 
     def _command(self, status: int, cgroup: Cgroup | None) -> list[str]:
-        bootstrap = ["-I", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, str(status)]
+        # -B: isolated, it does not heed the variable. multiprocessing hands both on.
+        bootstrap = ["-I", "-B", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, "0", "main", str(status)]
         command = [*self.containment.prefix, sys.executable, *bootstrap]
         if cgroup is not None and self.containment.prefix:
             # Bubblewrap forks at once, and must be in there by then.
@@ -385,7 +386,7 @@ def _pipe(undo: contextlib.ExitStack, theirs: contextlib.ExitStack, ours: str) -
 def _prelude() -> bytes:
     """The supervisor's code, compiled once, as its bootstrap expects it."""
     codes = []
-    for name in ("_tree", "_confine", "_testing", "_supervisor"):
+    for name in ("_tree", "_confine", "_testing", "_script", "_supervisor"):
         file = resources.files(__package__).joinpath(f"{name}.py")
         codes.append((name, compile(file.read_text("utf-8"), f"{name}.py", "exec", dont_inherit=True)))
     return _supervisor.pack(codes)

@@ -8,8 +8,13 @@ that is left: when the code has ended, and at once when its standard input close
 is how the server cancels, and what happens when the server dies.
 
 On the pipes: marshalled objects behind their length; first the code, then the job, and
-one answer on the descriptor named by argv[1]. Standard library only, and of that only
-what starts fast: this is part of every execution's latency.
+one answer on the descriptor named by the last argument. Standard library only, and of that
+only what starts fast: this is part of every execution's latency.
+
+The interpreter is isolated (-I), because it runs with the server's rights until it has
+confined itself: no variable that the code's environment sets may lead it to other modules.
+Where that environment has variables for Python, the confined child replaces itself by an
+interpreter that reads them.
 """
 
 from __future__ import annotations
@@ -21,19 +26,21 @@ import resource
 import select
 import sys
 
-from . import _confine, _testing, _tree
+from . import _confine, _script, _tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import CodeType
     from typing import Any
 
 BOOTSTRAP = """\
 import marshal, os, sys
+source, entry = int(sys.argv[1]), sys.argv[2]
 def read(n):
     data = bytearray()
     while len(data) < n:
-        more = os.read(0, n - len(data))
+        more = os.read(source, n - len(data))
         if not more: os._exit(0)
         data += more
     return bytes(data)
@@ -41,24 +48,24 @@ def load():
     return marshal.loads(read(int.from_bytes(read(8), "big")))
 package = sys.modules["_sandbox"] = type(sys)("_sandbox")
 package.__path__ = []
-for name, code in load():
+codes = load()
+for name, code in codes:
     module = sys.modules["_sandbox." + name] = type(sys)("_sandbox." + name)
     module.__package__ = "_sandbox"
     setattr(package, name, module)
     exec(code, module.__dict__)
-sys.exit(module.main(load))
+sys.exit(getattr(module, entry)(load, codes))
 """
+"""Run with the descriptor to read from, the function of the last module to call, and its arguments."""
 
-MAX_REPORT = 4 << 20
-"""Bytes of a child's report that are read."""
 KILL_TIMEOUT = 5.0
 """Seconds to look for survivors: only what sleeps in the kernel survives SIGKILL."""
 
 _READ = 65536
 
 
-def main(load: Callable[[], dict[str, Any]]) -> object:
-    status = int(sys.argv[1])
+def main(load: Callable[[], dict[str, Any]], codes: list[tuple[str, CodeType]]) -> object:
+    status = int(sys.argv[3])
     # Bubblewrap's, of directories outside: from these ``..`` leads out of its namespace.
     os.closerange(3, status)
     os.closerange(status + 1, os.sysconf("SC_OPEN_MAX"))
@@ -74,16 +81,24 @@ def main(load: Callable[[], dict[str, Any]]) -> object:
     supervisor = os.getpid()
     child = _fork(job["max_processes"])
     if child == 0:
-        return _child(job, supervisor, report_write)
+        return _child(job, codes, supervisor, report_write)
     os.close(report_write)
     devnull = os.open(os.devnull, os.O_RDWR)
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)
     answer = _Watch(child, report_read, wake).until_all_is_over()
+    _remove(f"{job['temporary'][0]}/{job['script']}")
     data = pack(answer)
     while data:
         data = data[os.write(status, data) :]
     os._exit(0)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)  # noqa: PTH108
+    except OSError:
+        return  # Never made, removed by the code, or closed to us by it: it goes with the server.
 
 
 def _fork(most: int | None) -> int:
@@ -154,7 +169,7 @@ class _Watch:
             data = os.read(self._report_fd, _READ)
         except BlockingIOError:
             return False
-        self._report += data[: MAX_REPORT - len(self._report)]
+        self._report += data[: _script.MAX_REPORT - len(self._report)]
         return bool(data)
 
     def _reap(self) -> None:
@@ -186,7 +201,7 @@ class _Watch:
         return left
 
 
-def _child(job: dict[str, Any], supervisor: int, report: int) -> object:
+def _child(job: dict[str, Any], codes: list[tuple[str, CodeType]], supervisor: int, report: int) -> object:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
@@ -196,10 +211,14 @@ def _child(job: dict[str, Any], supervisor: int, report: int) -> object:
     devnull = os.open(os.devnull, os.O_RDONLY)
     os.dup2(devnull, 0)
     # The report keeps a number; everything else above standard error goes.
-    os.dup2(report, 3, inheritable=False)
-    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    os.dup2(report, _script.REPORT, inheritable=False)
+    os.closerange(_script.REPORT + 1, os.sysconf("SC_OPEN_MAX"))
     if job["merge"]:
         os.dup2(1, 2)
+    if job["shared_memory"]:
+        _confine.own_shared_memory(job["shared_memory"])
+        if job["temporary"][0] != job["temporary"][1]:
+            _confine.move(*job["temporary"])
     try:
         os.chdir(job["cwd"])
     except PermissionError:  # locked by an earlier execution, for good if nobody could come back in
@@ -209,54 +228,25 @@ def _child(job: dict[str, Any], supervisor: int, report: int) -> object:
     _confine.yield_to_the_server()
     _confine.give_up_privileges()
     if job["landlock"]:
-        _confine.landlock(job["landlock"], job["writable"], job["hidden"])
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
-    sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    sys.path.append(job["cwd"])
-    if job["tests"] is not None:
-        return _testing.run(job["source"], job["tests"], 3)
-    return _run(job["source"], 3)
+        writable = [*job["writable"], (_confine.SHARED_MEMORY, None)]
+        _confine.landlock(job["landlock"], writable, job["hidden"])
+    if job["reads_environment"]:
+        _replace(job, codes)
+    return _script.run(job)
 
 
-def _run(source: str, report: int) -> object:
-    """Runs the code as ``__main__`` and returns what `sys.exit` is to be called with."""
-    # Not quite "<sandbox>": of such names linecache does not ask the loader.
-    name = "<sandbox>.py"
-    main = sys.modules["__main__"] = type(sys)("__main__")
-    main.__dict__.update(__builtins__=__builtins__, __loader__=_Source(source))
-    sys.argv[:] = [name]
-    try:
-        exec(compile(source, name, "exec", dont_inherit=True), main.__dict__)  # noqa: S102
-    except SystemExit as error:
-        if error.code not in (None, 0):
-            _tell(report, f"SystemExit: {error.code}")
-        return error.code
-    except BaseException as error:  # noqa: BLE001
-        _fail(error, report)
-        return 1
-    return 0
-
-
-class _Source:
-    """Gives tracebacks, and inspect, the lines of code that is in no file."""
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-
-    def get_source(self, _module: str) -> str:
-        return self._source
-
-
-def _fail(error: BaseException, report: int) -> None:
-    import traceback
-
-    frames = error.__traceback__
-    error.__traceback__ = frames and frames.tb_next  # without the frame of this file
-    traceback.print_exception(error)
-    _tell(report, "".join(traceback.format_exception_only(error)).strip())
-
-
-def _tell(report: int, text: str) -> None:
-    data = text.encode("utf-8", "replace")[:MAX_REPORT]
+def _replace(job: dict[str, Any], codes: list[tuple[str, CodeType]]) -> None:
+    """Goes on in an interpreter whose PYTHON… variables have their usual effect."""
+    needed = [(name, code) for name, code in codes if name in ("_testing", "_script")]
+    source = os.memfd_create("job", 0)
+    data = pack(needed) + pack(job)
     while data:
-        data = data[os.write(report, data) :]
+        data = data[os.write(source, data) :]
+    os.lseek(source, 0, os.SEEK_SET)
+    os.set_inheritable(_script.REPORT, True)
+    options = ["-P", "-B"]
+    if "PYTHONUSERBASE" not in os.environ:
+        options.append("-s")
+    if "PYTHONUTF8" not in os.environ:
+        options += ["-X", "utf8"]
+    os.execv(sys.executable, [sys.executable, *options, "-c", BOOTSTRAP, str(source), "main"])  # noqa: S606

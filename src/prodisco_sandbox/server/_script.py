@@ -1,0 +1,181 @@
+"""Runs the code of an execution, in the process that has been confined for it.
+
+Standard library only, and of that only what starts fast: this is part of every
+execution's latency.
+"""
+
+from __future__ import annotations
+
+import _frozen_importlib_external as importlib_external
+import os
+import sys
+
+from . import _testing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
+    from typing import Any
+else:
+    FileFinder, SourceFileLoader = importlib_external.FileFinder, importlib_external.SourceFileLoader
+
+REPORT = 3
+"""The descriptor for what is said about the end of the code."""
+MAX_REPORT = 4 << 20
+"""Bytes of a report that are read."""
+
+# Not quite "<sandbox>": of such names linecache does not ask the loader.
+_NAME = "<sandbox>.py"
+
+
+def main(load: Callable[[], dict[str, Any]], _codes: object) -> object:
+    """Runs the job in an interpreter that was started for it; see `BOOTSTRAP` of the supervisor."""
+    job = load()
+    os.set_inheritable(REPORT, False)
+    os.closerange(REPORT + 1, os.sysconf("SC_OPEN_MAX"))
+    return run(job)
+
+
+def run(job: dict[str, Any]) -> object:
+    """Runs the code, or its tests, and returns what `sys.exit` is to be called with."""
+    for stream, settings in (
+        (sys.stdout, {"errors": "backslashreplace", "line_buffering": True}),
+        (sys.stderr, {"errors": "backslashreplace"}),
+    ):
+        encoding = {} if os.environ.get("PYTHONIOENCODING") else {"encoding": "utf-8"}
+        stream.reconfigure(**encoding, **settings)  # type: ignore[union-attr]
+    sys.path.append(job["cwd"])
+    source, tests, temporary = job["source"], job["tests"], job["temporary"][1]
+    script = f"{temporary}/{job['script']}"
+    _import_what_is_on_disk([temporary, *(path for path, _ in job["writable"])])
+    if tests is None:
+        # A line of the file may declare an encoding, which means nothing in text.
+        declared = any("coding" in line for line in source.split("\n", 2)[:2])
+        text = _MAIN.format(parts=[(_NAME, source)]) if declared else source
+        return _run(source, _write(script, text))
+    parts = [("<code>", source), ("<tests>", tests)]
+    if _write(script, _TESTED.format(parts=parts)):
+        sys.modules["__main__"].__file__ = script
+    return _testing.run(source, tests, REPORT)
+
+
+# What a child that multiprocessing has spawned runs as its main module.
+_EXECUTE = """\
+for _name, _text in {parts!r}:
+    exec(compile(_text, _name, "exec", dont_inherit=True), """
+_MAIN = _EXECUTE + "globals())\n"
+_TESTED = f"""\
+import sys
+sys.modules["sandbox"] = type(sys)("sandbox")
+{_EXECUTE}vars(sys.modules["sandbox"]))
+"""
+
+
+def _write(path: str, text: str) -> str | None:
+    """Makes the file of the main module, which children import by name; None where it cannot be.
+
+    Without it code still runs, where it has filled the disk or removed TMPDIR.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "wb") as file:  # noqa: PTH123
+            file.write(text.encode())
+    except OSError:
+        return None
+    return path
+
+
+def _run(source: str, file: str | None) -> object:
+    """Runs the code as ``__main__``."""
+    main = sys.modules["__main__"] = type(sys)("__main__")
+    main.__dict__.update(__builtins__=__builtins__, __loader__=_Source(source))
+    if file is not None:
+        main.__file__ = file
+    sys.argv[:] = [_NAME]
+    try:
+        exec(compile(source, _NAME, "exec", dont_inherit=True), main.__dict__)  # noqa: S102
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            _tell(f"SystemExit: {error.code}")
+        return error.code
+    except BaseException as error:  # noqa: BLE001
+        _fail(error)
+        return 1
+    return 0
+
+
+class _Source:
+    """Gives tracebacks, and inspect, the lines of the code."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def get_source(self, _module: str) -> str:
+        return self._source
+
+
+def _fail(error: BaseException) -> None:
+    import traceback
+
+    frames = error.__traceback__
+    error.__traceback__ = frames and frames.tb_next  # without the frame of this file
+    traceback.print_exception(error)
+    _tell("".join(traceback.format_exception_only(error)).strip())
+
+
+def _tell(text: str) -> None:
+    data = text.encode("utf-8", "replace")[:MAX_REPORT]
+    while data:
+        data = data[os.write(REPORT, data) :]
+
+
+def _import_what_is_on_disk(writable: list[str]) -> None:
+    """Has modules below these directories imported as they are now.
+
+    Nothing here writes bytecode. Other interpreters do, those that the code starts in an
+    environment of its own, and Python takes bytecode for current whose source has the same
+    size and second of change.
+    """
+    below = tuple(path.rstrip("/") + "/" for path in {*writable, *map(os.path.realpath, writable)})
+    loaders = [
+        (loader, suffixes)
+        for loader, suffixes in importlib_external._get_supported_file_loaders()  # type: ignore[attr-defined]
+        if loader is not SourceFileLoader
+    ]
+    # Extensions, source, bytecode: the order that the interpreter has.
+    loaders.insert(1, (_FreshLoader, importlib_external.SOURCE_SUFFIXES))
+
+    def hook(path: str) -> _FreshFinder:
+        try:
+            found = f"{os.path.abspath(path)}/".startswith(below) and os.path.isdir(path)  # noqa: PTH100, PTH112
+        except OSError:  # relative to a directory that is gone
+            found = False
+        if not found:
+            raise ImportError(path)
+        return _FreshFinder(path, *loaders)
+
+    sys.path_hooks.insert(0, hook)
+
+
+class _FreshFinder(FileFinder):
+    """Sees modules that were made a moment ago: directories have coarse times, too."""
+
+    def find_spec(self, fullname: str, target: Any = None) -> ModuleSpec | None:
+        self.invalidate_caches()
+        return super().find_spec(fullname, target)
+
+
+class _FreshLoader(SourceFileLoader):
+    """Takes bytecode only if it was written after the last change of its source."""
+
+    def path_stats(self, path: str) -> Any:
+        try:
+            written = os.stat(importlib_external.cache_from_source(path)).st_mtime_ns  # noqa: PTH116
+        except OSError:
+            return super().path_stats(path)
+        source = os.stat(path)  # noqa: PTH116
+        # The change of the inode, too: a file may have been moved here with an older time.
+        if written <= max(source.st_mtime_ns, source.st_ctime_ns):
+            raise OSError(f"the bytecode of {path} may be older than it")
+        return super().path_stats(path)

@@ -1,0 +1,99 @@
+"""Semaphores and segments of shared memory, which must not outlive the code that made them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from pathlib import Path
+
+from . import _confine
+
+log = logging.getLogger(__name__)
+
+
+class SharedMemory:
+    """Whether each execution has its own, and what is to be cleaned up where it has not.
+
+    Args:
+        in_namespaces: Executions run in namespaces of bubblewrap's, each with its own.
+        directory: Where the system has it.
+    """
+
+    def __init__(self, *, in_namespaces: bool, directory: Path = Path(_confine.SHARED_MEMORY)) -> None:
+        self._directory = directory
+        self._before: set[str] = set()
+        reason = None if in_namespaces else _refusal()
+        self.private = not in_namespaces and reason is None
+        """Whether an execution is to make its own before its code runs."""
+        self._common = reason is not None
+        if reason is not None:
+            log.warning(
+                "executions share %s with all programs of this user on this machine or in this pod: %s",
+                directory,
+                reason,
+            )
+
+    def begin(self) -> None:
+        """Notes what is there before any execution runs."""
+        if self._common:
+            self._before = self._own()
+
+    def end(self) -> None:
+        """Removes what executions have left: this user's, new, and open nowhere.
+
+        To be called while none runs, and before the next does.
+        """
+        if not self._common or not (left := self._own() - self._before):
+            return
+        for name in left - _used(self._directory):
+            (self._directory / name).unlink(missing_ok=True)
+            log.info("removed %s, which an execution has left behind", self._directory / name)
+
+    def _own(self) -> set[str]:
+        """Names of this user's files there."""
+        found = set()
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file(follow_symlinks=False) and entry.stat().st_uid == os.geteuid():
+                        found.add(entry.name)
+        return found
+
+
+def _used(directory: Path) -> set[str]:
+    """Names of files there that some process has open or mapped."""
+    names: set[str] = set()
+    prefix = f"{directory}/"
+    for process in Path("/proc").glob("[0-9]*"):
+        paths: list[str] = []
+        try:
+            paths += [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()]
+            with os.scandir(process / "fd") as entries:
+                paths += [os.readlink(entry.path) for entry in entries]  # noqa: PTH115
+        except OSError:  # ended meanwhile, or another user's
+            pass
+        names |= {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
+    return names
+
+
+def _refusal() -> str | None:
+    """Why executions cannot have shared memory of their own here; None where they can."""
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        # Of threads, whose locks the child would never see released: it takes none.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            _confine.own_shared_memory(1 << 20)
+        except BaseException as error:  # noqa: BLE001 - said by the parent
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as file:  # noqa: PTH123
+        reason = file.read().decode(errors="replace")
+    _, status = os.waitpid(child, 0)
+    return reason or (None if status == 0 else f"the attempt ended with status {status}")
