@@ -126,18 +126,21 @@ async def test_the_status_is_what_agent_sandbox_writes(tmp_path: Path) -> None:
         await api.delete_namespaced_custom_object(*AT, "s")
         await until_gone(cluster.directory / "1")
         assert cluster.endpoint(sandbox) is None
+    # The annotation has an event of its own, and so has the pod's turn to start.
     reasons = [reason(sandbox) for sandbox in seen]
-    assert reasons == [None, "DependenciesNotReady", "DependenciesReady", "DependenciesReady"]
-    status = seen[2]["status"]
+    assert reasons == [None, None, *2 * ["DependenciesNotReady"], "DependenciesReady", "DependenciesReady"]
+    status = seen[4]["status"]
     assert status["serviceFQDN"] == "s.prodisco.svc.cluster.local"
-    assert condition(seen[1])["status"] == "False"
-    assert condition(seen[2]) == {
+    assert status["podIPs"] == ["100::1"]
+    assert [c["type"] for c in status["conditions"]] == ["Suspended", "PodScheduled", "Ready"]
+    assert condition(seen[2])["status"] == "False"
+    assert condition(seen[4]) == {
         "type": "Ready",
         "status": "True",
         "reason": "DependenciesReady",
-        "message": "The server is ready",
+        "message": "Pod is Ready; Service Exists",
         "observedGeneration": 1,
-        "lastTransitionTime": condition(seen[2])["lastTransitionTime"],
+        "lastTransitionTime": condition(seen[4])["lastTransitionTime"],
     }
 
 
@@ -153,9 +156,8 @@ async def test_the_shutdown_time_is_honoured_and_can_be_put_off(tmp_path: Path) 
         def left(name: str) -> float:
             """Seconds until the controller ends it."""
             assert cluster._controller is not None
-            (pod,) = (pod for pod in cluster._controller.pods.values() if pod.name == name)
-            assert pod.expiry is not None
-            return (pod.expiry.when() or 0.0) - asyncio.get_running_loop().time()
+            (life,) = (life for life in cluster._controller.lives.values() if life.name == name)
+            return (life.wakes_at or 0.0) - asyncio.get_running_loop().time()
 
         # In time that passes while they start, and in time that does not.
         await create(cluster, "deleted", shutdownTime=in_seconds(0.4), shutdownPolicy="Delete")
@@ -170,12 +172,117 @@ async def test_the_shutdown_time_is_honoured_and_can_be_put_off(tmp_path: Path) 
         await until(lambda: left("renewed") > 3600)
         await renew("retained", 0)
         await api.until(lambda: reason(api.get("retained")) == "SandboxExpired")
+        await api.until(lambda: "podIPs" not in api.get("retained")["status"])
         assert reason(api.get("renewed")) == "DependenciesReady"
         assert sorted(path.name for path in cluster.directory.iterdir()) != []
         with pytest.raises(KeyError):
             cluster.kill("retained")
         cluster.kill("renewed")
         await api.until(lambda: reason(api.get("renewed")) == "PodFailed")
+
+
+async def test_a_suspended_sandbox_has_no_server_and_a_resumed_one_starts_afresh(tmp_path: Path) -> None:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
+        api = cluster.custom_objects_api
+        sandbox = await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        first = cluster.endpoint(sandbox)
+        api.suspend("s")
+        await api.until(lambda: condition(api.get("s"), "Suspended")["status"] == "True")
+        assert cluster.endpoint(sandbox) is None
+        assert list(cluster.directory.iterdir()) == []
+        assert "podIPs" not in api.get("s")["status"]
+        for end in (cluster.kill, cluster.delete_pod):
+            with pytest.raises(KeyError, match="no server runs for a Sandbox 's'"):
+                end("s")
+        api.resume("s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        assert cluster.endpoint(sandbox) not in (None, first)
+        assert api.get("s")["status"]["podIPs"] == ["100::2"]
+
+
+async def test_suspended_before_its_turn_to_start_it_leaves_its_place(tmp_path: Path) -> None:
+    script = STUB.replace("echo", 'case "$6" in */1/socket) sleep 60;; esac\necho', 1)
+    async with LocalCluster(python=stub(tmp_path, script), max_starting=1) as cluster:
+        api = cluster.custom_objects_api
+        await create(cluster, "first")
+        await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")))
+        api.suspend("s")
+        await api.until(lambda: condition(api.get("s"), "Suspended")["status"] == "True")
+        await api.delete_namespaced_custom_object(*AT, "first")
+        await until_gone(cluster.directory / "1")
+        assert list(cluster.directory.iterdir()) == []
+
+
+@pytest.mark.parametrize(("status", "how"), [(0, "PodSucceeded"), (1, "PodFailed")])
+async def test_a_deleted_pod_is_finished_before_another_one_comes(
+    tmp_path: Path, status: int, how: str
+) -> None:
+    seen: list[Object] = []
+    script = STUB.replace("echo", f"trap 'exit {status}' TERM\necho", 1)
+    async with LocalCluster(python=stub(tmp_path, script)) as cluster:
+        api = cluster.custom_objects_api
+        sandbox = await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        api.subscribe(lambda _, sandbox: seen.append(sandbox))
+        cluster.delete_pod("s")
+        await api.until(lambda: seen and reason(seen[-1]) == "DependenciesReady")
+        assert cluster.endpoint(sandbox) == f"unix:{cluster.directory}/2/socket"
+        assert not (cluster.directory / "1").exists()
+    assert condition(seen[0], "Finished")["reason"] == how
+    assert seen[0]["status"]["podIPs"] == ["100::1"]
+    assert {sandbox["metadata"]["uid"] for sandbox in seen} == {sandbox["metadata"]["uid"]}
+
+
+async def test_a_dead_server_stays_dead_until_its_pod_is_deleted(tmp_path: Path) -> None:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
+        api = cluster.custom_objects_api
+        await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        cluster.kill("s")
+        await api.until(lambda: reason(api.get("s")) == "PodFailed")
+        merge = {"spec": {"shutdownTime": in_seconds(3600)}}
+        await api.patch_namespaced_custom_object(
+            *AT, "s", merge, _content_type="application/merge-patch+json"
+        )
+        await api.until(lambda: condition(api.get("s"))["observedGeneration"] == 2)
+        assert reason(api.get("s")) == "PodFailed"
+        cluster.delete_pod("s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+
+
+async def test_a_name_waits_for_the_server_that_holds_it(tmp_path: Path) -> None:
+    script = STUB.replace("read -r _", f"while ! [ -e {tmp_path}/end ]; do sleep 0.02; done")
+    script = script.replace("echo", "trap '' TERM\necho", 1)
+    async with LocalCluster(python=stub(tmp_path, script)) as cluster:
+        api = cluster.custom_objects_api
+        old = await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        await api.delete_namespaced_custom_object(*AT, "s")
+        new = await create(cluster, "s")
+        await api.until(lambda: reason(api.get("s")) == "ReconcilerError")
+        assert condition(api.get("s"))["message"] == (
+            f'Error seen: pod "s" is owned by Sandbox/s (UID: {old["metadata"]["uid"]}), not by sandbox "s"'
+        )
+        assert cluster.endpoint(new) is None
+        (tmp_path / "end").touch()
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
+        assert cluster.endpoint(new) is not None
+        assert cluster.endpoint(old) is None
+
+
+async def test_decided_on_what_is_no_more_it_decides_again(tmp_path: Path) -> None:
+    async with LocalCluster(python=stub(tmp_path)) as cluster:
+        api = cluster.custom_objects_api
+        with api.faults.add("patch", hold=True, times=1) as wire:
+            await create(cluster, "s")
+            await wire.reached()
+            api.suspend("s")
+        await api.until(lambda: condition(api.get("s"), "Suspended").get("status") == "True")
+        assert list(cluster.directory.iterdir()) == []
+        api.resume("s")
+        await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
 
 
 async def test_so_many_servers_start_at_once_and_no_more(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ..config import SandboxManagerConfig, _check_seconds, _is_int
 from ..errors import SandboxError
 from ..manifest import Object
 from ..testing import FakeCustomObjectsApi
-from ._controller import Controller
+from ._controller import Controller, Pod
 from ._processes import Keeper
 
 __all__ = ["LocalCluster"]
@@ -51,10 +51,11 @@ class LocalCluster:
 
     A small controller does for the managed Sandboxes of a namespace what agent-sandbox
     does on a cluster: it runs a server (`python -m prodisco_sandbox.server`, on a Unix
-    socket in a directory of its own) for each, writes its status, stops it when the
-    Sandbox is deleted, and honours ``spec.shutdownTime``. The pod template is not looked
-    at. A server that ends makes its Sandbox's Ready condition False with the reason
-    PodFailed.
+    socket in a directory of its own) as the pod of each, and writes the same conditions in
+    the same steps. It honours ``spec.shutdownTime``, and ``spec.operatingMode``: a suspended
+    Sandbox has no server and, there being no volumes, no workspace; a resumed one starts
+    afresh. The pod template is not looked at. A server that ends by itself is a failed pod
+    under restartPolicy Never: Ready is False and Finished True, with the reason PodFailed.
 
     No process, socket or file outlives the cluster, also if its process is killed: then
     they are gone within some two seconds. The cluster belongs to the event loop that it
@@ -141,7 +142,7 @@ class LocalCluster:
         """
         if self._controller is None:
             raise SandboxError(_NOT_STARTED)
-        pod = self._controller.pods.get(str(manifest.uid(sandbox)))
+        pod = self._controller.pod_of(str(manifest.uid(sandbox)), manifest.name(sandbox))
         return pod.server.target if pod and pod.server else None
 
     def config(self, **settings: Any) -> SandboxManagerConfig:
@@ -167,11 +168,27 @@ class LocalCluster:
         Raises:
             KeyError: No server runs for a Sandbox of this name.
         """
-        for pod in self._controller.pods.values() if self._controller else ():
-            if pod.name == name and pod.server is not None and pod.server.exit is None:
-                pod.server.kill()
-                return
-        raise KeyError(f"no server runs for a Sandbox {name!r}")
+        pod = self._pod(name)
+        if pod.server is None or pod.has_ended or pod.state.deleting:
+            raise KeyError(f"no server runs for a Sandbox {name!r}")
+        pod.server.kill()
+
+    def delete_pod(self, name: str) -> None:
+        """Ends a Sandbox's server in good order, as a drained node or ``kubectl delete pod``
+        does: another one starts in the same Sandbox, with an empty workspace.
+
+        Raises:
+            KeyError: There is no server for a Sandbox of this name, not even one that has ended.
+        """
+        pod = self._pod(name)
+        assert self._controller is not None  # noqa: S101
+        self._controller.end(pod)
+
+    def _pod(self, name: str) -> Pod:
+        pod = self._controller.pods.get(name) if self._controller else None
+        if pod is None:
+            raise KeyError(f"no server runs for a Sandbox {name!r}")
+        return pod
 
     async def start(self) -> None:
         """Starts the controller. If this fails or is cancelled, the cluster is closed.

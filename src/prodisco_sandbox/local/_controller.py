@@ -1,12 +1,13 @@
-"""What the controller of agent-sandbox does on a cluster, with local server processes."""
+"""agent-sandbox's controller, and a node whose pods are local server processes."""
 
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..kubernetes import MERGE_PATCH, SandboxResources
 from ..manifest import Object
+from ..testing import _agent_sandbox as model
 from ._processes import Keeper, ServerProcess
 
 log = get_logger("local")
@@ -26,33 +28,65 @@ log = get_logger("local")
 Command = Callable[[Path], tuple[Sequence[str], Mapping[str, str]]]
 """Arguments and environment of a server, given its directory."""
 
+NODE = "local"
+
 
 class Pod:
-    """One Sandbox, and what runs for it."""
+    """A server process as a pod: one that has ended stays, as under restartPolicy Never.
+
+    Attributes:
+        state: What the controller reads of it.
+        server: Its process; None until it has its turn to start.
+        task: What runs it.
+    """
+
+    def __init__(self, state: model.Pod) -> None:
+        self.state = state
+        self.server: ServerProcess | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.server is None or self.server.exit is not None
+
+    def delete(self) -> None:
+        """Has it end; it is gone when the controller has seen that."""
+        self.state = replace(self.state, deleting=True)
+        if self.server is not None:
+            self.server.stop()
+        elif self.task is not None:
+            self.task.cancel()
+
+
+class Life:
+    """One Sandbox while it is there.
+
+    Attributes:
+        sandbox: As it was last seen.
+        seen_at: When that was, on the loop's clock.
+        wakes_at: When the controller looks at it again should nothing happen before.
+    """
 
     def __init__(self, sandbox: Object) -> None:
         self.sandbox = sandbox
         self.uid = str(manifest.uid(sandbox))
         self.name = manifest.name(sandbox)
         self.seen_at = 0.0
-        self.server: ServerProcess | None = None
-        self.expiry: asyncio.Timeout | None = None
+        self.wakes_at: float | None = None
+        self.changed = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
-        self._turned: dict[str, tuple[str, str]] = {}
-
-    def turned(self, condition: Object) -> str:
-        """When the condition took on its status: now, if it was another before."""
-        kind, status = condition["type"], condition["status"]
-        if self._turned.get(kind, ("",))[0] != status:
-            self._turned[kind] = (status, manifest.lease_time(time.time(), 0))
-        return self._turned[kind][1]
 
 
 class Controller:
     """Runs a server for each managed Sandbox of a namespace, and writes its status.
 
     It watches, or lists every `poll_interval` seconds where it may not, and keeps to
-    requests that every CustomObjectsApi knows.
+    requests that every CustomObjectsApi knows. What it does and writes, `model.reconcile`
+    decides.
+
+    Attributes:
+        lives: The Sandboxes, by uid.
+        pods: By name, which is the Sandbox's; one may outlive its Sandbox for a moment.
     """
 
     def __init__(
@@ -65,7 +99,9 @@ class Controller:
         max_starting: int,
         poll_interval: float,
     ) -> None:
+        self.lives: dict[str, Life] = {}
         self.pods: dict[str, Pod] = {}
+        self._addresses = itertools.count(1)
         self._config = config
         self._resources = SandboxResources(config, api)
         self._selector = manifest.managed_selector()
@@ -94,29 +130,31 @@ class Controller:
         for sandbox in sandboxes:
             self.changed(sandbox)
         listed = {manifest.uid(sandbox) for sandbox in sandboxes}
-        for pod in list(self.pods.values()):
-            if pod.uid not in listed and pod.seen_at < since:
-                self.deleted(pod.sandbox)
+        for life in list(self.lives.values()):
+            if life.uid not in listed and life.seen_at < since:
+                self.deleted(life.sandbox)
 
     def changed(self, sandbox: Object) -> None:
         if manifest.is_deleting(sandbox):
             self.deleted(sandbox)
             return
-        pod = self.pods.get(str(manifest.uid(sandbox)))
-        if pod is None:
-            pod = Pod(sandbox)
-            self.pods[pod.uid] = pod
-            pod.task = self._tasks.spawn(self._live(pod), f"local:{pod.name}")
-        pod.sandbox = sandbox
-        pod.seen_at = self._now()
-        if pod.expiry is not None and not pod.expiry.expired():
-            # Its owner keeps the lease ahead while it lives.
-            pod.expiry.reschedule(self._expires(sandbox))
+        life = self.lives.get(str(manifest.uid(sandbox)))
+        if life is None:
+            life = Life(sandbox)
+            self.lives[life.uid] = life
+            life.task = self._tasks.spawn(self._live(life), f"local:{life.name}")
+        life.sandbox = sandbox
+        life.seen_at = self._now()
+        life.changed.set()
 
     def deleted(self, sandbox: Object) -> None:
-        pod = self.pods.pop(str(manifest.uid(sandbox)), None)
-        if pod is not None and pod.task is not None:
-            pod.task.cancel()
+        life = self.lives.pop(str(manifest.uid(sandbox)), None)
+        if life is None:
+            return
+        if life.task is not None:
+            life.task.cancel()
+        if (pod := self.pod_of(life.uid, life.name)) is not None:
+            self.end(pod)
 
     def down(self) -> None:
         self._blind.set()
@@ -135,90 +173,139 @@ class Controller:
             else:
                 await asyncio.sleep(self._poll_interval)
 
-    # A Sandbox's life
+    # The node
 
-    async def _live(self, pod: Pod) -> None:
-        """Keeps one Sandbox; ended by cancellation, when it is deleted."""
-        if manifest.readiness(pod.sandbox, self._config).state == "terminal":
-            return  # Over before this cluster was there.
-        try:
-            await self._run_until_expiry(pod)
-        except SandboxError as e:
-            log.error("sandbox_abandoned", sandbox=pod.name, reason=str(e))  # noqa: TRY400
-        finally:
-            pod.expiry = None
-            if pod.server is not None:
-                pod.server.stop()
+    def pod_of(self, uid: str, name: str) -> Pod | None:
+        """The pod that belongs to this very Sandbox."""
+        pod = self.pods.get(name)
+        return pod if pod is not None and pod.state.owner[1] == uid else None
 
-    async def _run_until_expiry(self, pod: Pod) -> None:
-        try:
-            async with asyncio.timeout_at(self._expires(pod.sandbox)) as pod.expiry:
-                await self._run(pod)
-                await asyncio.get_running_loop().create_future()
-        except TimeoutError:
-            log.info("sandbox_expired", sandbox=pod.name)
-        if pod.server is not None:
-            pod.server.stop()
-            await pod.server.ended()
-        if pod.sandbox["spec"].get("shutdownPolicy") == "Delete":
-            await self._resources.delete(pod.name, pod.uid, math.inf)
-        else:
-            await self._write(pod, ready("False", "SandboxExpired", "The shutdownTime has passed"))
+    def end(self, pod: Pod) -> None:
+        """Deletes a pod, as kubectl does."""
+        pod.delete()
+        if pod.has_ended:
+            self._told(pod)
 
     async def _run(self, pod: Pod) -> None:
-        await self._write(pod, ready("False", "DependenciesNotReady", "The server is starting"))
         async with self._starting:
             server = pod.server = self._keeper.new()
+            self._set(pod, node=NODE)
             server.start(*self._command(server.directory))
             await server.settled()
-        if server.target is not None:
-            log.debug("server_started", sandbox=pod.name, target=server.target)
-            await self._write(pod, ready("True", "DependenciesReady", "The server is ready"))
+        if server.target is not None and not pod.state.deleting:
+            log.debug("server_started", sandbox=pod.state.name, target=server.target)
+            # Addresses that are reserved to lead nowhere (RFC 6666): a server has none.
+            address = f"100::{next(self._addresses):x}"
+            self._set(pod, phase="Running", ready=True, ips=(address,))
         end = await server.ended()
-        log.warning("server_ended", sandbox=pod.name, status=end.status, log=end.log)
-        reason = "PodFailed" if end.status else "PodSucceeded"
-        finished = {"type": "Finished", "status": "True", "reason": reason, "message": str(end)}
-        await self._write(pod, ready("False", reason, str(end)), finished)
+        if not pod.state.deleting:
+            log.warning("server_ended", sandbox=pod.state.name, status=end.status, log=end.log)
+        how = "" if pod.state.deleting else str(end)
+        self._set(pod, phase="Failed" if end.status else "Succeeded", ready=False, message=how)
 
-    def _expires(self, sandbox: Object) -> float | None:
-        """spec.shutdownTime, on the loop's clock."""
-        text = sandbox["spec"].get("shutdownTime")
-        if not isinstance(text, str):
+    def _set(self, pod: Pod, **fields: Any) -> None:
+        pod.state = replace(pod.state, **fields)
+        self._told(pod)
+
+    def _told(self, pod: Pod) -> None:
+        """Lets the controller look at a pod; one that has ended and has no Sandbox is gone."""
+        if pod.state.deleting and pod.has_ended and pod.state.owner[1] not in self.lives:
+            self._forget(pod)
+        for life in self.lives.values():
+            if life.name == pod.state.name:
+                life.changed.set()
+
+    def _forget(self, pod: Pod) -> None:
+        if self.pods.get(pod.state.name) is pod:
+            del self.pods[pod.state.name]
+
+    # A Sandbox's life
+
+    async def _live(self, life: Life) -> None:
+        """Keeps one Sandbox; ended by cancellation, when it is deleted."""
+        self._remember(life)
+        try:
+            while True:
+                life.changed.clear()
+                pod = self.pods.get(life.name)
+                wait = await self._make_pass(life, pod)
+                if pod is not None and pod.state.deleting and pod.has_ended:
+                    self._forget(pod)  # Now that its end has been seen.
+                    continue
+                life.wakes_at = None if wait is None else self._now() + wait
+                try:
+                    async with asyncio.timeout_at(life.wakes_at):
+                        await life.changed.wait()
+                except TimeoutError:
+                    continue
+        except SandboxError as e:
+            log.error("sandbox_abandoned", sandbox=life.name, reason=str(e))  # noqa: TRY400
+            if (pod := self.pod_of(life.uid, life.name)) is not None:
+                self.end(pod)
+
+    def _remember(self, life: Life) -> None:
+        """A pod that had failed before this cluster was there is still a pod that has failed."""
+        status = life.sandbox.get("status") or {}
+        conditions = {c["type"]: c for c in status.get("conditions") or ()}
+        finished = conditions.get("Finished", {})
+        if finished.get("status") != "True" or life.name in self.pods:
+            return
+        state = replace(
+            model.new_pod(life.sandbox),
+            phase="Succeeded" if finished.get("reason") == "PodSucceeded" else "Failed",
+            node=status.get("nodeName", ""),
+            ips=tuple(status.get("podIPs") or ()),
+            message=finished.get("message", ""),
+        )
+        self.pods[life.name] = Pod(state)
+
+    async def _make_pass(self, life: Life, pod: Pod | None) -> float | None:
+        """Makes one pass; returns the seconds to the next, should nothing happen before."""
+        made = model.reconcile(life.sandbox, pod.state if pod else None, time.time())
+        if made.create_pod:
+            pod = self.pods[life.name] = Pod(model.new_pod(life.sandbox))
+        if made.delete_pod and pod is not None:
+            pod.delete()
+        if made.delete_sandbox:
+            log.info("sandbox_expired", sandbox=life.name)
+            await self._resources.delete(life.name, life.uid, math.inf)
             return None
-        return self._now() + dt.datetime.fromisoformat(text).timestamp() - time.time()
+        annotations = life.sandbox["metadata"].get("annotations") or {}
+        if annotations.get(model.POD_NAME) != made.pod_name:
+            change: Object = {"metadata": {"annotations": {model.POD_NAME: made.pod_name}}}
+            if not await self._patch(life, "patch_namespaced_custom_object", change):
+                return None
+        if made.status is not None:
+            old = life.sandbox.get("status") or {}
+            change = {"status": {**dict.fromkeys(old), **made.status}}
+            if not await self._patch(life, "patch_namespaced_custom_object_status", change):
+                return None
+        if pod is not None and pod.state == model.new_pod(life.sandbox) and pod.task is None:
+            # Not before: a controller that may not write starts nothing.
+            pod.task = self._tasks.spawn(self._run(pod), f"local-pod:{life.name}")
+        return made.wait
 
-    async def _write(self, pod: Pod, *conditions: Object) -> None:
-        """Writes a Sandbox's status, however long that takes."""
-        generation = pod.sandbox["metadata"].get("generation", 1)
-        status: Object = {
-            "conditions": [
-                {**condition, "observedGeneration": generation, "lastTransitionTime": pod.turned(condition)}
-                for condition in conditions
-            ],
-            # No address: none leads here, and a made-up one might lead to somebody else.
-            "service": pod.name,
-            "serviceFQDN": f"{pod.name}.{self._config.namespace}.svc.cluster.local",
-        }
-        sandbox: Object | None = pod.sandbox
-        while sandbox is not None and manifest.uid(sandbox) == pod.uid:
-            # Of the status, a wrong uid is no conflict: it would go to a successor of this name.
-            body = {"metadata": {"resourceVersion": sandbox["metadata"]["resourceVersion"]}, "status": status}
-            try:
-                await self._resources._call(
-                    "patch",
-                    "patch_namespaced_custom_object_status",
-                    pod.name,
-                    body,
-                    deadline=math.inf,
-                    _content_type=MERGE_PATCH,
-                )
-            except NotFoundError:  # Deleted; the watch will tell.
-                return
-            except PreconditionError:
-                sandbox = await self._resources.get(pod.name, math.inf)
-            else:
-                return
+    async def _patch(self, life: Life, method: str, change: Object) -> bool:
+        """Patches a Sandbox as it was last seen, however long that takes.
 
-
-def ready(status: str, reason: str, message: str) -> Object:
-    return {"type": "Ready", "status": status, "reason": reason, "message": message}
+        Returns:
+            Whether it was still that; else the pass has to be made again.
+        """
+        # Of the status, a wrong uid is no conflict: it would go to a successor of this name.
+        version = life.sandbox["metadata"]["resourceVersion"]
+        metadata = {**change.get("metadata", {}), "resourceVersion": version}
+        body = {**change, "metadata": metadata}
+        try:
+            found = await self._resources._call(
+                "patch", method, life.name, body, deadline=math.inf, _content_type=MERGE_PATCH
+            )
+        except NotFoundError:  # Deleted; the watch will tell.
+            return False
+        except PreconditionError:
+            found = await self._resources.get(life.name, math.inf)
+            if found is not None and manifest.uid(found) == life.uid:
+                self.changed(found)
+            return False
+        if isinstance(found, dict):
+            life.sandbox = found
+        return True
