@@ -17,7 +17,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ._fence import Fence
-from ._messages import MAX_MESSAGE_BYTES, HealthStatus
+from ._messages import MAX_MESSAGE_BYTES, HealthStatus, about_size
 from ._single_flight import SingleFlight
 from ._target import grpc_address
 from .config import TlsConfig
@@ -271,9 +271,8 @@ class Connection:
             if code in _FROM_SERVERS and not fence.is_met(error.initial_metadata(), ok=False):
                 return self._unfenced(rpc, fence)
         kind = _ERRORS.get(code, SandboxError)
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
-            kind = SandboxError
-            details = f"a message is over the size limit of {MAX_MESSAGE_BYTES >> 20} MiB: {details}"
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (size := about_size(details)) is not None:
+            kind, details = SandboxError, size
         if code in suspicious and self.on_suspect is not None:
             self.on_suspect()
         return kind(f"{rpc} on {self.target}: {code.name}: {details}", status=code.name)

@@ -6,6 +6,7 @@ name says "at" or "timestamp", else durations.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, Self
@@ -463,7 +464,8 @@ def text(name: str, value: object, *, empty: bool = False) -> str:
     if not isinstance(value, str) or not (value or empty):
         raise ValueError(f"{name} is {value!r}: it must be a {'' if empty else 'non-empty '}string")
     if len(value) > MAX_MESSAGE_BYTES:
-        raise SandboxError(f"{name} is over the size limit of {MAX_MESSAGE_BYTES >> 20} MiB of a message")
+        limit = f"the size limit of {MAX_MESSAGE_BYTES >> 20} MiB of a message"
+        raise SandboxError(f"{name} is over {limit}: nothing was run", status="RESOURCE_EXHAUSTED")
     if not value.isascii():
         try:
             value.encode()
@@ -477,6 +479,29 @@ def integer(name: str, value: object, *, least: int = 0, most: int = _INT32_MAX)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{name} is {value!r}: it must be an integer from {least} to {most}")
     return value
+
+
+# C-core's and Node's words, Go's, and Java's.
+_SIZES = re.compile(r"larger than max \((?P<size>\d+) vs\.? (?P<limit>\d+)\)")
+_JAVA_SIZES = re.compile(r"exceeds maximum size (?P<limit>\d+): (?P<size>\d+)")
+
+
+def about_size(details: str) -> str | None:
+    """What a RESOURCE_EXHAUSTED says that is about the size of a message; None where it is not.
+
+    Servers have limits of their own, of 4 MiB by default, and refuse a larger request
+    before anything runs. An answer is only ever over this client's limit.
+    """
+    found = _SIZES.search(details) or _JAVA_SIZES.search(details)
+    if found is None:
+        return None
+    size, limit = int(found["size"]), int(found["limit"])
+    if limit == MAX_MESSAGE_BYTES and "SERVER: " not in details:
+        return f"a message is over the size limit of {MAX_MESSAGE_BYTES >> 20} MiB: {details}"
+    return (
+        f"a request of {size:,} bytes is over the size limit of {limit / (1 << 20):.3g} MiB of this server's"
+        " messages: nothing was run"
+    )
 
 
 def execute_request(code: str | None, cached: str | None, timeout: float | None) -> pb.ExecuteRequest:

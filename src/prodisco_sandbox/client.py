@@ -106,7 +106,8 @@ class SandboxClient:
     - `SandboxPermissionError` and `SandboxCapacityError` where the server says so;
     - `SandboxError` for every other gRPC status, whose name is in ``status``
       (``"NOT_FOUND"`` for an unknown execution id, ``"UNIMPLEMENTED"`` for a server that
-      lacks the method), for a message over 64 MiB, for a TLS file that cannot be read,
+      lacks the method), for a message over 64 MiB or over the server's own limit
+      (``"RESOURCE_EXHAUSTED"``; many servers have 4 MiB), for a TLS file that cannot be read,
       and for use after `close`, from another event loop or after a fork.
 
     Subclasses, such as a stand-in for tests, may override any method; `__init__` must be

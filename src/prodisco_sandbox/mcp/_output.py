@@ -160,7 +160,7 @@ def read_executions(found: Iterable[ExecutionInfo], limit: int) -> list[Executio
     ]
 
 
-def read_report(report: TestReport, most_output: int) -> SandboxOutput:
+def read_report(report: TestReport, most_output: int, less: str) -> SandboxOutput:
     summary = report.summary
     clip = Clip(most_output)
     clip.add(report.output)
@@ -202,7 +202,6 @@ def read_report(report: TestReport, most_output: int) -> SandboxOutput:
     if clip.left_out:
         result.truncated = True
         result.add_note(
-            f"The output is cut: {clip.left_out:,} more characters are lost. Run fewer tests, print less,"
-            " or write to a file and print parts of it."
+            f"The output is cut: {clip.left_out:,} more characters are lost. Run fewer tests, {less}."
         )
     return result

@@ -79,6 +79,6 @@ Within = Annotated[
 Tests = Annotated[str, _field("test: the tests to run"), _AS_SENT]
 Sandbox = Annotated[
     str,
-    _field("The handle from an earlier result, to go on in that sandbox, with its files; keep it secret"),
+    _field("The handle from an earlier result, to go on in that sandbox; keep it secret"),
     _AS_SENT,
 ]

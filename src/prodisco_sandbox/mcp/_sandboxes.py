@@ -17,6 +17,7 @@ from ..errors import SandboxError
 from ..manager import SandboxManager
 from . import _texts as texts
 from ._identity import Handles, Policy, connection_with_key
+from ._language import Language
 
 log = get_logger("mcp")
 
@@ -58,6 +59,7 @@ class Sandboxes:
         principal: Who asks; None: nobody knows.
         max_per_principal: How many sandboxes a known principal may have.
         handles: Makes and reads handles.
+        language: What the sandboxes run, and so whether they have files.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Sandboxes:
         principal: Policy,
         max_per_principal: int,
         handles: Handles,
+        language: Language,
     ) -> None:
         self._manager = manager
+        self._language = language
         self._session_key = session_key
         self._principal = principal
         self._max_per_principal = max_per_principal
@@ -122,7 +126,7 @@ class Sandboxes:
         if handle is not None:
             key = self._handles.read(handle, who)
             if key is None:
-                raise RefusedError(texts.UNKNOWN_HANDLE)
+                raise RefusedError(texts.unknown_handle(self._language))
             return key, handle, True
         key = self._session_key(ctx)
         if key is not None:
@@ -150,9 +154,11 @@ class Sandboxes:
         memory = self._memories.get(key)
         if memory is None:
             # Only a handle can be older than what is remembered.
-            memory = self._memories[key] = _Memory(sandbox, texts.MAYBE_REPLACED if known else None)
+            memory = self._memories[key] = _Memory(
+                sandbox, texts.maybe_replaced(self._language) if known else None
+            )
         elif memory.sandbox != sandbox:
-            memory.sandbox, memory.note = sandbox, texts.REPLACED
+            memory.sandbox, memory.note = sandbox, texts.replaced(self._language)
         self._memories.move_to_end(key)
         if len(self._memories) > REMEMBERED + self._manager._config.max_sessions:
             self._memories.popitem(last=False)

@@ -14,6 +14,7 @@ from ..errors import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
+from ._language import Language
 
 UNKNOWN_HANDLE = (
     "There is no sandbox with this handle: it is mistyped, not yours, or from before the server was"
@@ -31,13 +32,34 @@ MAYBE_REPLACED = (
     "The server was restarted since your last call, or that is long ago: this may be a new, empty sandbox."
     " Check which of your files are there before you rely on them."
 )
+BLOCKED = "Execution blocked"
+"""How the stock server's refusal to show a value of its environment begins."""
 DRAINING = "The server is shutting down. Nothing was run. Call again in a minute."
 
 
-def description(language: str, idle: float) -> str:
+def unknown_handle(language: Language) -> str:
+    """Of a handle that nobody of this caller's has."""
+    return UNKNOWN_HANDLE if language.has_files else UNKNOWN_HANDLE.partition("; files of")[0] + "."
+
+
+def replaced(language: Language) -> str:
+    """That the sandbox is another one than last time."""
+    return REPLACED if language.has_files else REPLACED.replace("files, cached", "cached")
+
+
+def maybe_replaced(language: Language) -> str:
+    """That the sandbox may be another one than last time."""
+    if language.has_files:
+        return MAYBE_REPLACED
+    return MAYBE_REPLACED.partition(" Check")[0] + " Do not rely on cached scripts and executions."
+
+
+def description(language: Language, idle: float) -> str:
     """Of the tool."""
+    files = ", and its files are gone then" if language.has_files else ""
+    tests = f" {language.tests}" if language.tests else ""
     return f"""\
-Runs {language} code in a sandbox, which nobody else uses.
+Runs {language.name} code in a sandbox, which nobody else uses.
 
 Modes:
 - execute: run `code` (or a `cached` script) and return its output.
@@ -46,10 +68,9 @@ Modes:
 - status: state and output of an execution; with `wait`, once it has ended.
 - cancel: stop an execution.
 - list: executions that run, or ran lately.
-- test: run `tests` against `code`.
+- test: run `tests` against `code`.{tests}
 
-Each execution is a new process: variables and imports do not stay. Files in the working directory do, as \
-long as the sandbox lives. It is closed after {duration(idle)} without use, and its files are gone then.
+{language.state} The sandbox is closed after {duration(idle)} without use{files}.
 
 If a result has a `sandbox` handle, pass that in every further call: without it, a call gets another, empty \
 sandbox. If a result has a `note`, act on it."""
@@ -68,10 +89,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes"
 
 
-def timed_out(milliseconds: int, longest_ms: int) -> str:
+def timed_out(milliseconds: int, longest_ms: int, language: Language) -> str:
+    files = " Files that it had written are there." if language.has_files else ""
     text = (
-        f"The code was stopped: it ran longer than {milliseconds:,} ms. Files that it had written are there."
-        " Do the work in smaller steps"
+        f"The code was stopped: it ran longer than {milliseconds:,} ms.{files} Do the work in smaller steps"
     )
     if milliseconds < longest_ms:
         text += f", or give it more time with `timeout_ms` (at most {longest_ms:,})"
@@ -102,8 +123,11 @@ def no_sandbox(error: SandboxError) -> str:
     return "The sandbox could not be had. Nothing was run. Try again once."
 
 
-def failed_call(error: SandboxError, mode: str) -> str:
+def failed_call(error: SandboxError, mode: str, language: Language) -> str:
     """Why a sandbox did not do what it was asked to."""
+    _, blocked, rest_of_it = str(error).partition(BLOCKED)
+    if blocked:
+        return f"The sandbox refused the call: {blocked}{rest_of_it}"
     if error.status == "NOT_FOUND":
         return (
             "The sandbox has no execution with that `execution_id`: it ended too long ago, or the sandbox was"
@@ -118,25 +142,55 @@ def failed_call(error: SandboxError, mode: str) -> str:
             "The sandbox is busy: too many executions run or wait in it. Nothing was run. Wait for one to end"
             " (mode 'list' shows them), or cancel one."
         )
+    if error.status == "RESOURCE_EXHAUSTED":
+        if "nothing was run" in str(error):
+            limit = str(error).partition("size limit of ")[2].partition(" MiB")[0]
+            return (
+                f"The call is too large for the sandbox, which takes messages of at most {limit} MiB. Nothing"
+                " was run. Pass less code and data in one call."
+            )
+        return "The result is too large to be sent; how far the code came is unknown. Print less."
     if isinstance(error, SandboxTimeoutError):
-        return (
-            "The sandbox gave no answer in time; how far the code came is unknown. Look at the files before"
-            " you run it again."
-        )
+        files = " Look at the files before you run it again." if language.has_files else ""
+        return f"The sandbox gave no answer in time; how far the code came is unknown.{files}"
     if isinstance(error, SandboxUnavailableError):
         return (
             "The sandbox was lost during the call; how far the code came is unknown. Call again: if there had"
-            " to be a new sandbox, the result says so, and the files are gone."
+            " to be a new sandbox, the result says so"
+            + (", and the files are gone." if language.has_files else ".")
         )
     return "The call failed in an unexpected way; how far the code came is unknown. Try again once."
 
 
-def rest(left_out: int, execution_id: str, offset: int, error_offset: int) -> str:
+def rest(left_out: int, execution_id: str, offset: int, error_offset: int, language: Language) -> str:
     """How to get what a cut output lacks."""
     if not execution_id:
         return f"The output is cut: {left_out:,} more characters are lost. Print less."
     return (
         f"The output is cut: {left_out:,} more characters are left out. To go on reading, soon: mode"
         f" 'status', execution_id {execution_id!r}, output_offset {offset},"
-        f" error_output_offset {error_offset}. Better print less, or write to a file and print parts of it."
+        f" error_output_offset {error_offset}. Better {less(language)}."
+    )
+
+
+def less(language: Language) -> str:
+    """What to do about too much output."""
+    if language.has_files:
+        return "print less, or write to a file and print parts of it"
+    return "print less, or in several calls"
+
+
+def lost(language: Language) -> str:
+    """That there is nothing at an offset, since the server keeps no such output."""
+    return (
+        "The rest of the output is lost: this sandbox does not keep the output of an execution that was"
+        f" returned as it came. Run it again, and {less(language)}."
+    )
+
+
+def beyond(offset: int, length: int, error_offset: int, error_length: int) -> str:
+    """That an offset is greater than the output is long."""
+    return (
+        f"There is nothing there: `output` has {length:,} characters, output_offset is {offset:,};"
+        f" `error_output` has {error_length:,}, error_output_offset is {error_offset:,}."
     )

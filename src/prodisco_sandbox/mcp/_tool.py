@@ -87,21 +87,22 @@ def add_sandbox_tools(
             raise ValueError(f"{argument} is {value!r}: it must be an integer of at least 1")
     if session_key is default_session_key:
         session_key = functools.partial(default_session_key, principal=principal)
+    spoken = language_of(language)
     sandboxes = Sandboxes(
         manager,
         session_key=session_key,
         principal=principal,
         max_per_principal=max_per_principal,
         handles=Handles(handle_secret),
+        language=spoken,
     )
-    spoken = language_of(language)
     tools = SandboxTools(sandboxes, name, spoken, max_output)
     server.middleware.append(object_arguments(name))
     server.add_tool(
         tools.run_sandbox,
         name=name,
         title="Run code in a sandbox",
-        description=texts.description(language, manager._config.session_idle_timeout),
+        description=texts.description(spoken, manager._config.session_idle_timeout),
         annotations=ToolAnnotations(read_only_hint=False, idempotent_hint=False, open_world_hint=True),
         structured_output=True,
     )
@@ -205,12 +206,12 @@ class SandboxTools:
         try:
             output = await self._carry_out(use.client, call, progress)
             if output.state == ExecutionState.TIMEOUT.name and call.mode in ("execute", "stream"):
-                problem = texts.timed_out(call.limit_ms, p.MAX_TIMEOUT_MS)
+                problem = texts.timed_out(call.limit_ms, p.MAX_TIMEOUT_MS, self._language)
         except ValueError as error:  # A wrong argument; the message names it.
             output, problem = SandboxOutput(), str(error)
         except SandboxError as error:
             log.warning("call_failed", mode=call.mode, error=str(error))
-            output, problem = SandboxOutput(), texts.failed_call(error, call.mode)
+            output, problem = SandboxOutput(), texts.failed_call(error, call.mode, self._language)
         output.sandbox = use.handle
         for note in (use.note, *call.notes):
             if note is not None:
@@ -243,7 +244,7 @@ class SandboxTools:
                 return SandboxOutput(executions=read_executions(found, call.limit))
             case _:
                 report = await client.execute_test(tests=call.tests, code=call.code, timeout=call.timeout)
-                return read_report(report, self._max_output)
+                return read_report(report, self._max_output, texts.less(self._language))
 
     async def _run(self, client: SandboxClient, call: Call, progress: Progress) -> SandboxOutput:
         merged = call.mode == "execute"
@@ -276,7 +277,7 @@ class SandboxTools:
         if clipped.left_out:
             result.truncated = True
             result.output_offset, result.error_output_offset = offset, error_offset
-            result.note = texts.rest(clipped.left_out, execution_id, offset, error_offset)
+            result.note = texts.rest(clipped.left_out, execution_id, offset, error_offset, self._language)
         return result
 
     async def _status(self, client: SandboxClient, call: Call) -> SandboxOutput:
@@ -293,15 +294,22 @@ class SandboxTools:
         result.error_output = status.error_output[error_begin : error_begin + self._max_output]
         result.output_offset = begin + len(result.output)
         result.error_output_offset = error_begin + len(result.error_output)
-        for text, end in (
-            (status.output, result.output_offset),
-            (status.error_output, result.error_output_offset),
-        ):
-            if end < len(text):
-                result.truncated = True
-                result.note = texts.rest(
-                    len(text) - end, call.execution_id, result.output_offset, result.error_output_offset
-                )
+        left = max(
+            len(status.output) - result.output_offset, len(status.error_output) - result.error_output_offset
+        )
+        if left > 0:
+            result.truncated = True
+            result.note = texts.rest(
+                left,
+                call.execution_id,
+                result.output_offset,
+                result.error_output_offset,
+                self._language,
+            )
+        elif status.state.is_final and (begin or error_begin) and not (status.output or status.error_output):
+            result.note = texts.lost(self._language)
+        elif begin > len(status.output) or error_begin > len(status.error_output):
+            result.note = texts.beyond(begin, len(status.output), error_begin, len(status.error_output))
         return result
 
 
