@@ -34,6 +34,7 @@ def test_defaults() -> None:
         "api_version": "auto",
         "endpoint": "auto",
         "tls": None,
+        "managed_by": "mcp-server",
         "lease_duration": 1800.0,
         "shutdown_timeout": 30.0,
         "owns_single_client": False,
@@ -87,6 +88,11 @@ BAD: list[tuple[str, str, tuple[object, ...]]] = [
     ("endpoint", '"auto", "pod-ip", "service" or a callable', ("podIP", "", None, 7, {})),
     ("tls", "a TlsConfig or None", (True, "mtls", {"ca": "ca.pem"})),
     ("instance_id", "a non-empty string", ("", None, 7)),
+    (
+        "managed_by",
+        "a label value such as 'mcp-server'",
+        ("", None, 7, "a b", "-a", "a-", "a=b", "a,b", "x" * 64, "\u00e4"),
+    ),
 ]
 
 
@@ -253,6 +259,7 @@ MULTI = {
     "SANDBOX_MAX_SESSIONS": "7",
     "SANDBOX_TCP_PORT": "6000",
     "SANDBOX_INSTANCE_ID": "mcp-0",
+    "SANDBOX_MANAGED_BY": "team-a",
 }
 
 
@@ -263,6 +270,7 @@ def test_from_env_reads_every_variable() -> None:
         max_sessions=7,
         sandbox_port=6000,
         instance_id="mcp-0",
+        managed_by="team-a",
         tls=TlsConfig.from_env(MTLS),
     )
 
@@ -287,6 +295,7 @@ def test_an_explicit_setting_beats_its_variable() -> None:
         "max_sessions": 3,
         "sandbox_port": 7000,
         "instance_id": "mcp-1",
+        "managed_by": "x" * 63,
         "tls": None,
         "ready_timeout": 5,
     }

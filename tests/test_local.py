@@ -102,6 +102,12 @@ async def test_a_server_that_does_not_start_fails_its_session_at_once(tmp_path: 
             await manager.get_client("session")
 
 
+async def test_a_manager_may_have_another_value_of_managed_by(tmp_path: Path) -> None:
+    async with running(LocalCluster(directory=tmp_path), managed_by="another") as manager:
+        client = await manager.get_client("session")
+        assert (await client.execute(code="print(6 * 7)")).output == "42\n"
+
+
 async def test_a_directory_whose_name_looks_percent_encoded(tmp_path: Path) -> None:
     (directory := tmp_path / "feature%2Fx").mkdir()
     async with running(LocalCluster(directory=directory)) as manager:

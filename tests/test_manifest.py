@@ -110,6 +110,20 @@ def test_selector(args: dict[str, str], selector: str) -> None:
     assert manifest.managed_selector(**args) == selector
 
 
+def test_managed_by_is_the_labels_value_everywhere() -> None:
+    config = multi(managed_by="team-a")
+    body = manifest.sandbox_body(config, "v1beta1", "sandbox-x", "5e")
+    label = "prodisco.dev/managed-by"
+    assert body["metadata"]["labels"][label] == "team-a"
+    assert body["spec"]["podTemplate"]["metadata"]["labels"][label] == "team-a"
+    assert (
+        manifest.managed_selector(managed_by="team-a", session="5e")
+        == f"{label}=team-a,prodisco.dev/session=5e"
+    )
+    assert manifest.is_of(body, "5e", "mcp-0", managed_by="team-a")
+    assert not manifest.is_of(body, "5e", "mcp-0")
+
+
 # The body
 
 LABELS = {

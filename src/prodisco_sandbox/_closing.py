@@ -118,7 +118,8 @@ class Closing:
         self._log.info("sandbox_deleted", sandbox=session.name, uid=uid)
 
     def _may_delete(self, sandbox: Object, session_hash: str) -> bool:
-        return manifest.is_of(sandbox, session_hash, self._config.instance_label)
+        instance, managed_by = self._config.instance_label, self._config.managed_by
+        return manifest.is_of(sandbox, session_hash, instance, managed_by=managed_by)
 
     def remember(self, session: Session) -> None:
         """Notes that a create of a session that has ended may still land, a second one too."""
@@ -155,7 +156,8 @@ class Closing:
 
     async def clean_up(self, *, all_instances: bool, deadline: float) -> int:
         """Deletes what previous incarnations left; see `SandboxManager.cleanup_orphaned_sandboxes`."""
-        found, _ = await self._resources.list(manifest.managed_selector(), deadline)
+        selector = manifest.managed_selector(managed_by=self._config.managed_by)
+        found, _ = await self._resources.list(selector, deadline)
         # Turns of its own: the end of a session does not wait for a clean-up that hangs.
         turns = asyncio.Semaphore(CONCURRENT_DELETES)
 

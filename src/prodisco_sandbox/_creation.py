@@ -172,7 +172,11 @@ class Creation:
         return found
 
     def _is_ours(self, session: Session, sandbox: Object) -> bool:
-        return manifest.is_of(sandbox, session.session_hash, self._config.instance_label)
+        return self._is_sessions(session, sandbox, self._config.instance_label)
+
+    def _is_sessions(self, session: Session, sandbox: Object, instance: str | None = None) -> bool:
+        managed_by = self._config.managed_by
+        return manifest.is_of(sandbox, session.session_hash, instance, managed_by=managed_by)
 
     async def _pause(
         self, session: Session, error: RetryableError, verb: str, attempt: int, deadline: float
@@ -207,7 +211,7 @@ class Creation:
         Returns:
             Whether a Sandbox was adopted; otherwise create again.
         """
-        selector = manifest.managed_selector(session=session.session_hash)
+        selector = manifest.managed_selector(session=session.session_hash, managed_by=self._config.managed_by)
         found, _ = await self._resources.list(selector, deadline)
         alive = [sandbox for sandbox in found if not manifest.is_deleting(sandbox)]
         for sandbox in alive:
@@ -219,7 +223,7 @@ class Creation:
             newest = max(alive, key=lambda s: str((s.get("metadata") or {}).get("creationTimestamp") or ""))
             return await self._adopt(session, newest, attempt, deadline)
         taken = await self._resources.get(session.name, deadline)
-        if taken is None or (not manifest.is_deleting(taken) and manifest.is_of(taken, session.session_hash)):
+        if taken is None or (not manifest.is_deleting(taken) and self._is_sessions(session, taken)):
             return False  # It has gone, or come, since the list.
         if not manifest.is_deleting(taken):
             raise SandboxConflictError(

@@ -60,7 +60,7 @@ class Engine:
         self._log = get_logger("manager", self.events)
         self._tasks = OwnedTasks(self.events)
         self._resources = SandboxResources(config, api, self.events)
-        selector = manifest.managed_selector(instance=config.instance_label)
+        selector = manifest.managed_selector(instance=config.instance_label, managed_by=config.managed_by)
         self._watch = SandboxWatch(self._resources, selector, self)
         self._watch_task: asyncio.Task[None] | None = None
         self._sweep_task: asyncio.Task[None] | None = None
@@ -460,7 +460,9 @@ class Engine:
             await self._closing.look_again()
             if self.table.current and not self._watch.current:
                 since = self._now()
-                selector = manifest.managed_selector(instance=self._config.instance_label)
+                selector = manifest.managed_selector(
+                    instance=self._config.instance_label, managed_by=self._config.managed_by
+                )
                 self.synced((await self._resources.list(selector))[0], since)
         except SandboxError as e:
             self._log.info("sandbox_sweep_failed", reason=str(e))

@@ -21,13 +21,14 @@ TRANSPORT_MODES = ("insecure", "tls", "mtls")
 
 # RFC 1123 label, and a label value as the Kubernetes API documentation defines them.
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 # Where `SandboxManagerConfig.from_env` has its fields from.
 _TEXTS = {
     "namespace": "SANDBOX_NAMESPACE",
     "sandbox_image": "SANDBOX_IMAGE",
     "instance_id": "SANDBOX_INSTANCE_ID",
+    "managed_by": "SANDBOX_MANAGED_BY",
 }
 _NUMBERS = {"max_sessions": "SANDBOX_MAX_SESSIONS", "sandbox_port": "SANDBOX_TCP_PORT"}
 
@@ -154,6 +155,9 @@ class SandboxManagerConfig:
     """Who owns a Sandbox among several managers of one namespace: random for each config
     that is made, unless set, so give each live manager a config of its own. A value that
     is set promises that one live manager uses it. What is no valid label value is hashed."""
+    managed_by: str = "mcp-server"
+    """Value of the label ``prodisco.dev/managed-by`` on Sandboxes and pods. Managers see and delete
+    only Sandboxes that carry theirs, so give those of different programs different ones."""
     lease_duration: float | None = 1800.0
     """A Sandbox outlives its dead manager by at most this; None turns leases off."""
     shutdown_timeout: float = 30.0
@@ -200,6 +204,7 @@ class SandboxManagerConfig:
                 "tls.secret_name is None: the default pod template mounts the server's certificate"
                 " from a Secret; name it, or give a pod_template_spec that brings one"
             )
+        _check_text("managed_by", self.managed_by, _LABEL_VALUE, "a label value such as 'mcp-server'")
         instance: object = self.instance_id
         if not isinstance(instance, str) or not instance:
             raise _wrong("instance_id", instance, "a non-empty string")
@@ -216,9 +221,10 @@ class SandboxManagerConfig:
         """Reads the environment; an explicit keyword beats it.
 
         Variables: SANDBOX_MODE (default ``single``), SANDBOX_NAMESPACE, SANDBOX_IMAGE,
-        SANDBOX_MAX_SESSIONS, SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, and the TLS
-        variables of `TlsConfig.from_env`. In single mode without a ``single_client``
-        the client is `SandboxClient.from_env()`, which shutdown then closes.
+        SANDBOX_MAX_SESSIONS, SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID,
+        SANDBOX_MANAGED_BY, and the TLS variables of `TlsConfig.from_env`. In single mode
+        without a ``single_client`` the client is `SandboxClient.from_env()`, which shutdown
+        then closes.
 
         Raises:
             ValueError: A variable has a value out of range; the message names it.

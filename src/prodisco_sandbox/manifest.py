@@ -58,9 +58,11 @@ def _digest(session_id: str) -> bytes:
     return hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).digest()
 
 
-def managed_selector(instance: str | None = None, session: str | None = None) -> str:
+def managed_selector(
+    instance: str | None = None, session: str | None = None, *, managed_by: str = MANAGED_BY
+) -> str:
     """Label selector of the managed Sandboxes, of one instance or session if given."""
-    parts = [f"{LABEL_MANAGED_BY}={MANAGED_BY}"]
+    parts = [f"{LABEL_MANAGED_BY}={managed_by}"]
     if instance is not None:
         parts.append(f"{LABEL_INSTANCE}={instance}")
     if session is not None:
@@ -82,7 +84,7 @@ def sandbox_body(
     """
     labels = {
         LABEL_APP: APP,
-        LABEL_MANAGED_BY: MANAGED_BY,
+        LABEL_MANAGED_BY: config.managed_by,
         LABEL_INSTANCE: config.instance_label,
         LABEL_SESSION: session,
     }
@@ -209,10 +211,12 @@ def pod_name(sandbox: Object) -> str:
     return noted if isinstance(noted, str) and noted else name(sandbox)
 
 
-def is_of(sandbox: Object, session: str, instance: str | None = None) -> bool:
+def is_of(
+    sandbox: Object, session: str, instance: str | None = None, *, managed_by: str = MANAGED_BY
+) -> bool:
     """Whether `managed_selector` of this session, and of this instance if given, finds it."""
     found = labels(sandbox)
-    managed = found.get(LABEL_MANAGED_BY) == MANAGED_BY and found.get(LABEL_SESSION) == session
+    managed = found.get(LABEL_MANAGED_BY) == managed_by and found.get(LABEL_SESSION) == session
     return managed and (instance is None or found.get(LABEL_INSTANCE) == instance)
 
 

@@ -8,16 +8,50 @@ from typing import Any
 import pytest
 
 from prodisco_sandbox import (
+    SandboxConflictError,
     SandboxManagerClosedError,
     SandboxPermissionError,
     SandboxUnavailableError,
 )
 from prodisco_sandbox.manifest import GROUP, PLURAL, name, sandbox_name
-from prodisco_sandbox.testing import FakeCustomObjectsApi, Request
+from prodisco_sandbox.testing import FakeCustomObjectsApi, Request, api_error
 
 from .support import PlainApi, alive, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
+
+
+async def test_managers_with_another_value_of_managed_by_see_nothing_of_each_other() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api, managed_by="ours") as ours, managed(api, instance_id="they") as theirs:
+            await ours.get_client("a")
+            await theirs.get_client("b")
+            assert await theirs.cleanup_orphaned_sandboxes(all_instances=True) == 0
+            assert await ours.cleanup_orphaned_sandboxes(all_instances=True) == 0
+            assert len(alive(api)) == 2
+            with pytest.raises(SandboxConflictError):
+                await theirs.get_client("a")
+        assert api.objects == []
+
+
+async def test_managed_by_goes_with_every_selector_and_recognises_its_own() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with (
+            managed(api, managed_by="ours") as first,
+            managed(api, instance_id="two", managed_by="ours") as second,
+        ):
+            api.faults.add("create", lost=True, times=1)
+            await first.get_client("s")  # found by a get
+            await second.get_client("s")  # adopted
+            await second.cleanup_orphaned_sandboxes()
+            api.cut_watches(api_error(410))
+            await settle()
+            assert len(api.objects) == 1
+        assert api.objects == []
+        selectors = {
+            r.options["label_selector"].split(",")[0] for r in api.requests if "label_selector" in r.options
+        }
+        assert selectors == {"prodisco.dev/managed-by=ours"}
 
 
 async def test_what_an_earlier_life_of_this_manager_left_is_deleted() -> None:

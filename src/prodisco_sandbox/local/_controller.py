@@ -104,7 +104,7 @@ class Controller:
         self._addresses = itertools.count(1)
         self._config = config
         self._resources = SandboxResources(config, api)
-        self._selector = manifest.managed_selector()
+        self._selector = f"{manifest.LABEL_APP}={manifest.APP}"  # whoever manages them
         self._watch = SandboxWatch(self._resources, self._selector, self)
         self._keeper = keeper
         self._command = command

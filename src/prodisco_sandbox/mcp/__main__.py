@@ -25,8 +25,8 @@ HANDLE_SECRET = "SANDBOX_HANDLE_SECRET"  # noqa: S105 - the variable's name
 
 EPILOG = f"""\
 Settings come from the environment: SANDBOX_NAMESPACE, SANDBOX_IMAGE, SANDBOX_MAX_SESSIONS,
-SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, and SANDBOX_TRANSPORT_MODE with the SANDBOX_TLS_*
-variables; KUBECONFIG and K8S_CONTEXT outside a cluster; {HANDLE_SECRET} (at least 16
+SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, SANDBOX_MANAGED_BY, and SANDBOX_TRANSPORT_MODE with the
+SANDBOX_TLS_* variables; KUBECONFIG and K8S_CONTEXT outside a cluster; {HANDLE_SECRET} (at least 16
 random characters) for handles that outlive the process.
 
 With --local, SANDBOX_MAX_SESSIONS and {HANDLE_SECRET} count, and the variables of the sandbox
