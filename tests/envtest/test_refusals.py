@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import pytest
-from kubernetes_asyncio.client import ApiException, CoreV1Api
+import asyncio
+import base64
+import ssl
+from typing import Any, Self
 
-from prodisco_sandbox import SandboxCapacityError, SandboxFailedError, SandboxManagerConfig
+import pytest
+import trustme
+from aiohttp import web
+from kubernetes_asyncio.client import AdmissionregistrationV1Api, ApiException, CoreV1Api
+
+from prodisco_sandbox import (
+    SandboxCapacityError,
+    SandboxError,
+    SandboxFailedError,
+    SandboxManagerConfig,
+    SandboxUnavailableError,
+)
 from prodisco_sandbox.manifest import sandbox_body
 
-from .support import CRD, GROUP, PLURAL, Controller, Namespace, until
+from .support import CRD, GROUP, MERGE_PATCH, PLURAL, Controller, Namespace, until
 
 pytestmark = pytest.mark.envtest
 
@@ -51,6 +64,127 @@ async def test_an_exceeded_quota_is_a_matter_of_capacity(
     assert not await namespace.list()
 
 
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        ({"code": 403, "message": "image has no digest"}, SandboxFailedError),
+        ({"code": 404, "message": "image has no digest"}, SandboxFailedError),
+        ({"code": 401, "reason": "image has no digest"}, SandboxFailedError),
+        ({"code": 500, "message": "image has no digest"}, SandboxUnavailableError),
+    ],
+)
+async def test_what_a_webhook_refuses_is_not_taken_for_rbac(
+    namespace: Namespace, controller: Controller, status: dict[str, Any], kind: type[SandboxError]
+) -> None:
+    async with Webhook(namespace) as webhook, namespace.managed(ready_timeout=1.0) as manager:
+        await manager.get_client("before")
+        webhook.refusal = status
+        with pytest.raises(
+            kind, match=r'admission webhook "w\.test\.example" denied the request: image'
+        ) as raised:
+            await manager.get_client("session")
+        assert raised.value.status == status["code"]
+        assert "needs the rule" not in str(raised.value)
+        final = kind is SandboxFailedError
+        assert (namespace.requests()["create"] == 2) == final
+        assert namespace.requests()["get"] == 0, "nothing was stored: there is nothing to look for"
+        # A use that RBAC allows and the webhook does not.
+        await manager.on_session_closed("before")
+        await until(lambda: webhook.deletes > 0, "the webhook to be asked")
+        assert await namespace.list()
+        webhook.refusal = None
+
+
+async def test_a_webhook_that_is_away_is_waited_for(namespace: Namespace, controller: Controller) -> None:
+    async with Webhook(namespace) as webhook, namespace.managed() as manager:
+        await manager.get_client("before")
+        await webhook.stop()
+        waiting = asyncio.create_task(manager.get_client("session"))
+        await until(lambda: namespace.requests()["create"] >= 3, "another try")
+        await webhook.start()
+        await waiting
+
+
+class Webhook:
+    """An admission webhook for the Sandboxes of one namespace.
+
+    Attributes:
+        refusal: The Status that it refuses with; None: it allows everything.
+        deletes: How many deletes it has been asked about.
+    """
+
+    def __init__(self, namespace: Namespace) -> None:
+        self.refusal: dict[str, Any] | None = None
+        self.deletes = 0
+        self._namespace = namespace
+        self._admission = AdmissionregistrationV1Api(namespace.api.api_client)
+        self._port = 0
+
+    async def __aenter__(self) -> Self:
+        ca = trustme.CA()
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        ca.issue_cert("127.0.0.1").configure_cert(self._tls)
+        await self.start()
+        name = self._namespace.name
+        labelled = {"metadata": {"labels": {"webhook": name}}}
+        await CoreV1Api(self._namespace.api.api_client).patch_namespace(
+            name, labelled, _content_type=MERGE_PATCH
+        )
+        rule = {
+            "apiGroups": [GROUP],
+            "apiVersions": ["*"],
+            "resources": [PLURAL],
+            "operations": ["CREATE", "DELETE"],
+        }
+        client = {
+            "url": f"https://127.0.0.1:{self._port}/",
+            "caBundle": base64.b64encode(ca.cert_pem.bytes()).decode(),
+        }
+        webhook = {
+            "name": "w.test.example",
+            "clientConfig": client,
+            "rules": [rule],
+            "namespaceSelector": {"matchLabels": {"webhook": name}},
+            "sideEffects": "None",
+            "admissionReviewVersions": ["v1"],
+        }
+        body = {"metadata": {"name": name}, "webhooks": [webhook]}
+        await self._admission.create_validating_webhook_configuration(body)
+        await until(self._is_asked, "the API server to know the webhook")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._admission.delete_validating_webhook_configuration(self._namespace.name)
+        await self.stop()
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_post("/", self._review)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=self._tls).start()
+        self._port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    async def _review(self, request: web.Request) -> web.Response:
+        asked = (await request.json())["request"]
+        self.deletes += asked["operation"] == "DELETE"
+        answer: dict[str, Any] = {"uid": asked["uid"], "allowed": self.refusal is None}
+        if self.refusal is not None:
+            answer["status"] = self.refusal
+        return web.json_response(
+            {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": answer}
+        )
+
+    async def _is_asked(self) -> bool:
+        self.refusal = {"code": 403, "message": "probe"}
+        refused = await would_be_refused(self._namespace)
+        self.refusal = None
+        return refused
+
+
 class Quota:
     """A quota of two Sandboxes, and what the quota controller would write."""
 
@@ -68,18 +202,20 @@ class Quota:
         await self._core.patch_namespaced_resource_quota_status("sandboxes", self._namespace.name, status)
 
         async def counts() -> bool:
-            return await self._refuses() == (used >= 2)
+            return await would_be_refused(self._namespace) == (used >= 2)
 
         await until(counts, "the API server to know the quota")
 
-    async def _refuses(self) -> bool:
-        config = SandboxManagerConfig(mode="multi", namespace=self._namespace.name)
-        body = sandbox_body(config, self._namespace.version, "tried", "0" * 40)
-        where = (GROUP, self._namespace.version, self._namespace.name, PLURAL)
-        try:
-            await self._namespace.api.create_namespaced_custom_object(*where, body, dry_run="All")
-        except ApiException as e:
-            if e.status != 403:
-                raise
-            return True
-        return False
+
+async def would_be_refused(namespace: Namespace) -> bool:
+    """Whether a create gets a 403."""
+    config = SandboxManagerConfig(mode="multi", namespace=namespace.name)
+    body = sandbox_body(config, namespace.version, "tried", "0" * 40)
+    where = (GROUP, namespace.version, namespace.name, PLURAL)
+    try:
+        await namespace.api.create_namespaced_custom_object(*where, body, dry_run="All")
+    except ApiException as e:
+        if e.status != 403:
+            raise
+        return True
+    return False
