@@ -344,7 +344,9 @@ class Creation:
         place = manifest.place(observed, target)
         if place != session.place:
             session.place, session.placed_at = place, asyncio.get_running_loop().time()
-        others = self._table.occupy(session, frozenset((target, *ips)))
+        # A function that gives several sessions one target means it.
+        targets = () if callable(self._config.endpoint) else (target,)
+        others = self._table.occupy(session, frozenset((*targets, *ips)))
         if others is None:
             return None
         for other in others:
@@ -362,7 +364,8 @@ class Creation:
             return True
         boot_id = client._boot_id
         other = None if boot_id is None else self._table.meet(session, boot_id)
-        if other is not None:
+        # Without an address of its own it may be meant to share: see above.
+        if other is not None and set(other.pod_ips) & set(session.pod_ips):
             text = f"the machine at its address is that of sandbox {other.name}"
             self._log.info("sandbox_suspect", sandbox=session.name, reason=text)
             self._discard(session.name, client)

@@ -7,13 +7,14 @@ import logging
 from typing import Any
 
 import anyio
+import grpc
 import pytest
 from _patience import PATIENCE, put_forward, until
 from mcp import Client
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 
-from prodisco_sandbox import SandboxManager, SandboxManagerConfig
+from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.mcp import (
     _identity,
@@ -504,3 +505,73 @@ async def test_handles_and_session_ids_are_in_no_log(caplog: pytest.LogCaptureFi
     assert "sandbox_ready" in log
     assert handle[4:30] not in log
     assert session_id not in log
+
+
+CALLS = {"execute": "ExecuteStream", "async": "ExecuteAsync", "test": "ExecuteTest"}
+
+
+@pytest.mark.parametrize("mode", CALLS)
+@pytest.mark.parametrize("era", ERAS)
+async def test_a_call_to_a_machine_that_was_restarted_in_place_is_repeated_with_the_note(
+    era: str, mode: str
+) -> None:
+    arguments = {"mode": mode, "tests": "x"} if mode == "test" else {"mode": mode}
+    async with rig() as r, Client(r.server, mode=era) as client:
+        known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
+        await r.sandbox.kill()
+        await r.sandbox.start()
+        (key,) = r.manager._current
+        await reconnected(await r.manager.get_client(key))
+        r.sandbox.calls.clear()
+        result = await run(client, "", **arguments, **known)
+        assert "This is a new sandbox" in result["note"]
+        assert [call.rpc for call in r.sandbox.calls].count(CALLS[mode]) == 1
+        assert "note" not in await run(client, "", **known)
+        assert r.manager.stats().recreated == 1
+
+
+async def reconnected(client: SandboxClient) -> None:
+    """Waits until the channel has noticed that its old connection is broken."""
+    channel = client._connection._channel
+    assert channel is not None
+    async with asyncio.timeout(PATIENCE):
+        while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
+            await channel.wait_for_state_change(state)
+
+
+async def test_a_first_call_whose_machine_is_replaced_at_once_leaves_no_sandbox_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with rig() as r, Client(r.server, mode=MODERN) as client:
+        execute = SandboxClient.execute_stream
+        restarts = 0
+
+        def restarted_first(self: SandboxClient, **arguments: Any) -> Any:
+            nonlocal restarts
+            fence = self._connection.fence
+            assert fence is not None
+            if not restarts:
+                restarts += 1
+                fence.boot_id = "0" * 32  # As if it had met another machine before.
+            return execute(self, **arguments)
+
+        monkeypatch.setattr(SandboxClient, "execute_stream", restarted_first)
+        handle = (await run(client, ""))["sandbox"]
+        assert (restarts, len(r.api.objects)) == (1, 1)
+        await run(client, "", sandbox=handle)
+        assert r.manager.stats().created == 1
+
+
+async def test_where_there_is_no_new_machine_the_model_hears_that_nothing_was_run() -> None:
+    async with rig(settings={"ready_timeout": 1.0}) as r, Client(r.server, mode=MODERN) as client:
+        handle = (await run(client, ""))["sandbox"]
+        (key,) = r.manager._current
+        session = r.manager._current[key]
+        assert session.client is not None
+        fence = session.client._connection.fence
+        assert fence is not None
+        fence.boot_id = "0" * 32
+        r.sandbox.set_serving(False)
+        text = await refused(client, "", sandbox=handle)
+        assert "not ready in time. Nothing was run" in text
+        assert [call.rpc for call in r.sandbox.calls].count("ExecuteStream") == 1

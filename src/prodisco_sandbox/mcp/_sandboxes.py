@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,8 @@ class Use:
     """What the model needs to come back; None where its session says it."""
     note: str | None
     """What the model must know about the sandbox."""
+    renew: Callable[[], Awaitable[None]]
+    """Takes the session's new client, and the note about it, once the machine of this one was replaced."""
     told: bool = False
     """Whether handle and note are on their way to the model."""
 
@@ -48,6 +50,10 @@ class Use:
 class _Memory:
     sandbox: SandboxRef | None
     note: str | None
+
+
+async def _nothing_new() -> None:
+    """A shared client means whoever answers."""
 
 
 class Sandboxes:
@@ -97,7 +103,7 @@ class Sandboxes:
         """
         if self._shared:
             async with self._manager.session() as client:
-                yield Use(client, None, None)
+                yield Use(client, None, None, _nothing_new)
             return
         who = self._principal(ctx)
         key, handle, known = self._resolve(ctx, handle, who, make=make)
@@ -108,7 +114,14 @@ class Sandboxes:
         try:
             async with self._manager.session(key) as client:
                 memory = self._recall(key, client.sandbox, known=known)
-                use = Use(client, handle, memory.note)
+
+                async def renew() -> None:
+                    nonlocal memory
+                    use.client = await self._manager.get_client(key)
+                    memory = self._recall(key, use.client.sandbox, known=known)
+                    use.note = memory.note
+
+                use = Use(client, handle, memory.note, renew)
                 yield use
                 if use.told:
                     memory.note, unreachable = None, False

@@ -11,6 +11,7 @@ from ..errors import (
     SandboxFailedError,
     SandboxManagerClosedError,
     SandboxPermissionError,
+    SandboxReplacedError,
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
@@ -153,7 +154,9 @@ def failed_call(error: SandboxError, mode: str, language: Language) -> str:
     if isinstance(error, SandboxTimeoutError):
         files = " Look at the files before you run it again." if language.has_files else ""
         return f"The sandbox gave no answer in time; how far the code came is unknown.{files}"
-    if isinstance(error, SandboxUnavailableError):
+    if isinstance(error, SandboxReplacedError) and not error.ran:
+        return "The sandbox was replaced by a new, empty one. Nothing was run. Call again."
+    if isinstance(error, SandboxUnavailableError | SandboxReplacedError):
         return (
             "The sandbox was lost during the call; how far the code came is unknown. Call again: if there had"
             " to be a new sandbox, the result says so"

@@ -15,7 +15,7 @@ from mcp_types import CallToolResult, TextContent, ToolAnnotations
 
 from .._log import get_logger
 from ..client import ExecutionState, SandboxClient
-from ..errors import SandboxError, SandboxTimeoutError
+from ..errors import SandboxError, SandboxReplacedError, SandboxTimeoutError
 from ..manager import SandboxManager
 from . import _parameters as p
 from . import _texts as texts
@@ -204,7 +204,7 @@ class SandboxTools:
     async def _in_sandbox(self, use: Use, call: Call, progress: Progress) -> CallToolResult:
         problem = None
         try:
-            output = await self._carry_out(use.client, call, progress)
+            output = await self._carry_out_once(use, call, progress)
             if output.state == ExecutionState.TIMEOUT.name and call.mode in ("execute", "stream"):
                 problem = texts.timed_out(call.limit_ms, p.MAX_TIMEOUT_MS, self._language)
         except ValueError as error:  # A wrong argument; the message names it.
@@ -217,6 +217,21 @@ class SandboxTools:
             if note is not None:
                 output.add_note(note)
         return _result(output, problem)
+
+    async def _carry_out_once(self, use: Use, call: Call, progress: Progress) -> SandboxOutput:
+        """As `_carry_out`; repeats a call that was refused because its machine was replaced."""
+        try:
+            return await self._carry_out(use.client, call, progress)
+        except SandboxReplacedError as error:
+            if error.ran:
+                raise
+            log.warning("call_repeated", mode=call.mode, error=str(error))
+        try:
+            await use.renew()
+        except SandboxError as error:
+            log.warning("no_sandbox", error=str(error))
+            raise RefusedError(texts.no_sandbox(error)) from error
+        return await self._carry_out(use.client, call, progress)
 
     async def _carry_out(self, client: SandboxClient, call: Call, progress: Progress) -> SandboxOutput:
         match call.mode:
