@@ -246,6 +246,10 @@ class ApiServer:
         with self._opener().open(request, timeout=60) as response:
             return str(response.read().decode())
 
+    def minor(self) -> int:
+        """The minor version of Kubernetes that it is."""
+        return int(json.loads(self.get("/version"))["minor"].rstrip("+"))
+
     def status(self, path: str, user: User = "admin") -> int:
         """The HTTP status of a GET; 0 where the server cannot be reached."""
         try:

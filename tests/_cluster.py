@@ -25,7 +25,14 @@ Object = dict[str, Any]
 
 @dataclass
 class Cluster:
-    """A namespace of an API server, fake or real, and what comes from it without managedFields."""
+    """A namespace of an API server, fake or real, and what comes from it without managedFields.
+
+    Attributes:
+        compact: Makes etcd forget older versions.
+        forget: Makes the server forget them, in its cache too.
+        current: Whether it answers as Kubernetes 1.37 does, and not as 1.20. The fake does.
+        keeps_snapshots: Whether its cache serves lists at versions that etcd has forgotten.
+    """
 
     api: Any
     nobody: Any
@@ -33,6 +40,9 @@ class Cluster:
     compact: Callable[[], Awaitable[object]]
     limit: Callable[[int], Awaitable[object]]
     serve: Callable[[tuple[str, ...]], Awaitable[object]]
+    forget: Callable[[], Awaitable[object]]
+    current: bool = True
+    keeps_snapshots: bool = False
 
     def _at(self, version: str) -> tuple[str, str, str, str]:
         return GROUP, version, self.namespace, PLURAL

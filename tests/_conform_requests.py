@@ -133,6 +133,8 @@ class Requests:
             assert [cause["field"] for cause in found["details"]["causes"]] == [field]
             cause = found["details"]["causes"][0]
             assert cause["reason"].startswith("FieldValue")
+            if cluster.current and "must be of type" in cause["message"] and field != "spec.shutdownTime":
+                assert cause["reason"] == "FieldValueTypeInvalid"
             assert f"{field}: {cause['message']}" in found["message"]
         assert await cluster.names() == []
 
@@ -189,7 +191,11 @@ class Requests:
         labels = {"metadata": {"labels": {"a": "b"}}}
         at = (GROUP, "v1beta1", cluster.namespace, PLURAL, "a")
         found = await refusal(cluster.api.patch_namespaced_custom_object(*at, labels), 400)
-        assert found["message"] == "json: cannot unmarshal object into Go value of type jsonpatch.Patch"
+        wanted = "value of type jsonpatch.Patch"
+        if cluster.current:
+            wanted = "value of type []handlers.jsonPatchOp"
+        assert found["message"].endswith(f"json: cannot unmarshal object into Go {wanted}")
+        assert found["message"].startswith("error decoding patch: ") == cluster.current
         found = await refusal(cluster.api.patch_namespaced_custom_object_status(*at, {"status": {}}), 400)
         assert found["reason"] == "BadRequest"
         for kind in ("application/json", "application/strategic-merge-patch+json"):
@@ -208,10 +214,14 @@ class Requests:
             ({"kind": "Other"}, 422),
             ({"spec": {"podTemplate": None}}, 422),
             ({"metadata": {"labels": {"a": "x y"}}}, 422),
-            ([1], 422),
-            ("text", 500),
+            ([1], 400 if cluster.current else 422),
+            ("text", 400 if cluster.current else 500),
         ):
             await refusal(cluster.patch("a", wrong), status)
+        if cluster.current:
+            for no_patch in ([1], ["text"], "text"):
+                found = await refusal(cluster.api.patch_namespaced_custom_object(*at, no_patch), 400)
+                assert found["message"].startswith("error decoding patch: json: cannot unmarshal ")
         assert await cluster.get("a") == created
 
     async def test_json_patches(self, cluster: Cluster) -> None:
@@ -331,7 +341,12 @@ class Requests:
         assert "the ResourceVersion in the precondition (1) does not match" in found["message"]
         await cluster.delete("a", dry_run="All")
         await cluster.delete("a", body={"dryRun": ["All"]})
-        await refusal(cluster.delete("a", body=5), 500)
+        found = await refusal(cluster.delete("a", body=5), 400 if cluster.current else 500)
+        assert found["message"].startswith("couldn't get version/kind; json parse error")
+        if cluster.current:
+            for wrong in ({"preconditions": "text"}, {"preconditions": {"uid": 5}}):
+                found = await refusal(cluster.delete("a", body=wrong), 400)
+                assert found["message"].startswith("json: cannot unmarshal ")
         await cluster.delete("a", body=V1DeleteOptions(preconditions=V1Preconditions(uid=uid)))
         await refusal(cluster.get("a"), 404)
 

@@ -39,7 +39,7 @@ class TestFake(Requests, Lists, Watches):
             async def serve(versions: tuple[str, ...]) -> None:
                 api.versions = versions
 
-            yield Cluster(api, nobody, "n", compact, limit, serve)
+            yield Cluster(api, nobody, "n", compact, limit, serve, forget=compact)
 
 
 _numbers = itertools.count()
@@ -63,12 +63,18 @@ class TestReal(Requests, Lists, Watches):
             core = CoreV1Api(admin)
             name = f"n{next(_numbers)}"
             await core.create_namespace({"metadata": {"name": name}})
+            old = await asyncio.to_thread(server.minor) < 34
 
             async def compact() -> None:
                 # What is compacted is only what is older than the newest revision.
                 server.compact()
                 await core.create_namespaced_config_map(name, {"metadata": {"generateName": "c-"}})
                 server.compact()
+
+            async def forget() -> None:
+                await compact()
+                if not old:
+                    await asyncio.to_thread(server.restart)
 
             async def limit(count: int) -> None:
                 # In place of the controller that counts what a quota's namespace holds.
@@ -84,7 +90,10 @@ class TestReal(Requests, Lists, Watches):
             async def serve(versions: tuple[str, ...]) -> None:
                 await asyncio.to_thread(_serve, server, versions)
 
-            cluster = Cluster(CustomObjectsApi(admin), CustomObjectsApi(nobody), name, compact, limit, serve)
+            apis = CustomObjectsApi(admin), CustomObjectsApi(nobody)
+            cluster = Cluster(
+                *apis, name, compact, limit, serve, forget, current=not old, keeps_snapshots=not old
+            )
             yield cluster
 
 

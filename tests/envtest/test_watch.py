@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -88,10 +89,13 @@ async def test_a_replaced_pod_gets_a_new_client(namespace: Namespace, controller
         assert (manager.stats().created, manager.stats().recreated) == (1, 1)
 
 
+_numbers = itertools.count(1)
+
+
 @pytest.fixture
 async def uncached(uncached_server: AuditedServer) -> AsyncIterator[Namespace]:
     Definitions(uncached_server).use(VERSIONS)
-    async with made_namespace(uncached_server, "uncached", VERSIONS[0]) as namespace:
+    async with made_namespace(uncached_server, f"uncached-{next(_numbers)}", VERSIONS[0]) as namespace:
         yield namespace
 
 
@@ -128,8 +132,10 @@ async def test_a_compaction_cuts_the_watch_and_nothing_is_missed(
 
 
 async def test_a_list_whose_pages_expire_begins_again(
-    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+    uncached: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A newer server's cache would serve the other pages after all."""
+    namespace = uncached
     monkeypatch.setattr(kubernetes, "PAGE", 4)
     config = SandboxManagerConfig(mode="multi", namespace=namespace.name, instance_id="before")
     for i in range(10):

@@ -112,7 +112,9 @@ def revision(kwargs: Mapping[str, Any]) -> int | None:
         text = (
             f'resourceVersion: Invalid value: "{value}": strconv.ParseUint: parsing "{value}": invalid syntax'
         )
-        raise _status.api_error(500, text, reason="")
+        if kwargs.get("watch"):
+            raise _status.api_error(500, text, reason="")
+        raise _status.bad_request(f"invalid resource version: {text}")
     return int(value) if value else None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kubernetes_asyncio.client import ApiException
+
 from ..manifest import Object
-from ._status import Cause, api_error, bad_request, invalid
+from ._status import api_error, unreadable
 
 MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
@@ -41,18 +43,15 @@ def patched(sandbox: Object, patch: Any, kind: str) -> Any:
     """What a patch makes of an object, which stays as it is.
 
     Raises:
-        ApiException: 400, 422 or 500, as the API server has it.
+        ApiException: 400 or 422, as the API server has it.
     """
     return (_merge_patched if kind == MERGE_PATCH else _json_patched)(sandbox, patch)
 
 
 def _merge_patched(sandbox: Object, patch: Any) -> Any:
-    if isinstance(patch, dict):
-        return _merged(sandbox, patch)
-    if isinstance(patch, list):
-        cause: Cause = ("FieldValueInvalid", "patch", f"Invalid value: {patch!r}: couldn't get version/kind")
-        raise invalid("", [cause])
-    raise api_error(500, "Invalid JSON Patch", reason="")
+    if not isinstance(patch, dict):
+        raise _undecodable(patch, "map[string]interface {}")
+    return _merged(sandbox, patch)
 
 
 def _merged(target: Any, patch: Any) -> Any:
@@ -69,7 +68,10 @@ def _merged(target: Any, patch: Any) -> Any:
 
 def _json_patched(sandbox: Object, patch: Any) -> Any:
     if not isinstance(patch, list):
-        raise bad_request("json: cannot unmarshal object into Go value of type jsonpatch.Patch")
+        raise _undecodable(patch, "[]handlers.jsonPatchOp")
+    for operation in patch:
+        if not isinstance(operation, dict):
+            raise _undecodable(operation, "handlers.jsonPatchOp")
     root: Any = {"": sandbox}
     try:
         for operation in patch:
@@ -77,6 +79,10 @@ def _json_patched(sandbox: Object, patch: Any) -> Any:
     except (LookupError, TypeError, ValueError):
         raise api_error(422, details={}) from None
     return root[""]
+
+
+def _undecodable(value: object, kind: str) -> ApiException:
+    return unreadable("error decoding patch: ", value, f"value of type {kind}")
 
 
 def _operated(root: Any, operation: Object) -> Any:

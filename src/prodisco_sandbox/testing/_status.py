@@ -97,6 +97,15 @@ def page_not_found() -> ApiException:
     return plain_error(404, "404 page not found\n")
 
 
+_JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "bool", int: "number", float: "number"}
+
+
+def unreadable(what: str, value: object, wanted: str) -> ApiException:
+    """400 for JSON of another type than Go's decoder wants."""
+    given = _JSON_TYPES.get(type(value), "null")
+    return bad_request(f"{what}json: cannot unmarshal {given} into Go {wanted}")
+
+
 def bad_request(message: str) -> ApiException:
     return api_error(400, message)
 

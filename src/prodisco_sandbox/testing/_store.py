@@ -20,7 +20,7 @@ from ..manifest import GROUP, KIND, PLURAL, Object
 from . import _status
 from ._patches import check_content_type, patched
 from ._selectors import Selector
-from ._validation import check_patched, check_sandbox, check_status, check_type
+from ._validation import check_delete_options, check_patched, check_sandbox, check_status, check_type
 
 Key = tuple[str, str]
 EventType = Literal["ADDED", "MODIFIED", "DELETED"]
@@ -176,8 +176,7 @@ class Store:
 
     def delete(self, namespace: str, name: str, options: Any, *, dry_run: bool) -> Object:
         """Deletes, or marks as being deleted; returns a Status, or the object that lingers."""
-        if not isinstance(options, dict):
-            raise _status.api_error(500, "couldn't get version/kind; json parse error", reason="")
+        check_delete_options(options)
         dry_run = dry_run or bool(options.get("dryRun"))
         current = self.find(namespace, name)
         metadata = current["metadata"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..manifest import GROUP, KIND, Object
-from ._status import Cause, bad_request, invalid
+from ._status import Cause, bad_request, invalid, unreadable
 
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _LABEL = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]")
@@ -34,6 +34,9 @@ _GO_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int:
 _REQUIRED = (("spec", dict), ("podTemplate", dict), ("spec", dict), ("containers", list))
 _SPEC = {"service": bool, "shutdownTime": str, "shutdownPolicy": str}
 _STATUS = {"conditions": list, "podIPs": list, "serviceFQDN": str}
+_TYPED = (
+    r'struct { APIVersion string "json:\"apiVersion,omitempty\""; Kind string "json:\"kind,omitempty\"" }'
+)
 _CONDITION_FIELDS = ("lastTransitionTime", "message", "reason", "status", "type")
 
 
@@ -67,6 +70,23 @@ def check_type(body: Any, version: str) -> None:
         )
     if field := _undecodable(body):
         raise bad_request(f'{KIND} in version "{version}" cannot be handled as a {KIND}: {field}')
+
+
+def check_delete_options(options: Any) -> None:
+    """Checks the body of a deletion.
+
+    Raises:
+        ApiException: 400.
+    """
+    if not isinstance(options, dict):
+        raise unreadable("couldn't get version/kind; json parse error: ", options, f"value of type {_TYPED}")
+    wanted = options.get("preconditions")
+    if wanted is not None and not isinstance(wanted, dict):
+        raise unreadable("", wanted, "struct field DeleteOptions.preconditions of type v1.Preconditions")
+    for field, kind in (("uid", "types.UID"), ("resourceVersion", "string")):
+        value = (wanted or {}).get(field)
+        if value is not None and not isinstance(value, str):
+            raise unreadable("", value, f"struct field Preconditions.preconditions.{field} of type {kind}")
 
 
 def check_patched(body: Any) -> None:
@@ -207,7 +227,7 @@ def _is_date_time(text: str) -> bool:
 def _wrong_type(path: str, value: object, kind: type) -> Cause:
     got = _GO_TYPES.get(type(value), "null")
     rule = f'{path} in body must be of type {_GO_TYPES[kind]}: "{got}"'
-    return "FieldValueInvalid", path, f'Invalid value: "{got}": {rule}'
+    return "FieldValueTypeInvalid", path, f'Invalid value: "{got}": {rule}'
 
 
 def _unsupported(path: str, value: object, *supported: str) -> Cause:
