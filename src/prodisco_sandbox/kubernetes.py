@@ -444,6 +444,7 @@ class SandboxResources:
         except SandboxError:  # The credentials could not be renewed: nothing was sent.
             raise
         except TimeoutError as e:
+            self._away_at = asyncio.get_running_loop().time()  # One that starts takes connections first.
             raise RetryableError(
                 f"the API server did not answer a {verb} within {REQUEST_TIMEOUT:g} s"
             ) from e

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import aiohttp
 import pytest
 
@@ -22,6 +24,18 @@ async def test_what_nobody_asked_for_before_it_was_away_is_asked_again() -> None
             api.faults.add("delete", error=403, times=3)
         assert api.objects == []
         assert api.count("delete") == 5
+
+
+async def test_one_that_takes_connections_and_does_not_answer_is_away_too() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        api.faults.add("create", lost=True, times=1)
+        api.faults.add("get", error=aiohttp.ClientConnectionError, times=1)
+        api.faults.add("get", latency=math.inf, times=1)
+        forbidden = api.faults.add("get", error=403, times=2)
+        await manager.get_client("s")
+        assert now() > 10
+        assert api.count("create") == 1
+        assert forbidden.hits == 2
 
 
 async def test_a_lost_create_is_looked_for_until_it_may_be_read() -> None:
