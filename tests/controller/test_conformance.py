@@ -1,0 +1,36 @@
+"""What the doubles are held to: the script of tests/test_controller_conformance.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from _conform_controller import World, play
+
+from .support import ControlledNamespace
+
+pytestmark = pytest.mark.controller
+
+
+async def test_the_real_controller(cluster: ControlledNamespace) -> None:
+    async def fail_pod(name: str) -> None:
+        pod = await cluster.pod(name)
+        os.kill(server_at(pod["status"]["podIP"], cluster.server.sandbox_port), signal.SIGKILL)
+
+    await play(World(cluster.api, cluster.config(), cluster.delete_pod, fail_pod, is_real=True))
+
+
+def server_at(address: str, port: int) -> int:
+    """The process id of the server that the pod of this address runs."""
+    option = f"\0--host\0{address}\0--port\0{port}\0".encode()
+    (found,) = (path for path in Path("/proc").glob("[0-9]*") if option in read(path / "cmdline"))
+    return int(found.name)
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # It has ended.
+        return b""
