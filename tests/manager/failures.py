@@ -22,6 +22,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
+from prodisco_sandbox._kube_config import OwnClient
 from prodisco_sandbox.manifest import GROUP, PLURAL, sandbox_body, session_hash
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
@@ -125,6 +126,23 @@ async def a_sandbox_is_refused(w: World) -> None:
 async def creating_is_not_allowed(w: World) -> None:
     w.api.forbid("create")
     await w.fails(w.manager.get_client(SESSION), SandboxPermissionError)
+
+
+class LoggedOut(OwnClient):
+    """A connection of the manager's own that finds no new credentials."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def renew_credentials(self) -> None:
+        raise SandboxUnavailableError("log in first")
+
+
+@failure("credentials_not_renewed", "reason", also="sandbox_failed", counts={"failed": 1})
+async def credentials_are_revoked(w: World) -> None:
+    w.api.api_client = LoggedOut()  # type: ignore[attr-defined]
+    w.api.faults.add("create", error=401)
+    await w.fails(w.manager.get_client(SESSION), SandboxUnavailableError)
 
 
 @failure("sandbox_failed", "sandbox reason duration", counts={"failed": 1})

@@ -26,6 +26,7 @@ GOOD = {
     "sandbox_closed",
     "sandbox_deleted",
     "watch_restored",
+    "credentials_renewed",
     "task_ended",
 }
 """What is logged although nothing has gone wrong."""
