@@ -20,7 +20,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow reliability bench plot unit lowest coverage check format proto clean FORCE
+.PHONY: help venv demo test slow reliability bench plot unit envtest lowest coverage check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,6 +50,9 @@ $(VENV)/benchmarks.json:
 
 unit: $(VENV)/.installed $(PROTO_VENV) ## the tests that start no process, in half a minute
 	@$(PY) -m pytest $(WORKERS) -m "$(UNIT)" $(PYTEST_ARGS)
+
+envtest: $(VENV)/.installed ## the tests on a real API server alone, the one that KUBEBUILDER_ASSETS names
+	@$(PY) -m pytest -m envtest $(PYTEST_ARGS)
 
 lowest: ## the quick tests with the lowest versions that pyproject.toml allows
 	@$(MAKE) --no-print-directory unit UNIT="not slow and not envtest" VENV=.venv-lowest BOUNDS=--lowest \
