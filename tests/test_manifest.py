@@ -177,7 +177,7 @@ def test_default_body(api_version: str, running: dict[str, Any]) -> None:
                             ],
                             "resources": {
                                 "requests": {"memory": "128Mi", "cpu": "100m"},
-                                "limits": {"memory": "512Mi", "cpu": "500m", "ephemeral-storage": "1Gi"},
+                                "limits": {"memory": "512Mi", "cpu": "1", "ephemeral-storage": "1Gi"},
                             },
                             "volumeMounts": [{"name": "scripts-cache", "mountPath": "/tmp/prodisco-scripts"}],
                             "securityContext": {

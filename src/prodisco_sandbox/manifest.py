@@ -125,7 +125,8 @@ def _default_pod_template(config: SandboxManagerConfig) -> Object:
         ],
         "resources": {
             "requests": {"memory": "128Mi", "cpu": "100m"},
-            "limits": {"memory": "512Mi", "cpu": "500m", "ephemeral-storage": "1Gi"},
+            # A lower CPU limit holds up the server's start, most of it one thread's work.
+            "limits": {"memory": "512Mi", "cpu": "1", "ephemeral-storage": "1Gi"},
         },
         "volumeMounts": [{"name": "scripts-cache", "mountPath": CACHE_DIR}],
         "securityContext": {
