@@ -385,67 +385,162 @@ def sandbox(*conditions: Any, **status: Any) -> Object:
 
 
 @pytest.mark.parametrize(
-    ("status", "state", "text"),
+    ("status", "phase", "text"),
     [
-        (None, "waiting", "no status yet (does agent-sandbox's controller run?)"),
-        ({}, "waiting", "no status yet (does agent-sandbox's controller run?)"),
+        (None, "starting", "no status yet (does agent-sandbox's controller run?)"),
+        ({}, "starting", "no status yet (does agent-sandbox's controller run?)"),
         # A controller that reports no Ready condition at all: the address is all there is.
-        ({"serviceFQDN": FQDN}, "ready", "ready"),
-        ({"serviceFQDN": FQDN, "conditions": None}, "ready", "ready"),
-        ({"serviceFQDN": FQDN, "conditions": [condition("Other", "False")]}, "ready", "ready"),
-        ({"serviceFQDN": FQDN, "conditions": ["?"]}, "ready", "ready"),
-        ({"serviceFQDN": ""}, "waiting", "no address in its status yet"),
+        ({"serviceFQDN": FQDN}, "running", "ready"),
+        ({"serviceFQDN": FQDN, "conditions": None}, "running", "ready"),
+        ({"serviceFQDN": FQDN, "conditions": [condition("Other", "False")]}, "running", "ready"),
+        ({"serviceFQDN": FQDN, "conditions": ["?"]}, "running", "ready"),
+        ({"serviceFQDN": ""}, "starting", "no address in its status yet"),
         (
             {"serviceFQDN": FQDN, "conditions": [READY]},
-            "ready",
+            "running",
             "Ready=True, reason DependenciesReady: Pod is Ready; Service Exists",
         ),
-        ({"conditions": [READY]}, "waiting", "no address in its status yet"),
+        ({"conditions": [READY]}, "starting", "no address in its status yet"),
         # The Service is there before its pod is ready.
         (
             not_ready("DependenciesNotReady", "Pending"),
-            "waiting",
+            "starting",
             "Ready=False, reason DependenciesNotReady: Pending",
         ),
-        ({"serviceFQDN": FQDN, "conditions": [condition("Ready", "Unknown")]}, "waiting", "Ready=Unknown"),
-        ({"serviceFQDN": FQDN, "conditions": [{"type": "Ready"}]}, "waiting", "Ready=None"),
+        ({"serviceFQDN": FQDN, "conditions": [condition("Ready", "Unknown")]}, "starting", "Ready=Unknown"),
+        ({"serviceFQDN": FQDN, "conditions": [{"type": "Ready"}]}, "starting", "Ready=None"),
         # A terminal reason says so only beside False.
         (
             {"conditions": [condition("Ready", "Unknown", "PodFailed")]},
-            "waiting",
+            "starting",
             "Ready=Unknown, reason PodFailed",
         ),
         *(
-            (not_ready(reason), "waiting", f"Ready=False, reason {reason}")
+            (not_ready(reason), "starting", f"Ready=False, reason {reason}")
             for reason in ("ReconcilerError", "SandboxSuspended", "podfailed")
         ),
         *(
-            (not_ready(reason, "exit code 1"), "terminal", f"Ready=False, reason {reason}: exit code 1")
-            for reason in ("PodFailed", "PodSucceeded", "SandboxExpired", "InvalidConfiguration")
+            (not_ready(reason, "exit code 1"), phase, f"Ready=False, reason {reason}: exit code 1")
+            for reason, phase in {
+                "PodFailed": "dead",
+                "PodSucceeded": "dead",
+                "SandboxExpired": "starting",
+                "InvalidConfiguration": "never",
+            }.items()
         ),
         (
             {"serviceFQDN": FQDN, "conditions": [READY, condition("Finished", "True", "PodSucceeded")]},
-            "terminal",
+            "dead",
             "Finished=True, reason PodSucceeded",
         ),
         (
             {"serviceFQDN": FQDN, "conditions": [condition("Finished", "False"), READY]},
-            "ready",
+            "running",
             "Ready=True, reason DependenciesReady: Pod is Ready; Service Exists",
         ),
     ],
 )
-def test_readiness(status: dict[str, Any] | None, state: str, text: str) -> None:
-    target = f"{FQDN}:50051" if state == "ready" else None
-    seen = manifest.readiness({"metadata": {"name": "sandbox-1"}, "status": status}, multi())
-    assert (seen.state, seen.target, seen.text) == (state, target, text)
+def test_readiness(status: dict[str, Any] | None, phase: str, text: str) -> None:
+    target = f"{FQDN}:50051" if phase == "running" else None
+    seen = manifest.readiness({"metadata": {"name": "sandbox-1"}, "status": status}, multi(), now=NOW)
+    assert (seen.phase, seen.target, seen.text) == (phase, target, text)
 
 
 def test_what_is_being_deleted_will_never_be_ready() -> None:
     deleted = sandbox(READY, serviceFQDN=FQDN)
     deleted["metadata"]["deletionTimestamp"] = "2030-01-01T00:00:00Z"
-    seen = manifest.readiness(deleted, multi())
-    assert (seen.state, seen.target, seen.text) == ("terminal", None, "it is being deleted")
+    seen = manifest.readiness(deleted, multi(), now=NOW)
+    assert (seen.phase, seen.target, seen.text) == ("ending", None, "it is being deleted")
+
+
+@pytest.mark.parametrize(
+    ("until", "phase"),
+    [("2030-01-01T11:59:59Z", "ending"), ("2030-01-01T12:00:01Z", "starting"), (None, "starting")],
+)
+def test_expired_counts_only_with_its_own_time_past(until: str | None, phase: str) -> None:
+    """Another manager may have moved the time since the controller looked."""
+    seen = manifest.readiness(
+        {"spec": {"shutdownTime": until}, "status": not_ready("SandboxExpired")}, multi(), now=NOW
+    )
+    assert (seen.phase, seen.target) == (phase, None)
+
+
+def at(generation: int, *conditions: Object, **spec: Any) -> Object:
+    found = sandbox(*conditions, serviceFQDN=FQDN)
+    found["metadata"]["generation"] = generation
+    return found | {"spec": spec}
+
+
+def of(generation: int, *args: str) -> Object:
+    return condition(*args) | {"observedGeneration": generation}
+
+
+@pytest.mark.parametrize(
+    ("found", "since", "phase"),
+    [
+        (at(2, of(2, "Ready", "True"), operatingMode="Running"), 0, "running"),
+        (at(2, of(1, "Ready", "True"), operatingMode="Running"), 0, "running"),
+        # What the controller saw before our own patch does not count.
+        (at(3, of(2, "Ready", "True"), operatingMode="Running"), 3, "starting"),
+        (at(3, of(2, "Finished", "True"), of(3, "Ready", "True"), operatingMode="Running"), 3, "running"),
+        (at(2, of(2, "Ready", "True"), operatingMode="Running"), 3, "starting"),
+        # What it is to be counts more than what it is.
+        (at(2, of(1, "Ready", "True"), operatingMode="Suspended"), 0, "suspended"),
+        (at(2, of(2, "Finished", "True", "PodSucceeded"), operatingMode="Suspended"), 0, "suspended"),
+        (at(2, replicas=0), 0, "suspended"),
+        (at(2, replicas=1), 0, "running"),
+    ],
+)
+def test_readiness_by_generation(found: Object, since: int, phase: str) -> None:
+    assert manifest.readiness(found, multi(), now=NOW, since=since).phase == phase
+
+
+@pytest.mark.parametrize(
+    ("found", "since", "suspended"),
+    [
+        (at(2, of(2, "Suspended", "True", "PodTerminated")), 0, True),
+        (at(2, of(2, "Suspended", "True", "PodTerminated")), 2, True),
+        (at(3, of(2, "Suspended", "True", "PodTerminated")), 3, False),
+        (at(3, of(3, "Ready", "False", "DependenciesNotReady")), 3, True),
+        (at(2, of(2, "Suspended", "False", "PodTerminating")), 0, False),
+        ({"status": {"podIPs": ["10.0.0.1"]}}, 0, False),
+        ({"status": {}}, 0, True),
+    ],
+)
+def test_is_suspended(found: Object, since: int, suspended: bool) -> None:
+    assert manifest.is_suspended(found, since) is suspended
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "refusal"),
+    [
+        ("DependenciesNotReady", "exceeded quota", None),
+        ("ReconcilerError", "Error seen: etcdserver: request timed out", None),
+        (
+            "ReconcilerError",
+            'Error seen: pods "s" is forbidden: exceeded quota: q, requested: pods=1',
+            "quota",
+        ),
+        (
+            "ReconcilerError",
+            'Error seen: pods "s" is forbidden: violates PodSecurity "restricted:latest"',
+            "permanent",
+        ),
+        (
+            "ReconcilerError",
+            'Error seen: pod "s" is owned by Sandbox/s (UID: 1), not by sandbox "s"',
+            "occupied",
+        ),
+        ("MultiplePods", "multiple pods found", "permanent"),
+    ],
+)
+def test_refusal(reason: str, message: str, refusal: str | None) -> None:
+    assert manifest.refusal(reason, message) == refusal
+
+
+@pytest.mark.parametrize(("template", "seconds"), [(None, 5.0), ({"spec": {}}, 30.0)])
+def test_grace_period(template: Any, seconds: float) -> None:
+    assert manifest.grace_period(multi(pod_template_spec=template)) == seconds
 
 
 NO_NAME, NAMED = TlsConfig(secret_name="keys"), TlsConfig(secret_name="keys", server_name="sandbox")
@@ -477,8 +572,8 @@ NO_NAME, NAMED = TlsConfig(secret_name="keys"), TlsConfig(secret_name="keys", se
 def test_endpoint(endpoint: Any, tls: TlsConfig | None, status: dict[str, Any], target: str | None) -> None:
     config = multi(endpoint=endpoint, tls=tls)
     assert manifest.endpoint(sandbox(**status), config) == target
-    seen = manifest.readiness(sandbox(READY, **status), config)
-    assert (seen.state, seen.target) == ("waiting" if target is None else "ready", target)
+    seen = manifest.readiness(sandbox(READY, **status), config, now=NOW)
+    assert (seen.phase, seen.target) == ("starting" if target is None else "running", target)
 
 
 def test_port_is_the_setting() -> None:

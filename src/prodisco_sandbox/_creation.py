@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from . import manifest
 from ._answers import (
@@ -22,6 +22,7 @@ from ._sessions import Session, SessionTable
 from ._tasks import OwnedTasks, Pace
 from .config import SandboxManagerConfig
 from .errors import (
+    SandboxCapacityError,
     SandboxConflictError,
     SandboxError,
     SandboxFailedError,
@@ -49,14 +50,20 @@ PLACE_MARGIN = 0.05
 """How long before its deadline a wait for another address ends."""
 INCARNATIONS = 100
 """How many incarnations of a name are tried, and recognised in a Sandbox that is adopted."""
+REFUSAL_PAUSE, REFUSAL_BELIEVED = 1.0, 2.0
+"""A pod that seems to be refused for good is read each second, and believed to be after two."""
 
 
 class LostError(SandboxError):
     """The session's Sandbox is no more, or no longer ours: there is nothing to delete."""
 
 
-class TerminalError(SandboxFailedError):
-    """The Sandbox will never be ready (again)."""
+class SpentError(SandboxFailedError):
+    """The Sandbox has come to its end and holds nothing: delete it, and make another."""
+
+
+class SuspendedError(SandboxFailedError):
+    """The Sandbox is suspended, and starting it was refused: it is kept."""
 
 
 class Creation:
@@ -74,6 +81,7 @@ class Creation:
         discard: Callable[[str, SandboxClient], None],
         remember: Callable[[Session], None],
         watching: Callable[[], bool],
+        wall_clock: Callable[[], float],
         pace: Pace,
     ) -> None:
         self._log = get_logger("manager", resources.events)
@@ -86,11 +94,17 @@ class Creation:
         self._discard = discard
         self._remember = remember
         self._watching = watching
+        self._wall_clock = wall_clock
         self._pace = pace
         self._creates = asyncio.Semaphore(CONCURRENT_CREATES)
 
-    async def obtain(self, session: Session, deadline: float) -> None:
+    async def obtain(self, session: Session, deadline: float, *, look: bool = False) -> None:
         """Creates the session's Sandbox, or adopts the one that an earlier process left.
+
+        Args:
+            session: Its name says what to create.
+            deadline: On the loop's clock.
+            look: Look first for one that the session may have, whatever its name.
 
         Raises:
             SandboxConflictError: The name is taken by somebody else's Sandbox.
@@ -98,6 +112,13 @@ class Creation:
         """
         attempt = names = 0
         while names < INCARNATIONS:
+            if look:
+                names += 1
+                adopted = await self._adopt_existing(session, names, deadline)
+                if adopted:
+                    return
+                look = adopted is not None
+                continue
             # Asked anew for each try: either may have changed.
             leased = await self._leases.allowed(deadline)
             version = await self._resources.api_version(deadline)
@@ -134,6 +155,15 @@ class Creation:
             )
             return
         raise SandboxConflictError(f"no free name for the sandbox after {names} tries: {session.name}")
+
+    async def has_one(self, session: Session) -> bool:
+        """Whether the session has a Sandbox, whatever its name, as far as that can be told now."""
+        try:
+            found, _ = await self._resources.list(self._selector(session))
+        except SandboxError as e:
+            self._log.info("sandbox_not_looked_for", sandbox=session.name, reason=str(e))
+            return False
+        return bool(found)
 
     async def _send(
         self, session: Session, verb: str, request: Callable[[], Awaitable[Object | None]]
@@ -211,17 +241,10 @@ class Creation:
         Returns:
             Whether a Sandbox was adopted; otherwise create again.
         """
-        selector = manifest.managed_selector(session=session.session_hash, managed_by=self._config.managed_by)
-        found, _ = await self._resources.list(selector, deadline)
-        alive = [sandbox for sandbox in found if not manifest.is_deleting(sandbox)]
-        for sandbox in alive:
-            if manifest.readiness(sandbox, self._config).state == "terminal":
-                await self._resources.delete(manifest.name(sandbox), manifest.uid(sandbox), deadline)
-                self._next_name(session)
-                return False
-        if alive:
-            newest = max(alive, key=lambda s: str((s.get("metadata") or {}).get("creationTimestamp") or ""))
-            return await self._adopt(session, newest, attempt, deadline)
+        if adopted := await self._adopt_existing(session, attempt, deadline):
+            return True
+        if adopted is not None:
+            return False
         taken = await self._resources.get(session.name, deadline)
         if taken is None or (not manifest.is_deleting(taken) and self._is_sessions(session, taken)):
             return False  # It has gone, or come, since the list.
@@ -233,6 +256,33 @@ class Creation:
             ) from error.__cause__
         self._next_name(session)
         return False
+
+    async def _adopt_existing(self, session: Session, attempt: int, deadline: float) -> bool | None:
+        """Adopts the newest Sandbox that the session has by its label; deletes those that are spent.
+
+        Returns:
+            Whether one was adopted; False: look again; None: there is none.
+        """
+        found, _ = await self._resources.list(self._selector(session), deadline)
+        alive = [sandbox for sandbox in found if not manifest.is_deleting(sandbox)]
+        spent = [sandbox for sandbox in alive if self._is_spent(sandbox)]
+        for sandbox in spent:
+            await self._resources.delete(manifest.name(sandbox), manifest.uid(sandbox), deadline)
+            if manifest.name(sandbox) == session.name:
+                self._next_name(session)
+        alive = [sandbox for sandbox in alive if sandbox not in spent]
+        if not alive:
+            return False if spent else None
+        newest = max(alive, key=lambda s: str((s.get("metadata") or {}).get("creationTimestamp") or ""))
+        return await self._adopt(session, newest, attempt, deadline)
+
+    def _selector(self, session: Session) -> str:
+        return manifest.managed_selector(session=session.session_hash, managed_by=self._config.managed_by)
+
+    def _is_spent(self, sandbox: Object) -> bool:
+        """Whether nothing is lost with it: its pod has ended, and no volume outlives that."""
+        phase = self.reading(sandbox).phase
+        return phase == "ending" or (phase in ("dead", "never") and not manifest.holds_volumes(sandbox))
 
     def _next_name(self, session: Session) -> None:
         incarnation = session.incarnation + 1
@@ -253,6 +303,7 @@ class Creation:
         incarnation = next((i for i, known in enumerate(names) if known == name), session.incarnation)
         self._rename(session, name, incarnation)
         session.observed = None
+        session.was_used = True
         lease = self._leases.next() if await self._leases.allowed(deadline) else None
         patch: Object = {
             "metadata": {
@@ -284,32 +335,69 @@ class Creation:
 
     # Its client
 
-    async def connect(self, session: Session, deadline: float) -> SandboxClient:
+    async def connect(self, session: Session, deadline: float, *, exchange: bool = False) -> SandboxClient:
         """Waits until the Sandbox is ready and its server healthy; makes the client.
 
         A client that the session has is kept as long as it leads to the same pod.
 
+        Args:
+            session: It has a Sandbox.
+            deadline: On the loop's clock.
+            exchange: A name that an earlier pod still holds is not waited for: `SpentError`.
+
         Raises:
-            SandboxFailedError: A terminal condition, or it is being deleted.
-            LostError: It is gone.
+            SpentError: It, or its pod, has come to its end, and nothing is lost with it.
+            LostError: It is gone, or being deleted.
+            SandboxFailedError: It will not be ready; SuspendedError: nor may it be started.
             SandboxError: The API server could not be reached in time.
         """
         loop = asyncio.get_running_loop()
+        restarted = False
+        refused_at: float | None = None
         while True:
             if manifest.is_deleting(session.observed or {}):
                 raise LostError(f"sandbox {session.name} is being deleted by somebody else")
-            reading = manifest.readiness(session.observed or {}, self._config)
-            if reading.state == "terminal":
-                raise TerminalError(f"sandbox {session.name} will never be ready: {reading.text}")
+            reading = self.reading(session.observed or {}, session.generation, strict=True)
+            match reading.phase:
+                case "ending":
+                    raise SpentError(f"sandbox {session.name} has come to its end: {reading.text}")
+                case "never":
+                    raise SandboxFailedError(f"sandbox {session.name} will never be ready: {reading.text}")
+                case "dead":
+                    text = f"the pod of sandbox {session.name} has come to its end: {reading.text}"
+                    if not manifest.holds_volumes(session.observed or {}):
+                        raise SpentError(text)
+                    if restarted:
+                        raise SandboxFailedError(f"{text}, also after a restart")
+                    restarted = True
+                    self.drop_machine(session)
+                    await self._set_mode(session, "Suspended", deadline)
+                    continue
+                case "suspended" if manifest.is_suspended(session.observed or {}, session.generation):
+                    self.drop_machine(session)
+                    await self._set_mode(session, "Running", deadline)
+                    continue
+                case "suspended":
+                    self.drop_machine(session)
             if reading.target is None:
-                await self._hear(session, deadline)
+                if reading.refusal == "occupied" and exchange:
+                    raise SpentError(f"the name of sandbox {session.name} is not free yet: {reading.text}")
+                if reading.refusal in (None, "occupied"):
+                    refused_at = None
+                    await self._hear(session, deadline)
+                    continue
+                refused_at = loop.time() if refused_at is None else refused_at
+                if loop.time() >= refused_at + REFUSAL_BELIEVED:
+                    error = SandboxCapacityError if reading.refusal == "quota" else SandboxFailedError
+                    raise error(f"the pod of sandbox {session.name} is refused: {reading.text}")
+                await self._hear(session, deadline, REFUSAL_PAUSE)
                 continue
             client = self._client(session, reading.target)
             if client is None:
                 await self._hear_of_place(session, deadline)
                 continue
             if await client.wait_for_healthy(max(0.0, min(HEALTH_SLICE, deadline - loop.time()))):
-                after = manifest.readiness(session.observed or {}, self._config)
+                after = self.reading(session.observed or {}, session.generation, strict=True)
                 if after.target is None or self._client(session, after.target) is not client:
                     continue
                 if self._is_own(session, client):
@@ -374,7 +462,9 @@ class Creation:
             return False
         before, session.machine = session.machine, boot_id or session.pod_ips or session.machine
         session.met = client
-        if before and before != session.machine:
+        # Without a boot id only the status tells: a pod that has ended is not met again.
+        replaced = bool(before) and before != session.machine
+        if replaced or (session.machine_lost and boot_id is None):
             session.incarnation += 1
             self._table.totals.recreated += 1
             self._log.warning(
@@ -383,7 +473,70 @@ class Creation:
                 incarnation=session.incarnation,
                 reason="another pod" if boot_id is None else "another boot id",
             )
+        session.machine_lost = False
         return True
+
+    def drop_machine(self, session: Session) -> None:
+        """The machine behind the session's client is gone: ends the client at once."""
+        if session.client is not None:
+            self._discard(session.name, session.client)
+            session.machine_lost = True
+            self._table.totals.lost += 1
+            self._table.vacate(session)
+        session.client = session.target = None
+        session.pod_ips = ()
+
+    async def _set_mode(
+        self, session: Session, mode: Literal["Running", "Suspended"], deadline: float
+    ) -> None:
+        """Starts or suspends the Sandbox; what the controller saw before does not count any more.
+
+        Raises:
+            LostError: It is gone, or another.
+            SuspendedError: The manager may not patch.
+            SandboxError: The API server could not be reached in time.
+        """
+        observed = session.observed or {}
+        patch = {"metadata": {"uid": session.uid}, "spec": manifest.mode_spec(observed, mode)}
+        self._log.info("sandbox_mode_changed", sandbox=session.name, mode=mode)
+        try:
+            patched = await self._resources.patch(session.name, patch, deadline)
+        except (NotFoundError, PreconditionError) as e:
+            raise LostError(f"sandbox {session.name} has been deleted") from e
+        except (SandboxPermissionError, UnsupportedError) as e:
+            raise SuspendedError(
+                f"sandbox {session.name} is {'suspended' if mode == 'Running' else 'dead'}, and the manager"
+                f" may not patch it to start it: {e}",
+                status=e.status,
+            ) from e
+        session.generation = max(session.generation, manifest.generation(patched))
+        if patched is not None and manifest.generation(session.observed) < session.generation:
+            session.observed, session.observed_at = patched, asyncio.get_running_loop().time()
+
+    async def discard_spent(self, session: Session, deadline: float) -> None:
+        """Deletes the session's Sandbox, which is of no more use, and takes another name for the next."""
+        name, incarnation, uid = session.name, session.incarnation, session.uid
+        if session.client is not None:
+            self._discard(name, session.client)
+        session.client = session.target = session.uid = session.observed = None
+        session.pod_ips, session.machine, session.generation = (), (), 0
+        self._table.vacate(session)
+        self._leases.drop(session)
+        self._next_name(session)  # Before it is deleted: that is no news for the session then.
+        try:
+            await self._resources.delete(name, uid, deadline)
+        except BaseException:
+            self._rename(session, name, incarnation)
+            session.uid = uid  # Whoever ends the session deletes it.
+            raise
+        session.leftover = False
+
+    def must_keep(self, session: Session) -> bool:
+        """Whether a session that fails leaves its Sandbox: it may hold what a user wants back."""
+        observed = session.observed or {}
+        return session.was_used and (
+            manifest.holds_volumes(observed) or self.reading(observed).phase == "suspended"
+        )
 
     def _watched(self, session: Session) -> bool:
         return session.claimed and self._watching()
@@ -391,11 +544,12 @@ class Creation:
     def _interval(self, session: Session) -> float:
         return WATCHED_INTERVAL if self._watched(session) else self._config.ready_poll_interval
 
-    async def _hear(self, session: Session, deadline: float) -> None:
+    async def _hear(self, session: Session, deadline: float, patience: float | None = None) -> None:
         """Waits until there is news of the Sandbox, or reads it after a while."""
         session.news.clear()
         loop = asyncio.get_running_loop()
-        remaining = session.observed_at + self._interval(session) - loop.time()
+        patience = self._interval(session) if patience is None else patience
+        remaining = session.observed_at + patience - loop.time()
         try:
             async with asyncio.timeout(max(0.0, remaining)):
                 await session.news.wait()
@@ -434,12 +588,15 @@ class Creation:
                 " status has not changed in time"
             ) from e
 
-    def reading(self, sandbox: Object) -> manifest.Readiness:
-        """How far a Sandbox is, as far as that can be told."""
+    def reading(self, sandbox: Object, since: int = 0, *, strict: bool = False) -> manifest.Readiness:
+        """How far a Sandbox is; unless `strict`, as far as that can be told."""
         try:
-            return manifest.readiness(sandbox, self._config)
-        except Exception as e:  # noqa: BLE001 - `endpoint` may be the caller's own function
-            return manifest.Readiness("waiting", None, f"its endpoint cannot be told: {e!r}")
+            return manifest.readiness(sandbox, self._config, now=self._wall_clock(), since=since)
+        except Exception as e:
+            if strict:
+                raise
+            # `endpoint` may be the caller's own function.
+            return manifest.Readiness("starting", None, f"its endpoint cannot be told: {e!r}")
 
     def last_seen(self, session: Session) -> str:
         """How far a session has come that is not ready."""

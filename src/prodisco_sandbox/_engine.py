@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 from . import manifest
 from ._closing import Closing
-from ._creation import Creation, LostError, TerminalError
+from ._creation import Creation, LostError, SpentError
 from ._leases import Leases
 from ._log import get_logger
 from ._sessions import Session, SessionState, SessionTable
@@ -33,6 +34,10 @@ ROUNDS = 3
 REAPED_PER_PASS = 40
 STEPS_PER_PASS = 16
 """Steps of creations and closes in one pass of the event loop; 20 to 80 µs each until they wait."""
+NAME_MARGIN = 5.0
+"""How much longer than its pod's grace period a name may be taken."""
+LEFT = 10_000
+"""How many sessions are looked for before one is created, because they may have a Sandbox."""
 REMEMBERED = 1024
 """How many ended sessions are remembered, to tell a re-creation from a first creation."""
 
@@ -61,7 +66,8 @@ class Engine:
         self._tasks = OwnedTasks(self.events)
         self._resources = SandboxResources(config, api, self.events)
         selector = manifest.managed_selector(instance=config.instance_label, managed_by=config.managed_by)
-        self._watch = SandboxWatch(self._resources, selector, self)
+        everyone = manifest.managed_selector(managed_by=config.managed_by)
+        self._watch = SandboxWatch(self._resources, selector, self, survey=(everyone, self._surveyed))
         self._watch_task: asyncio.Task[None] | None = None
         self._sweep_task: asyncio.Task[None] | None = None
         self._leases = Leases(self._resources, config.lease_duration, wall_clock, self._lost_unseen)
@@ -79,9 +85,15 @@ class Engine:
             discard=self._discard,
             remember=self._closing.remember,
             watching=lambda: self._watch.active,
+            wall_clock=wall_clock,
             pace=self._pace,
         )
         self._ended: OrderedDict[str, None] = OrderedDict()
+        self._left: set[str] = set()
+        """Hashes of sessions that may have a Sandbox which this manager does not follow."""
+        self._occupied: dict[str, float] = {}
+        """Names whose pods may not be gone yet, and until when."""
+        self._occupied_for = manifest.grace_period(config) + NAME_MARGIN
         self._closed = False
 
     def start(self) -> None:
@@ -197,9 +209,23 @@ class Engine:
         if session.timer is not None:
             session.timer.cancel()
         self._ended.pop(session.session_hash, None)
+        self.table.rename(session, *self.fresh_name(session.session_id, self._now()))
         if self._watch_task is None:
             self._watch_task = self._tasks.supervise(self._watch.run, "sandbox-watch")
         session.creation = self._tasks.spawn(self._create(session), f"sandbox:{session.name}")
+
+    def fresh_name(self, session_id: str, now: float) -> tuple[str, int]:
+        """The first incarnation of the session's name that no pod may still hold, and its number."""
+        names = ((manifest.sandbox_name(session_id, i), i) for i in itertools.count())
+        return next((name, i) for name, i in names if self._occupied.get(name, now) <= now)
+
+    def _occupy(self, name: str) -> None:
+        now = self._now()
+        for old, until in list(itertools.islice(self._occupied.items(), 2)):
+            if until <= now:  # Older ones come first.
+                del self._occupied[old]
+        self._occupied.pop(name, None)
+        self._occupied[name] = now + self._occupied_for
 
     async def _create(self, session: Session) -> None:
         session.since = self._now()
@@ -207,14 +233,28 @@ class Engine:
         await self._pace()
         try:
             async with asyncio.timeout_at(deadline):
-                await self._creation.obtain(session, deadline)
-                client = await self._creation.connect(session, deadline)
+                client = await self._obtain(session, deadline)
         except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
             self._fail(session, self._creation.failure(session, e))
         else:
             self._ready(session, client)
             took = round(self._now() - session.since, 3)
             self._log.info("sandbox_ready", sandbox=session.name, target=session.target, duration=took)
+
+    async def _obtain(self, session: Session, deadline: float) -> SandboxClient:
+        """Makes or adopts the session's Sandbox and connects to it; replaces one that ends meanwhile."""
+        await self._watch.tried.wait()
+        look = session.session_hash in self._left
+        if not look and not self._watch.surveyed:
+            look = await self._creation.has_one(session)
+        await self._creation.obtain(session, deadline, look=look)
+        try:
+            return await self._creation.connect(session, deadline, exchange=not session.was_used)
+        except SpentError as e:
+            self._log.warning("sandbox_replaced", sandbox=session.name, reason=str(e))
+            await self._creation.discard_spent(session, deadline)
+        await self._creation.obtain(session, deadline)
+        return await self._creation.connect(session, deadline)
 
     def _fail(self, session: Session, error: SandboxError) -> None:
         self.table.totals.failed += 1
@@ -226,6 +266,8 @@ class Engine:
         if self.table.current.get(session.session_id) is not session:
             return  # Closed meanwhile, and the client has hidden the cancellation.
         session.check = None
+        session.was_used = True
+        self._left.discard(session.session_hash)
         boot_id = session.machine if isinstance(session.machine, str) else None
         client.sandbox = SandboxRef(session.name, session.uid or "", session.incarnation, boot_id)
         session.last_used = self._now()
@@ -279,13 +321,13 @@ class Engine:
             await self._creation.look_at(session)
             async with asyncio.timeout_at(deadline):
                 client = await self._creation.connect(session, deadline)
-        except (LostError, TerminalError) as e:
-            session.leftover = session.leftover and isinstance(e, TerminalError)
+        except (LostError, SpentError) as e:
+            session.leftover = session.leftover and isinstance(e, SpentError)
             self._lose(session, str(e))
         except TimeoutError as e:
             self._lose(session, "its server does not answer", self._creation.failure(session, e))
         except Exception as e:  # noqa: BLE001
-            # The cluster cannot be asked: what it holds may be well, so it is kept.
+            # The cluster cannot be asked, or the Sandbox not be started: what it holds may be well.
             session.error = self._creation.failure(session, e)
             session.check = None
             took = round(self._now() - begun, 3)
@@ -295,8 +337,15 @@ class Engine:
         else:
             self._ready(session, client)
 
+    def _lose_machine(self, session: Session, reason: str) -> None:
+        """Its pod never runs again; what becomes of the Sandbox is decided when it is asked for."""
+        if session.client is not None:
+            self._log.warning("sandbox_machine_lost", sandbox=session.name, reason=reason)
+            self.table.doubt(session)
+            self._creation.drop_machine(session)
+
     def _lose(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
-        self.table.totals.lost += 1
+        self.table.totals.lost += not session.machine_lost
         lived = round(self._now() - session.since, 3)
         self._log.warning("sandbox_lost", sandbox=session.name, reason=reason, duration=lived)
         self._end(session, "lost", error)
@@ -317,6 +366,14 @@ class Engine:
             session.timer.cancel()
         if not self.table.close(session, error):
             return
+        if reason in ("failed", "lost"):
+            if session.leftover and self._creation.must_keep(session):
+                session.leftover = False
+                self._log.warning("sandbox_kept", sandbox=session.name, reason=reason)
+            if not session.leftover:  # It was kept, or perhaps claimed by another manager.
+                self._left.add(session.session_hash)
+                if len(self._left) > LEFT:
+                    self._left.pop()
         if reason in ("lost", "reaped"):
             self._ended[session.session_hash] = None
             if len(self._ended) > REMEMBERED:
@@ -330,6 +387,8 @@ class Engine:
         session.closer.add_done_callback(lambda _: self._released(session))
 
     def _released(self, session: Session) -> None:
+        if (session.uid is not None or session.leftover) and not self._closed:
+            self._occupy(session.name)
         for started in self.table.release(session):
             self._begin(started)
 
@@ -349,6 +408,10 @@ class Engine:
         self._log.info("sandbox_closed", sandbox=session.name, reason=reason, duration=took)
 
     # The watch tells
+
+    def _surveyed(self, sandboxes: list[Object]) -> None:
+        living = (sandbox for sandbox in sandboxes if not manifest.is_deleting(sandbox))
+        self._left |= {manifest.labels(sandbox).get(manifest.LABEL_SESSION, "") for sandbox in living}
 
     def synced(self, sandboxes: list[Object], since: float) -> None:
         listed = {manifest.uid(sandbox) for sandbox in sandboxes}
@@ -376,12 +439,14 @@ class Engine:
             session.news.set()
             return
         reading = self._creation.reading(sandbox)
-        if reading.state == "terminal":
+        if reading.phase == "ending":
             session.leftover = session.leftover and not manifest.is_deleting(sandbox)
             self._lose(session, reading.text)
+        elif reading.phase in ("dead", "suspended"):
+            self._lose_machine(session, reading.text)
         elif session.usable:
             ips = manifest.pod_ips(sandbox)
-            if reading.state == "waiting" or (ips and session.pod_ips and ips != session.pod_ips):
+            if reading.target is None or (ips and session.pod_ips and ips != session.pod_ips):
                 self._log.info("sandbox_suspect", sandbox=session.name, reason=reading.text)
                 self.table.doubt(session)
 

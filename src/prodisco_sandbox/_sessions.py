@@ -67,6 +67,12 @@ class Session:
 
     claimed: bool = True
     """It carries our instance label; False: it was adopted without leave to patch it."""
+    generation: int = 0
+    """Which of its generations our latest patch made; older conditions do not count."""
+    was_used: bool = False
+    """It was ready once, or was adopted: it may hold what a user wants back."""
+    machine_lost: bool = False
+    """The machine that its client led to is gone; the next client leads to another."""
 
     # What is known of its client.
     client: SandboxClient | None = None

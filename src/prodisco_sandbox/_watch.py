@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
+from . import manifest
 from ._answers import ExpiredError, UnsupportedError
 from ._log import get_logger
 from .errors import SandboxError, SandboxPermissionError
@@ -24,7 +26,7 @@ class WatchListener(Protocol):
     """Whom a `SandboxWatch` tells; all calls are synchronous."""
 
     def synced(self, sandboxes: list[Object], since: float) -> None:
-        """All Sandboxes that there are, from a list asked for at `since` (loop's clock)."""
+        """All Sandboxes of ours, from a list asked for at `since` (loop's clock)."""
 
     def changed(self, sandbox: Object) -> None:
         """A Sandbox was added or modified."""
@@ -39,13 +41,25 @@ class WatchListener(Protocol):
 class SandboxWatch:
     """Follows the Sandboxes that match a label selector.
 
+    Its first list can be a wider one, `survey`: a selector, and who is told what was found.
+
     Attributes:
         active: Whether events can be relied upon: they come, or will once a broken
             connection is back. False where watching is refused or impossible.
+        tried: Set once the first list has been answered, or has failed.
     """
 
-    def __init__(self, resources: SandboxResources, selector: str, listener: WatchListener) -> None:
+    def __init__(
+        self,
+        resources: SandboxResources,
+        selector: str,
+        listener: WatchListener,
+        *,
+        survey: tuple[str, Callable[[list[Object]], None]] | None = None,
+    ) -> None:
         self.active = True
+        self.tried = asyncio.Event()
+        self._survey = self._next_survey = survey
         self._log = get_logger("watch", resources.events)
         self._resources = resources
         self._selector = selector
@@ -60,8 +74,15 @@ class SandboxWatch:
         """Whether nothing escapes it now: it has read a list, and no fault has come since the last event."""
         return self.active and not self._failures and self._listed
 
+    @property
+    def surveyed(self) -> bool:
+        """Whether the first list has been read."""
+        return self._next_survey is None
+
     async def run(self) -> None:
         """Watches until it is cancelled, or until it turns out that the API cannot watch."""
+        self.tried.clear()
+        self._next_survey = self._survey
         while True:
             try:
                 await self._lineage()
@@ -81,7 +102,17 @@ class SandboxWatch:
         """One resourceVersion lineage: a list, and watches from there until one expires."""
         since = asyncio.get_running_loop().time()
         self._listed = False
-        sandboxes, self._version = await self._resources.list(self._selector)
+        try:
+            if self._next_survey is None:
+                sandboxes, self._version = await self._resources.list(self._selector)
+            else:
+                selector, tell = self._next_survey
+                found, self._version = await self._resources.list(selector)
+                self._next_survey = None
+                tell(found)
+                sandboxes = [sandbox for sandbox in found if manifest.matches(sandbox, self._selector)]
+        finally:
+            self.tried.set()
         self._listed = True
         self._listener.synced(sandboxes, since)
         while True:

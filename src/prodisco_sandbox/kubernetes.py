@@ -202,7 +202,7 @@ class SandboxResources:
                 raise RetryableError(
                     f"the API server answered a list of Sandboxes with {type(page).__name__}"
                 )
-            items += [item for item in page.get("items") or () if _matches(item, selector)]
+            items += [item for item in page.get("items") or () if manifest.matches(item, selector)]
             metadata = page.get("metadata") or {}
             if not metadata.get("continue"):
                 return items, str(metadata.get("resourceVersion") or "")
@@ -512,12 +512,6 @@ def backoff(attempt: int, *, first: float = 0.1, most: float = 5.0) -> float:
     """Exponential backoff with jitter: half fixed, half random, so that retries spread out."""
     pause = min(most, first * 2.0 ** min(attempt, 30))
     return pause * (0.5 + random.random() / 2)
-
-
-def _matches(sandbox: Object, selector: str) -> bool:
-    """Whether the labels fit an equality selector: a plain fake may not look at it."""
-    found = manifest.labels(sandbox)
-    return all(found.get(key) == value for key, value in (part.split("=", 1) for part in selector.split(",")))
 
 
 def _unexpected(verb: str, error: Exception) -> UnexpectedError:

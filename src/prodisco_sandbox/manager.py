@@ -197,7 +197,13 @@ class SandboxManager:
             ValueError: The id is None or empty.
         """
         session = self._current.get(_checked(session_id))
-        return manifest.sandbox_name(session_id) if session is None else session.name
+        if session is not None:
+            return session.name
+        if self._engine is None or self._loop is None:
+            return manifest.sandbox_name(session_id)
+        if (closing := self._engine.table.closing.get(session_id)) is not None:
+            return closing.name
+        return self._engine.fresh_name(session_id, self._loop.time())[0]
 
     async def cleanup_orphaned_sandboxes(self, *, all_instances: bool = False) -> int:
         """Deletes Sandboxes that a previous incarnation of this manager left.

@@ -32,7 +32,7 @@ MANAGED_BY = "mcp-server"
 CACHE_DIR = "/tmp/prodisco-scripts"
 TLS_DIR = "/etc/prodisco/tls"
 
-_TERMINAL_REASONS = frozenset({"PodFailed", "PodSucceeded", "SandboxExpired", "InvalidConfiguration"})
+_DEAD_REASONS = frozenset({"PodFailed", "PodSucceeded"})
 
 Object = dict[str, Any]
 """A Sandbox as the API server returns it."""
@@ -68,6 +68,12 @@ def managed_selector(
     if session is not None:
         parts.append(f"{LABEL_SESSION}={session}")
     return ",".join(parts)
+
+
+def matches(sandbox: Object, selector: str) -> bool:
+    """Whether the labels fit an equality selector."""
+    found = labels(sandbox)
+    return all(found.get(key) == value for key, value in (part.split("=", 1) for part in selector.split(",")))
 
 
 def sandbox_body(
@@ -164,6 +170,13 @@ def _tls_env(tls: TlsConfig | None) -> list[Object]:
     return env
 
 
+def grace_period(config: SandboxManagerConfig) -> float:
+    """How long a pod may go on after its deletion, in seconds."""
+    template = config.pod_template_spec or _default_pod_template(config)
+    seconds = (template.get("spec") or {}).get("terminationGracePeriodSeconds")
+    return float(seconds) if isinstance(seconds, int) else 30.0  # Kubernetes' default
+
+
 def lease_time(now: float, duration: float) -> str:
     """RFC 3339 time `duration` seconds after the Unix time `now`, in whole seconds."""
     end = dt.datetime.fromtimestamp(now + duration, dt.UTC)
@@ -238,39 +251,138 @@ def place(sandbox: Object, target: str) -> tuple[object, ...]:
     return (target, pod_ips(sandbox), *since)
 
 
+def holds_volumes(sandbox: Object) -> bool:
+    """Whether deleting it deletes volumes of its own: what outlives its pod."""
+    return bool((sandbox.get("spec") or {}).get("volumeClaimTemplates"))
+
+
+def generation(sandbox: Object | None) -> int:
+    """How often its spec has changed; 0 where the API does not count."""
+    value = ((sandbox or {}).get("metadata") or {}).get("generation")
+    return value if isinstance(value, int) else 0
+
+
+def mode_spec(sandbox: Object, mode: Literal["Running", "Suspended"]) -> Object:
+    """The spec field that starts or suspends a Sandbox, as its API version has it."""
+    if str(sandbox.get("apiVersion")).endswith("/v1alpha1"):
+        return {"replicas": 1 if mode == "Running" else 0}
+    return {"operatingMode": mode}
+
+
+def _wants_suspended(sandbox: Object) -> bool:
+    spec = sandbox.get("spec") or {}
+    return spec.get("operatingMode") == "Suspended" or spec.get("replicas") == 0
+
+
+def is_suspended(sandbox: Object, since: int = 0) -> bool:
+    """Whether a Sandbox that is to be suspended has no pod any more.
+
+    Started before that, it would report its dying pod as ready (agent-sandbox 0.5.6).
+    """
+    conditions = _conditions(sandbox, since)
+    if "Suspended" in conditions:
+        return conditions["Suspended"].get("status") == "True"
+    # Controllers before 0.5 do not say; what they said before the latest patch does not count.
+    return bool(conditions or not since) and not pod_ips(sandbox)
+
+
+def _conditions(sandbox: Object, since: int) -> dict[Any, Object]:
+    """The conditions by type, without those from before the generation `since`."""
+    found = [c for c in (sandbox.get("status") or {}).get("conditions") or () if isinstance(c, dict)]
+    return {c.get("type"): c for c in found if not _is_older(c.get("observedGeneration"), since)}
+
+
+def _is_older(observed: object, since: int) -> bool:
+    return isinstance(observed, int) and observed < since
+
+
+Refusal = Literal["permanent", "quota", "occupied"]
+
+
+def refusal(reason: str, message: str) -> Refusal | None:
+    """What a Ready condition that is False says of the pod's creation, if that is unlikely to pass.
+
+    Returns:
+        ``"permanent"``, ``"quota"`` (an exceeded ResourceQuota) or ``"occupied"``: the pod or
+        Service of an earlier Sandbox of that name is not gone yet.
+    """
+    if reason == "MultiplePods":
+        return "permanent"
+    if reason != "ReconcilerError":
+        return None
+    if " is owned by " in message:
+        return "occupied"
+    if "exceeded quota" in message:
+        return "quota"
+    return "permanent" if permanent_refusal(message) else None
+
+
+def permanent_refusal(message: str) -> bool:
+    return "violates PodSecurity" in message
+
+
+Phase = Literal["starting", "running", "suspended", "dead", "ending", "never"]
+
+
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """What a Sandbox's status says.
+    """What a Sandbox says of itself.
 
     Attributes:
-        state: ``"ready"``, ``"waiting"`` or ``"terminal"`` (will never be ready).
-        target: gRPC target where it is ready.
-        text: The state in words, with condition reason and message, for errors.
+        phase: ``"starting"``; ``"running"``: it can be connected to; ``"suspended"``, or about to
+            be; ``"dead"``: its pod has come to its end and never runs again, which says nothing
+            of the Sandbox; ``"ending"``: it is being deleted, or its own time is over;
+            ``"never"``: its spec cannot work.
+        target: gRPC target where it is running.
+        text: The phase in words, with condition reason and message, for errors.
+        refusal: What the controller is told each time it tries to make the pod, if that is
+            unlikely to pass: see `refusal`.
     """
 
-    state: Literal["ready", "waiting", "terminal"]
+    phase: Phase
     target: str | None
     text: str
+    refusal: Refusal | None = None
 
 
-def readiness(sandbox: Object, config: SandboxManagerConfig) -> Readiness:
+def readiness(sandbox: Object, config: SandboxManagerConfig, *, now: float, since: int = 0) -> Readiness:
     """Reads a Sandbox's status.
 
-    Ready means that the endpoint is known and that the Ready condition is True, or
+    Running means that the endpoint is known and that the Ready condition is True, or
     that the controller reports no Ready condition at all. A Service alone is not
     enough: it exists before its pod is ready.
+
+    Args:
+        sandbox: As the API server returns it.
+        config: Where its endpoint is.
+        now: The Unix time: SandboxExpired counts only once its own shutdownTime is past, since
+            another manager may have moved that meanwhile.
+        since: The generation that the reader's own latest patch has made; what the
+            controller observed before that does not count.
     """
     if is_deleting(sandbox):
-        return Readiness("terminal", None, "it is being deleted")
+        return Readiness("ending", None, "it is being deleted")
+    if 0 < generation(sandbox) < since:
+        return Readiness("starting", None, "the latest change of its spec is not seen yet")
     status = sandbox.get("status") or {}
-    conditions = {c.get("type"): c for c in status.get("conditions") or () if isinstance(c, dict)}
-    finished, ready = conditions.get("Finished"), conditions.get("Ready")
+    conditions = _conditions(sandbox, since)
+    ready, finished = conditions.get("Ready"), conditions.get("Finished")
+    reason = ready.get("reason") if ready is not None and ready.get("status") == "False" else None
+    if ready is not None and reason == "SandboxExpired" and lease_lapsed(sandbox, now):
+        return Readiness("ending", None, _condition_text(ready))
+    if _wants_suspended(sandbox):
+        return Readiness("suspended", None, _condition_text(ready) if ready else "it is suspended")
     if finished is not None and finished.get("status") == "True":
-        return Readiness("terminal", None, _condition_text(finished))
+        return Readiness("dead", None, _condition_text(finished))
     if ready is not None and ready.get("status") != "True":
-        if ready.get("status") == "False" and ready.get("reason") in _TERMINAL_REASONS:
-            return Readiness("terminal", None, _condition_text(ready))
-        return Readiness("waiting", None, _condition_text(ready))
+        text = _condition_text(ready)
+        if reason in _DEAD_REASONS:
+            return Readiness("dead", None, text)
+        if reason == "InvalidConfiguration":
+            return Readiness("never", None, text)
+        return Readiness("starting", None, text, refusal(str(reason), str(ready.get("message") or "")))
+    if ready is None and since and status.get("conditions"):
+        return Readiness("starting", None, "the controller has not seen the latest change of its spec yet")
     target = endpoint(sandbox, config)
     if target is None:
         known = (
@@ -278,8 +390,8 @@ def readiness(sandbox: Object, config: SandboxManagerConfig) -> Readiness:
             if not status
             else "no address in its status yet"
         )
-        return Readiness("waiting", None, known)
-    return Readiness("ready", target, "ready" if ready is None else _condition_text(ready))
+        return Readiness("starting", None, known)
+    return Readiness("running", target, "ready" if ready is None else _condition_text(ready))
 
 
 def _condition_text(condition: Object) -> str:

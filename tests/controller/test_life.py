@@ -47,11 +47,6 @@ async def test_a_session_has_a_pod_from_its_first_call_to_its_close(cluster: Con
         assert (stats.created, stats.recreated, stats.failed, stats.lost) == (1, 0, 0, 0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, TimeoutError),
-    reason="a dead pod is taken for the end of its Sandbox",
-)
 async def test_a_pod_deleted_under_a_session_is_another_machine(cluster: ControlledNamespace) -> None:
     """As when its node is drained: on its way out the pod is Succeeded or Failed for a moment."""
     async with cluster.managed() as manager, cluster.watched() as events:
@@ -72,7 +67,6 @@ async def test_a_pod_deleted_under_a_session_is_another_machine(cluster: Control
         assert manager.stats().created == 1
 
 
-@pytest.mark.xfail(strict=True, reason="a suspended Sandbox is deleted")
 async def test_a_session_that_somebody_suspends_is_resumed_on_its_next_use(
     cluster: ControlledNamespace,
 ) -> None:

@@ -26,7 +26,7 @@ from prodisco_sandbox._kube_config import OwnClient
 from prodisco_sandbox.manifest import GROUP, PLURAL, sandbox_body, session_hash
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import Clients, StubClient, conditions, left_behind, now, settle
+from .support import Clients, StubClient, conditions, left_behind, now, settle, suspend
 
 MARK = "alices-secret-5f3a9c"
 SESSION = f"\n../{MARK}\x00{{}}%s'\"é\ud800"
@@ -59,7 +59,7 @@ class World:
 
 @asynccontextmanager
 async def world(
-    make: Callable[[str], StubClient] = StubClient, auto_ready: bool = True, **settings: Any
+    make: Callable[[str], StubClient] = StubClient, auto_ready: Any = True, **settings: Any
 ) -> AsyncIterator[World]:
     async with FakeCustomObjectsApi(auto_ready=auto_ready) as api:
         clients = Clients(make)
@@ -156,12 +156,27 @@ async def a_sandbox_is_never_ready(w: World) -> None:
     await w.fails(w.manager.get_client(SESSION), SandboxTimeoutError)
 
 
-@failure("sandbox_failed", "sandbox reason duration", counts={"failed": 1, "created": 1}, auto_ready=False)
+@failure(
+    "sandbox_failed",
+    "sandbox reason duration",
+    also="sandbox_replaced",
+    counts={"failed": 1, "created": 2},
+    auto_ready=lambda _: conditions("PodFailed", "exit code 1"),
+)
+async def pods_fail(w: World) -> None:
+    await w.fails(w.manager.get_client(SESSION), SandboxFailedError)
+
+
+@failure(
+    "sandbox_replaced", "sandbox reason", counts={"failed": 0, "created": 2, "ready": 1}, auto_ready=False
+)
 async def a_pod_fails(w: World) -> None:
     waiting = asyncio.create_task(w.manager.get_client(SESSION))
     await w.api.until(lambda: w.api.objects)
     w.api.set_status(w.sandbox(), conditions("PodFailed", "exit code 1"))
-    await w.fails(waiting, SandboxFailedError)
+    await w.api.until(lambda: w.api.count("create") == 2 and w.api.objects)
+    w.api.set_ready(w.sandbox())
+    await waiting
 
 
 @failure("sandbox_failed", "sandbox reason duration", counts={"failed": 1, "created": 1}, auto_ready=False)
@@ -294,7 +309,7 @@ async def others_delete_it(w: World) -> None:
     await asyncio.sleep(1)
 
 
-@failure("sandbox_lost", "sandbox reason duration", counts={"lost": 1})
+@failure("sandbox_machine_lost", "sandbox reason", counts={"lost": 1, "ready": 1})
 async def a_pod_dies(w: World) -> None:
     await w.manager.get_client(SESSION)
     w.api.set_status(w.sandbox(), conditions("PodFailed", "OOMKilled"))
@@ -344,6 +359,28 @@ async def a_pod_is_replaced(w: World) -> None:
     await w.manager.get_client(SESSION)
     w.api.set_ready(w.sandbox())
     await asyncio.sleep(1)
+    await w.manager.get_client(SESSION)
+
+
+@failure("sandbox_mode_changed", "sandbox mode", counts={"lost": 1}, also="sandbox_machine_lost sandbox_lost")
+async def it_was_suspended_and_does_not_come_back(w: World) -> None:
+    await w.manager.get_client(SESSION)
+    await suspend(w.api, w.sandbox())
+    await asyncio.sleep(1)
+    await w.fails(w.manager.get_client(SESSION), SandboxTimeoutError)
+
+
+@failure("sandbox_kept", "sandbox reason", counts={"lost": 1}, also="sandbox_machine_lost sandbox_lost")
+async def it_stays_suspended(w: World) -> None:
+    await w.manager.get_client(SESSION)
+    await suspend(w.api, w.sandbox(), gone=False)
+    await asyncio.sleep(1)
+    await w.fails(w.manager.get_client(SESSION), SandboxTimeoutError)
+
+
+@failure("sandbox_not_looked_for", "sandbox reason", also="watch_broken", times=1)
+async def the_first_list_fails(w: World) -> None:
+    w.api.faults.add("list", error=503, times=2)
     await w.manager.get_client(SESSION)
 
 

@@ -189,6 +189,32 @@ async def left_behind(
     return made
 
 
+async def change_spec(api: FakeCustomObjectsApi, taken: str, **spec: Any) -> None:
+    """As somebody with kubectl does."""
+    kind = {"_content_type": "application/merge-patch+json"}
+    await api.patch_namespaced_custom_object(
+        GROUP, "v1beta1", "prodisco", PLURAL, taken, {"spec": spec}, **kind
+    )
+
+
+async def suspend(api: FakeCustomObjectsApi, taken: str, *, gone: bool = True) -> None:
+    """Somebody suspends a Sandbox; `gone`: its pod has ended, too."""
+    await change_spec(api, taken, operatingMode="Suspended")
+    report_suspended(api, taken, gone=gone)
+
+
+def report_suspended(api: FakeCustomObjectsApi, taken: str, *, gone: bool = True) -> None:
+    """What the controller writes of a Sandbox that is to be suspended."""
+    found = api.get(taken)
+    assert found is not None
+    seen = {"observedGeneration": found["metadata"]["generation"]}
+    suspended = ("True", "PodTerminated") if gone else ("False", "PodTerminating")
+    [first] = conditions(suspended[1], kind="Suspended", status=suspended[0])["conditions"]
+    [second] = conditions("SandboxSuspended")["conditions"]
+    ips = {} if gone else {"podIPs": (found.get("status") or {}).get("podIPs")}
+    api.set_status(taken, {"conditions": [first | seen, second | seen], **ips})
+
+
 def now() -> float:
     return asyncio.get_running_loop().time()
 

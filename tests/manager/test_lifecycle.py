@@ -186,7 +186,7 @@ async def test_a_queued_session_whose_callers_have_left_takes_no_slot() -> None:
 
 async def test_a_failed_creation_deletes_its_sandbox_and_gives_its_slot_back_once() -> None:
     def fails_at_first(sandbox: dict[str, Any]) -> dict[str, Any] | bool:
-        if api.count("create") > 1:
+        if api.count("create") > 2:
             return True
         return conditions("PodFailed", "OOM")
 
@@ -195,7 +195,7 @@ async def test_a_failed_creation_deletes_its_sandbox_and_gives_its_slot_back_onc
         managed(api, max_sessions=1, capacity_timeout=5.0) as manager,
     ):
         first = asyncio.create_task(manager.get_client("a"))
-        await settle()
+        await asyncio.sleep(0)
         second = asyncio.create_task(manager.get_client("b"))
         with pytest.raises(SandboxFailedError, match=r"PodFailed: OOM"):
             await first
@@ -222,7 +222,6 @@ async def test_every_waiter_gets_an_error_of_its_own_with_the_cause() -> None:
     [
         (conditions("PodFailed"), "PodFailed"),
         (conditions("PodSucceeded"), "PodSucceeded"),
-        (conditions("SandboxExpired"), "SandboxExpired"),
         (conditions("InvalidConfiguration"), "InvalidConfiguration"),
         (conditions("PodFailed", kind="Finished", status="True"), "Finished=True"),
     ],

@@ -54,15 +54,18 @@ async def test_a_sandbox_that_others_have_deleted_is_noticed_and_made_again() ->
 @pytest.mark.parametrize(
     "status", [conditions("PodFailed"), conditions("PodSucceeded", kind="Finished", status="True")]
 )
-async def test_a_sandbox_that_has_come_to_its_end_is_deleted_once_by_its_closer(status: Any) -> None:
+async def test_a_sandbox_whose_pod_has_ended_is_replaced_by_its_next_use(status: Any) -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
-        old = await manager.get_client("s")
+        old = await stub(manager.get_client("s"))
         api.set_status(manager.sandbox_name("s"), status)
         await settle()
-        assert manager.stats().lost == 1
-        assert api.objects == []
-        assert api.count("delete") == 1
-        assert await manager.get_client("s") is not old
+        assert (manager.stats().lost, manager.stats().ready) == (1, 1)
+        assert old.closed
+        assert api.count("delete") == 0, "its pod's end says nothing of the Sandbox"
+        new = await manager.get_client("s")
+        assert new.sandbox != old.sandbox
+        assert (api.count("delete"), len(api.objects)) == (1, 1)
+        assert (manager.stats().lost, manager.stats().recreated) == (1, 1)
 
 
 async def test_a_sandbox_that_others_are_deleting_is_left_to_them() -> None:
@@ -446,8 +449,8 @@ async def test_who_only_polls_notices_a_death_at_the_reapers_tick() -> None:
         api.delete_now(sandbox_name("a"))
         api.set_condition(sandbox_name("b"), "Ready", "False", "PodFailed")
         await asyncio.sleep(1)
-        assert (manager.stats().ready, manager.stats().lost) == (1, 2)
-        assert alive(api) == [sandbox_name("c")]
+        assert (manager.stats().ready, manager.stats().lost) == (2, 2)
+        assert alive(api) == [sandbox_name("b"), sandbox_name("c")]
 
 
 async def test_who_only_polls_notices_a_death_of_what_has_no_uid() -> None:
