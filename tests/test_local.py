@@ -523,6 +523,8 @@ async def test_a_list_from_before_a_sandbox_was_seen_does_not_end_it(tmp_path: P
         ({"server_args": 5}, "server_args is 5: it must be a sequence of strings"),
         ({"server_args": ["--socket=/tmp/s"]}, "server_args has '--socket=/tmp/s': the cluster itself sets"),
         ({"server_args": ["--port", "1"]}, "server_args has '--port'"),
+        ({"server_args": ["--tls-cert=/c"]}, "server_args has '--tls-cert=/c'"),
+        ({"server_args": ["--check"]}, "server_args has '--check'"),
         ({"directory": "/no/such/directory"}, "directory is '/no/such/directory': there is no such"),
         ({"directory": "/" + "d" * 80}, "directory is '/ddd.*must have at most 75 bytes"),
         ({"namespace": "Not A Label"}, "namespace is 'Not A Label'"),

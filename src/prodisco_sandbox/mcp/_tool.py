@@ -60,7 +60,9 @@ def add_sandbox_tools(
         manager: Where the sandboxes come from. `sandbox_lifespan` ties its life to the
             server's.
         name: The tool's name.
-        language: What the sandboxes run; for the tool's description.
+        language: What the sandboxes run. The tool's description says what is known of a
+            server by it: of the reference server for Python, of the stock Node server for
+            TypeScript and JavaScript.
         session_key: The session of a request, None where it has none: then the model is
             given a handle. What is returned is the manager's session id as it is, so
             ``manager.get_client(session_key(ctx))`` in a tool of your own is the same
