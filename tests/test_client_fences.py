@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import grpc
 import pytest
 from _patience import PATIENCE
 
@@ -43,7 +44,11 @@ class Meant:
     def __init__(self, server: FakeSandboxServer) -> None:
         self.reasons: list[str] = []
         self.client = SandboxClient(server.target)
-        self.client._expect(POD, self.reasons.append)
+        self.looks = 0
+        self.client._expect(POD, self.reasons.append, self.look)
+
+    async def look(self) -> None:
+        self.looks += 1
 
 
 @pytest.fixture
@@ -76,6 +81,15 @@ async def reached(call: Call, client: SandboxClient) -> Any:
                 return await call(client)
             except SandboxUnavailableError:
                 await asyncio.sleep(0.01)
+
+
+async def broken(client: SandboxClient) -> None:
+    """Waits until the channel has noticed that its connection is broken."""
+    channel = client._connection._channel
+    assert channel is not None
+    async with asyncio.timeout(PATIENCE):
+        while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
+            await channel.wait_for_state_change(state)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -176,7 +190,10 @@ async def test_a_server_without_fences_is_accepted(health: Any) -> None:
                 await meant.client.get_execution("1")
             assert caught.value.status == "NOT_FOUND"
             await restart(server)
+            await broken(meant.client)
+            assert meant.looks == 0
             assert (await reached(CALLS["execute"], meant.client)).success
+            assert meant.looks == 1, "before the call on the new connection, not before each"
             assert meant.reasons == []
 
 

@@ -104,6 +104,7 @@ def _makers(stub: Callable[[Any], object]) -> dict[str, Callable[[Any], Any]]:
     return vars(stub(Channel()))
 
 
+_HEALTH = frozenset({"Check", "HealthCheck"})
 _METHODS = _makers(pb_grpc.SandboxServiceStub) | _makers(health_pb2_grpc.HealthStub)
 
 
@@ -311,11 +312,33 @@ class Connection:
             raise self._replaced(rpc, self.fence)
         self._check_open()
         self._check_loop()
+        if rpc not in _HEALTH and self._may_lead_elsewhere():
+            await self._look(rpc, timeout)
+            self._check_open()
         method = self._methods.get(rpc)
         if method is None:
             await self._ready(timeout)
             method = self._methods[rpc] = _METHODS[rpc](self._channel)
         return method
+
+    def _may_lead_elsewhere(self) -> bool:
+        """Whether a connection to a server without fences has broken: the next may lead anywhere."""
+        fence, channel = self.fence, self._channel
+        if fence is None or not fence.pinned or fence.boot_id is not None:
+            return False
+        return channel is None or channel.get_state() is not grpc.ChannelConnectivity.READY
+
+    async def _look(self, rpc: str, timeout: float) -> None:
+        if self.fence is None:
+            return
+        try:
+            async with asyncio.timeout(timeout):
+                await self.fence.look()
+        except TimeoutError:
+            raise SandboxTimeoutError(
+                f"{rpc} on {self.target}: the connection broke, and where the sandbox is now could not be"
+                f" found out within {timeout:.3g} s: nothing was run"
+            ) from None
 
     async def _ready(self, timeout: float) -> None:
         if self._channel is not None:

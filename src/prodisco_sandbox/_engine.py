@@ -24,6 +24,7 @@ from .errors import (
     SandboxError,
     SandboxFailedError,
     SandboxManagerClosedError,
+    SandboxReplacedError,
     SandboxTimeoutError,
 )
 from .kubernetes import SandboxResources
@@ -296,8 +297,22 @@ class Engine:
                 session.target = None
             self._discard(session.name, client)
 
+        async def look() -> None:
+            """Before a call to a server without fences whose connection has broken."""
+            doubt("its connection broke")
+            if self.table.current.get(session.session_id) is session and not session.usable:
+                if session.check is None:
+                    self._start_check(session)
+                await self._wait(session)
+            if session.error is not None:
+                raise session.error.twin()
+            if session.client is not client or not session.usable:
+                raise SandboxReplacedError(
+                    f"the machine of sandbox {session.name} was replaced: nothing was run"
+                )
+
         pod = session.name if session.observed is None else manifest.pod_name(session.observed)
-        client._expect(pod, other_machine)
+        client._expect(pod, other_machine, look)
         client.on_suspect = lambda: doubt("a call failed")
         client._tell_closed(closed)
         client._keep_pace(self._pace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from .proto import metadata as names
@@ -19,6 +19,8 @@ class Fence:
     Args:
         pod: The pod's name. A server that was not told its own accepts any.
         on_other: Called, synchronously, with the reason when another machine answers.
+        look: Finds out whether the machine is still where it was, for a server without
+            fences whose connection has broken; raises `SandboxError` if it is not.
 
     Attributes:
         pinned: Whether a machine has answered; from then on every other one is wrong.
@@ -26,9 +28,12 @@ class Fence:
         broken: How another machine was noticed; None: none was.
     """
 
-    def __init__(self, pod: str, on_other: Callable[[str], None]) -> None:
+    def __init__(
+        self, pod: str, on_other: Callable[[str], None], look: Callable[[], Awaitable[None]]
+    ) -> None:
         self._pod = pod
         self._on_other = on_other
+        self.look = look
         self.pinned = False
         self.boot_id: str | None = None
         self.broken: str | None = None

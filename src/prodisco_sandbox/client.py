@@ -220,9 +220,9 @@ class SandboxClient:
         """Has `close` say so to whoever hands this client out, who must not do that again."""
         self._connection.on_close = callback
 
-    def _expect(self, pod: str, on_other: Callable[[str], None]) -> None:
+    def _expect(self, pod: str, on_other: Callable[[str], None], look: Callable[[], Awaitable[None]]) -> None:
         """Means every call for one machine, for good: this pod's, as it is at the first answer."""
-        self._connection.fence = Fence(pod, on_other)
+        self._connection.fence = Fence(pod, on_other, look)
 
     @property
     def _boot_id(self) -> str | None:

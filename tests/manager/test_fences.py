@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import grpc
 import pytest
 from _patience import PATIENCE, until
 
@@ -200,6 +201,46 @@ async def test_a_machine_without_fences_in_the_place_of_one_with_is_another() ->
         assert after.sandbox != client.sandbox
         assert (await after.execute(code="1")).success
         assert at.manager.stats().recreated == 1
+
+
+async def broken(client: SandboxClient) -> None:
+    """Waits until the channel has noticed that its connection is broken."""
+    channel = client._connection._channel
+    assert channel is not None
+    async with asyncio.timeout(PATIENCE):
+        while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
+            await channel.wait_for_state_change(state)
+
+
+@pytest.mark.parametrize("how", CALLS)
+async def test_without_fences_the_status_is_read_before_a_call_on_a_new_connection(how: str) -> None:
+    server, elsewhere = FakeSandboxServer(fences=False), FakeSandboxServer(fences=False)
+    async with pods(server, elsewhere) as at:
+        client = await at.client("s", "10.0.0.1")
+        await restart(server)  # Another session's pod, say.
+        await broken(client)
+        at.api.silence_watches()
+        at.api.set_ready(at.name("s"), podIPs=["10.0.0.2"])
+        with pytest.raises(SandboxReplacedError, match="nothing was run"):
+            await CALLS[how](client)
+        assert ran(server) == []
+        after = await at.manager.get_client("s")
+        await CALLS[how](after)
+        assert after.target == elsewhere.target
+        assert at.manager.stats().recreated == 1
+
+
+async def test_without_fences_a_broken_connection_is_made_anew_where_the_status_says_the_same() -> None:
+    server = FakeSandboxServer(fences=False)
+    async with pods(server) as at:
+        client = await at.client("s", "10.0.0.1")
+        await restart(server)
+        await broken(client)
+        gets = at.api.count("get")
+        for _ in range(2):
+            assert (await client.execute(code="1")).success
+        assert at.api.count("get") == gets + 1
+        assert await at.manager.get_client("s") is client
 
 
 # Another session's pod at the address
