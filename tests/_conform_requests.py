@@ -98,6 +98,7 @@ class Requests:
             ({"shutdownTime": "soon"}, 422, "spec.shutdownTime"),
             ({"shutdownTime": "2030-01-01T00:00:00"}, 422, "spec.shutdownTime"),
             ({"shutdownPolicy": "Remove"}, 422, "spec.shutdownPolicy"),
+            ({"operatingMode": "Paused"}, 422, "spec.operatingMode"),
             ({"name": None}, 422, "metadata.name"),
             ({"name": "A_b"}, 422, "metadata.name"),
             ({"name": "a" * 254}, 422, "metadata.name"),
@@ -121,7 +122,7 @@ class Requests:
         for key, value in change.items():
             if key in ("spec", "kind", "apiVersion"):
                 sandbox[key] = value
-            elif key in ("service", "shutdownTime", "shutdownPolicy"):
+            elif key in ("service", "shutdownTime", "shutdownPolicy", "operatingMode"):
                 sandbox["spec"][key] = value
             else:
                 sandbox["metadata"][key] = value

@@ -32,7 +32,7 @@ _KEY_RULE = (
 _GO_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
 # The way down to what a Sandbox cannot do without.
 _REQUIRED = (("spec", dict), ("podTemplate", dict), ("spec", dict), ("containers", list))
-_SPEC = {"service": bool, "shutdownTime": str, "shutdownPolicy": str}
+_SPEC = {"service": bool, "shutdownTime": str, "shutdownPolicy": str, "operatingMode": str}
 _STATUS = {"conditions": list, "podIPs": list, "serviceFQDN": str}
 _TYPED = (
     r'struct { APIVersion string "json:\"apiVersion,omitempty\""; Kind string "json:\"kind,omitempty\"" }'
@@ -173,6 +173,8 @@ def _spec_causes(sandbox: Object) -> Iterator[Cause]:
     yield from _date_causes("spec.shutdownTime", spec.get("shutdownTime"))
     if (policy := spec.get("shutdownPolicy")) not in (None, "Delete", "Retain"):
         yield _unsupported("spec.shutdownPolicy", policy, "Delete", "Retain")
+    if (mode := spec.get("operatingMode")) not in (None, "Running", "Suspended"):
+        yield _unsupported("spec.operatingMode", mode, "Running", "Suspended")
 
 
 def _status_causes(status: Any) -> Iterator[Cause]:
