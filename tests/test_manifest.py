@@ -514,7 +514,15 @@ def test_is_suspended(found: Object, since: int, suspended: bool) -> None:
 @pytest.mark.parametrize(
     ("reason", "message", "refusal"),
     [
-        ("DependenciesNotReady", "exceeded quota", None),
+        ("SandboxSuspended", "exceeded quota", None),
+        ("DependenciesNotReady", "Pod exists with phase: Pending; Service Exists", None),
+        ("DependenciesNotReady", "Pod exists with phase: Pending: ImagePullBackOff", "permanent"),
+        (
+            "ReconcilerError",
+            'Error seen: pods "s" is forbidden: error looking up service account a/b:'
+            ' serviceaccount "b" not found',
+            "permanent",
+        ),
         ("ReconcilerError", "Error seen: etcdserver: request timed out", None),
         (
             "ReconcilerError",

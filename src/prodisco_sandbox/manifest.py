@@ -12,6 +12,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from . import _refusals
 from .config import SandboxManagerConfig, TlsConfig
 from .errors import SandboxError
 
@@ -308,17 +309,13 @@ def refusal(reason: str, message: str) -> Refusal | None:
     """
     if reason == "MultiplePods":
         return "permanent"
-    if reason != "ReconcilerError":
+    if reason not in ("ReconcilerError", "DependenciesNotReady"):
         return None
     if " is owned by " in message:
         return "occupied"
-    if "exceeded quota" in message:
-        return "quota"
-    return "permanent" if permanent_refusal(message) else None
-
-
-def permanent_refusal(message: str) -> bool:
-    return "violates PodSecurity" in message
+    if _refusals.permanent_refusal(message):
+        return "permanent"
+    return "quota" if _refusals.exceeded_quota(message) else None
 
 
 Phase = Literal["starting", "running", "suspended", "dead", "ending", "never"]
