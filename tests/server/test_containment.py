@@ -19,6 +19,7 @@ from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine, _tree, _usage
 from prodisco_sandbox.server._cgroup import find_pids_cgroups
 from prodisco_sandbox.server._containment import Containment
+from prodisco_sandbox.server._memory import Memory
 from prodisco_sandbox.server._options import parse
 
 from .support import Server, Stub, alive, code, needs_bubblewrap, needs_landlock, own_cgroups, running
@@ -72,13 +73,14 @@ for fd in range(1000):
 async def test_limits_are_set(stub: Stub) -> None:
     source = """
 import resource
-for name in ("AS", "CPU", "FSIZE", "NOFILE", "CORE"):
+for name in ("DATA", "CPU", "FSIZE", "NOFILE", "CORE"):
     print(*resource.getrlimit(getattr(resource, "RLIMIT_" + name)))
 names = ("NoNewPrivs", "CapEff", "CapPrm")
 print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith(names)])
 """
     lines = (await output(stub, source)).splitlines()
-    assert lines[:5] == [f"{2 << 30} {2 << 30}", "120 121", f"{256 << 20} {256 << 20}", "1024 1024", "0 0"]
+    data = Memory.find(None).each
+    assert lines[:5] == [f"{data} {sys.maxsize}", "120 121", f"{256 << 20} {256 << 20}", "1024 1024", "0 0"]
     assert lines[5] == "0000000000000000 0000000000000000 1"
 
 

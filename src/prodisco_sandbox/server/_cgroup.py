@@ -85,6 +85,23 @@ def find_pids_cgroups(proc: Path = Path("/proc/self")) -> PidsCgroups:
     raise FileNotFoundError("no pids controller is mounted")
 
 
+def find_memory_cgroup(proc: Path) -> Path:
+    """The directory of the cgroup that accounts for this process's memory.
+
+    Raises:
+        OSError: There is none, or it cannot be seen from here.
+    """
+    mounts = (proc / "mountinfo").read_text().splitlines()
+    lines = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+    for _, controllers, path in lines:
+        if "memory" in controllers.split(","):
+            return _directory(mounts, "cgroup", "memory", path)
+    for hierarchy, _, path in lines:
+        if hierarchy == "0":
+            return _directory(mounts, "cgroup2", "", path)
+    raise FileNotFoundError("no memory controller is mounted")
+
+
 def _directory(mounts: list[str], kind: str, option: str, path: str) -> Path:
     """Where the cgroup `path` is found in the file system (proc(5), mountinfo)."""
     for line in mounts:
@@ -93,7 +110,7 @@ def _directory(mounts: list[str], kind: str, option: str, path: str) -> Path:
         filesystem, _, options = right.split(maxsplit=2)
         if filesystem == kind and (not option or option in options.split(",")):
             return Path(mount_point, os.path.relpath(path, root) if path.startswith(root) else ".")
-    raise FileNotFoundError(f"no {kind} file system with the pids controller is mounted")
+    raise FileNotFoundError(f"no {kind} file system with the {option or 'unified'} controller is mounted")
 
 
 def _delegate_pids(parent: Path, base: Path) -> None:

@@ -132,7 +132,8 @@ def own_shared_memory(size: int) -> None:
 
 
 def move(source: str, target: str) -> None:
-    """Shows a directory at another path, too, to those that share this process's namespace."""
+    """Shows a directory at another, new path, too, to those that share this process's namespace."""
+    os.mkdir(target, 0o700)  # noqa: PTH102
     try:
         _mount(source.encode(), target, None, _MS_BIND, None)
     except FileNotFoundError:

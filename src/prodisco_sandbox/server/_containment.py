@@ -12,6 +12,7 @@ from typing import Any
 
 from . import _confine
 from ._cgroup import PidsCgroups, find_pids_cgroups
+from ._memory import Memory
 from ._options import Options, OptionsError
 from ._shared_memory import SharedMemory
 
@@ -19,8 +20,7 @@ log = logging.getLogger(__name__)
 
 _OPEN_FILES = 1024
 _CHECK_TIMEOUT = 10.0
-_SHARED_MEMORY = 64 << 20
-_SHORT_TEMPORARY = Path("/var/tmp")
+_SHORT_TEMPORARY = Path(_confine.SHARED_MEMORY, "tmp")
 _LONGEST_TEMPORARY = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 """Bytes: the kernel takes 107 as a Unix socket's path, and multiprocessing makes such sockets."""
 _SUPERVISORS = {"process": 1, "bwrap": 2}
@@ -52,11 +52,12 @@ class Containment:
             if os.path.exists(path)  # noqa: PTH110 - unlike Path.exists also where it is closed to us
         }
         self.environ = _environment(options, workspace, temporary)
+        self.memory = Memory.find(options.memory_limit)
         self.prefix = self._bubblewrap() if options.isolation == "bwrap" else []
         # Namespaces already hide everything else.
         self._landlock = 0 if self.prefix else _confine.landlock_version()
         self.cgroups = self._find_cgroups()
-        self.shared_memory = SharedMemory(in_namespaces=bool(self.prefix))
+        self.shared_memory = SharedMemory(in_namespaces=bool(self.prefix), needed=self._writable())
         self._code_temporary = self._short_temporary() or temporary
         if self.environ["TMPDIR"] == str(temporary):
             self.environ["TMPDIR"] = str(self._code_temporary)
@@ -79,9 +80,10 @@ class Containment:
             "temporary": ("/tmp", "/tmp") if self.prefix else temporary,
             "script": f"sandbox-{os.urandom(16).hex()}.py",
             "reads_environment": self._reads_environment,
-            "shared_memory": _SHARED_MEMORY if self.shared_memory.private else 0,
+            "shared_memory": self.memory.each if self.shared_memory.private else 0,
             "limits": {
-                "RLIMIT_AS": (options.memory_limit, options.memory_limit),
+                # The watch over memory moves it; see there.
+                "RLIMIT_DATA": (self.memory.each, sys.maxsize),
                 # The second one later is SIGKILL, for code that ignores SIGXCPU.
                 "RLIMIT_CPU": (options.cpu_limit, options.cpu_limit + 1),
                 "RLIMIT_FSIZE": (options.file_size_limit, options.file_size_limit),
@@ -98,8 +100,7 @@ class Containment:
         """Where executions find their TMPDIR, if its own path is too long for sockets in it."""
         if not self.shared_memory.private or len(os.fsencode(self.temporary)) <= _LONGEST_TEMPORARY:
             return None
-        free = not any(path.is_relative_to(_SHORT_TEMPORARY) for path in self._writable())
-        return _SHORT_TEMPORARY if free and _SHORT_TEMPORARY.is_dir() else None
+        return _SHORT_TEMPORARY
 
     def _writable(self) -> list[Path]:
         return [self.workspace, self.temporary, *self._options.writable]
@@ -143,6 +144,7 @@ class Containment:
             return None
 
     def _warn(self) -> None:
+        log.info("memory: %s", self.memory.describe())
         if self._options.isolation == "bwrap":
             log.info("isolation: namespaces by bubblewrap")
             return
@@ -165,7 +167,7 @@ class Containment:
         arguments = [
             *("--die-with-parent", "--new-session", "--as-pid-1"),
             *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
-            *("--proc", "/proc", "--dev", "/dev", "--size", str(_SHARED_MEMORY), "--tmpfs", "/dev/shm"),
+            *("--proc", "/proc", "--dev", "/dev", "--size", str(self.memory.each), "--tmpfs", "/dev/shm"),
             # Before the rest, some of which may lie in it.
             *("--bind", self._source(self.temporary), "/tmp", "--setenv", "TMPDIR", "/tmp"),
         ]

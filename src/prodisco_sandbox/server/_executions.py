@@ -360,6 +360,8 @@ class _Run:
         self.execution.notify()
 
     def _judge(self, outcome: Outcome) -> tuple[State, str | None]:
+        if outcome.over is not None and outcome.exit != 0:
+            return State.FAILED, outcome.over
         if outcome.exit is None:
             return self._verdict or (State.FAILED, "its processes were killed from outside")
         if outcome.exit == 0:

@@ -12,13 +12,14 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
 from . import _confine, _supervisor, _tree, _usage
 from ._cgroup import Cgroup
 from ._containment import Containment
+from ._memory import MemoryWatch
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +55,13 @@ class Outcome:
             it was killed on our order.
         report: What the code's side had to say about the end; empty on success.
         lost: The supervisor itself was killed, so that nothing more is known.
+        over: Why it was killed for its memory; None where it was not.
     """
 
     exit: int | None
     report: str
     lost: bool = False
+    over: str | None = None
 
 
 class Processes:
@@ -70,6 +73,8 @@ class Processes:
 
     def __init__(self, containment: Containment, spares: int) -> None:
         self.containment = containment
+        own = containment.shared_memory.private or bool(containment.prefix)
+        self.memory = MemoryWatch(containment.memory, own_shared_memory=own)
         self._prelude = _prelude()
         self._spares: deque[Interpreter] = deque()
         self._most_spares = spares
@@ -257,14 +262,15 @@ class Interpreter:
                 await self._joining
             fields = asdict(job) | self._processes.containment.job()
             self._control.write(_supervisor.pack(fields))
-            await self._exited
+            with self._processes.memory.watching(self.pid) as watched:
+                await self._exited
             # What was written before the end is in the pipes; what still holds them open
             # cannot be a descendant, but may have got them over a socket.
             await asyncio.wait([pipe.closed for pipe in pipes], timeout=_PIPE_TIMEOUT)
         finally:
             for pipe in pipes:
                 pipe.close()
-        return await self._outcome()
+        return replace(await self._outcome(), over=watched.over)
 
     async def _outcome(self) -> Outcome:
         await asyncio.wait([self._status_pipe.closed], timeout=_PIPE_TIMEOUT)

@@ -52,7 +52,8 @@ class Options:
     max_processes: int
     max_output: int
     cpu_limit: int
-    memory_limit: int
+    memory_limit: int | None
+    """None: what the container leaves."""
     file_size_limit: int
     workspace_limit: int
     cache_limit: int
@@ -156,7 +157,7 @@ SETTINGS = (
     _Setting("max-processes", "SANDBOX_MAX_PROCESSES", _integer(1, 32_768), "64", "processes and threads of an execution"),
     _Setting("max-output", "SANDBOX_MAX_OUTPUT", _integer(1, 4 * _MIB), "1000000", "characters kept of an execution's output, and of its error output"),
     _Setting("cpu-limit", "SANDBOX_CPU_LIMIT", _integer(1, 86_400), "120", "CPU seconds of each process"),
-    _Setting("memory-limit-mb", "SANDBOX_MEMORY_LIMIT_MB", _integer(32, _BIG, _MIB), "2048", "MiB of address space of each process"),
+    _Setting("memory-limit-mb", "SANDBOX_MEMORY_LIMIT_MB", _integer(32, _BIG, _MIB), None, "MiB of memory that an execution may use; default: what the container's limit leaves, and 2048 without one"),
     _Setting("file-size-limit-mb", "SANDBOX_FILE_SIZE_LIMIT_MB", _integer(1, _BIG, _MIB), "256", "MiB of a file"),
     _Setting("workspace-limit-mb", "SANDBOX_WORKSPACE_LIMIT_MB", _integer(1, _BIG, _MIB), "1024", "MiB in the workspace"),
     _Setting("cache-limit-mb", "SANDBOX_CACHE_LIMIT_MB", _integer(0, _BIG, _MIB), "64", "MiB of cached scripts; the oldest go"),

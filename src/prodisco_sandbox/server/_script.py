@@ -116,6 +116,7 @@ class _Source:
 
 
 def _fail(error: BaseException) -> None:
+    _testing.make_room(error)
     import traceback
 
     frames = error.__traceback__

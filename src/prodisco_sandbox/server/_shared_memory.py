@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import _confine
@@ -18,13 +19,23 @@ class SharedMemory:
 
     Args:
         in_namespaces: Executions run in namespaces of bubblewrap's, each with its own.
+        needed: Directories that executions must see.
         directory: Where the system has it.
     """
 
-    def __init__(self, *, in_namespaces: bool, directory: Path = Path(_confine.SHARED_MEMORY)) -> None:
+    def __init__(
+        self,
+        *,
+        in_namespaces: bool,
+        needed: Iterable[Path] = (),
+        directory: Path = Path(_confine.SHARED_MEMORY),
+    ) -> None:
         self._directory = directory
         self._before: set[str] = set()
-        reason = None if in_namespaces else _refusal()
+        hidden = [path for path in needed if path.resolve().is_relative_to(directory)]
+        reason = f"{hidden[0]} lies in it" if hidden else _refusal()
+        if in_namespaces:
+            reason = None
         self.private = not in_namespaces and reason is None
         """Whether an execution is to make its own before its code runs."""
         self._common = reason is not None

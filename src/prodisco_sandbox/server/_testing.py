@@ -7,6 +7,7 @@ makes ``assert a == b`` say what a and b were.
 from __future__ import annotations
 
 import os
+import resource
 import sys
 
 TYPE_CHECKING = False
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _CODE, _TESTS = "<code>", "<tests>"
+_ROOM = 8 << 20
 _ERROR = 65_536
 """Characters of an error text, so that one long text does not use up the report."""
 
@@ -51,6 +53,7 @@ def run(code: str, tests: str, report: int) -> int:
         before = dict(module.__dict__)
         exec(_rewritten(tests), module.__dict__)  # noqa: S102
     except BaseException as error:  # noqa: BLE001
+        make_room(error)
         traceback.print_exception(_trimmed(error))
         tell(error="".join(traceback.format_exception_only(error)).strip())
         return 1
@@ -69,6 +72,17 @@ def run(code: str, tests: str, report: int) -> int:
         tell(name=name, outcome=outcome, error=error_text, duration_ms=round(duration * 1000))
     tell(None, done=True)
     return 1 if failed else 0
+
+
+def make_room(error: BaseException) -> None:
+    """Lets there be memory to tell of the want of it.
+
+    The server's watch leaves as much between this limit and the end of the process.
+    """
+    if isinstance(error, MemoryError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft != resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_DATA, (min(soft + _ROOM, hard), hard))
 
 
 def _told(text: str) -> str:
@@ -122,6 +136,7 @@ def _call(function: Callable[[], Any]) -> tuple[str, str | None, float]:
         else:
             function()
     except BaseException as error:  # noqa: BLE001
+        make_room(error)
         # unittest's and pytest's; the latter is no Exception.
         if type(error).__name__ in ("SkipTest", "Skipped"):
             outcome, text = "skipped", str(error)

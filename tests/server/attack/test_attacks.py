@@ -156,7 +156,8 @@ async def test_disk_fill_by_empty_files(stub: Stub) -> None:
 async def test_disk_fill_elsewhere(stub: Stub) -> None:
     for directory in ("/tmp", "/var/tmp", "/dev/shm", "/root", "/run"):
         answer = await stub.Execute(code(f"open({directory + '/attack'!r}, 'w')"))
-        assert "Error" in answer.error
+        # Semaphores need the one of them: it is the execution's own, or is emptied.
+        assert "Error" in answer.error or directory == "/dev/shm"
         assert not Path(directory, "attack").exists()
 
 

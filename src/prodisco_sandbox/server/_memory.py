@@ -1,0 +1,322 @@
+"""Memory: how much there is for executions, and the end of those that take more.
+
+Counted is memory in use, over all processes of an execution, and not address space, of
+which JavaScript, Java and WebAssembly reserve far more than they ever use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import _confine, _tree
+from ._cgroup import find_memory_cgroup
+
+log = logging.getLogger(__name__)
+
+_MIB = 1 << 20
+_DEFAULT = 2048 * _MIB
+"""For an execution where nothing bounds this server but the machine."""
+SLACK = 16 * _MIB
+"""What an execution may have beyond its limit, so that a single process meets MemoryError first."""
+_SMALL = 32 * _MIB
+"""What uses less is not to blame for a container that is full."""
+_RATE = 8 << 30
+"""Bytes per second that are not outrun: two processors fill less."""
+_SHORTEST, _LONGEST = 0.002, 0.25
+"""Seconds between looks."""
+_STEP = 8 * _MIB
+_KNOWS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")  # noqa: PTH110
+"""Whether the kernel lists a process's children; else all processes have to be looked at."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What executions may use, in bytes.
+
+    Attributes:
+        each: An execution.
+        total: All of them together.
+        container: Limit of the container, or of whatever else is the tightest cgroup; None
+            where the machine is the limit.
+        full: Use of the container from which on an execution has to end.
+    """
+
+    each: int
+    total: int
+    container: Container | None = None
+    full: int = 0
+
+    @classmethod
+    def find(cls, wanted: int | None, proc: Path = Path("/proc"), machine: int | None = None) -> Memory:
+        """Of what this process has, leaves some for the server and divides the rest.
+
+        Args:
+            wanted: For each execution; None: all that is left.
+            proc: Where proc(5) is mounted.
+            machine: Bytes of the machine's memory.
+        """
+        machine = machine or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        container = Container.find(proc / "self")
+        if container is not None and container.limit >= machine:
+            container = None
+        limit = machine if container is None else container.limit
+        reserve = min(max(limit // 4, 64 * _MIB), 256 * _MIB)
+        total = max(limit - reserve, limit // 4)
+        each = wanted or (min(_DEFAULT, total) if container is None else total)
+        return cls(min(each, total), total, container, limit - reserve // 4)
+
+    def describe(self) -> str:
+        """For the log."""
+        where = "this machine" if self.container is None else f"{self.container.directory}"
+        return f"{self.each >> 20} MiB for an execution, {self.total >> 20} for all, by the limit of {where}"
+
+
+@dataclass(frozen=True)
+class Container:
+    """The tightest memory limit of the cgroups that this process is in.
+
+    Attributes:
+        directory: Of the cgroup.
+        limit: In bytes.
+    """
+
+    directory: Path
+    limit: int
+
+    @classmethod
+    def find(cls, proc: Path = Path("/proc/self")) -> Container | None:
+        """None where there is no limit, or none can be read."""
+        try:
+            here = find_memory_cgroup(proc)
+        except OSError as error:
+            log.debug("no memory cgroup: %s", error)
+            return None
+        found = [cls(path, limit) for path in [here, *here.parents] for limit in _limits(path)]
+        return min(found, key=lambda container: container.limit, default=None)
+
+    def used(self) -> int:
+        """Bytes in use that the kernel could not reclaim from files."""
+        try:
+            used = int(_read(self.directory, "memory.current", "memory.usage_in_bytes"))
+            stat = dict(line.split() for line in _read(self.directory, "memory.stat").splitlines())
+        except (OSError, ValueError) as error:
+            log.debug("the use of memory cannot be read: %s", error)
+            return 0
+        # Version 1 has those of this cgroup alone, and "total_" for the whole hierarchy.
+        names = ("active_file", "inactive_file")
+        reclaimable = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in names)
+        return used - reclaimable - int(stat.get("slab_reclaimable", 0))
+
+
+def _read(directory: Path, *names: str) -> str:
+    for name in names[:-1]:
+        with contextlib.suppress(FileNotFoundError):
+            return (directory / name).read_text()
+    return (directory / names[-1]).read_text()
+
+
+def _limits(directory: Path) -> Iterator[int]:
+    # memory.high is no hard limit, but past it processes all but stand still.
+    for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            yield int((directory / name).read_text())
+
+
+class Watched:
+    """An execution that the watch looks at.
+
+    Attributes:
+        supervisor: Its root process, which is not counted.
+        over: Why it was killed; None as long as it was not.
+    """
+
+    def __init__(self, supervisor: int, limit: int) -> None:
+        self.supervisor = supervisor
+        self.over: str | None = None
+        self.limits = {limit}
+        self.use = 0
+        self.pids: list[int] = []
+
+
+class MemoryWatch:
+    """Looks at the memory of executions, the more often the less is left; kills what takes too much.
+
+    A thread of its own, since the event loop may be busy with somebody's output.
+
+    Args:
+        memory: What there is.
+        own_shared_memory: Whether each execution has a ``/dev/shm`` of its own.
+    """
+
+    def __init__(self, memory: Memory, *, own_shared_memory: bool) -> None:
+        self._memory = memory
+        self._own_shared_memory = own_shared_memory
+        self._lock = threading.Lock()
+        self._watched: set[Watched] = set()
+        self._busy = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._full = memory.full
+
+    @contextlib.contextmanager
+    def watching(self, supervisor: int) -> Iterator[Watched]:
+        """Watches what is below the supervisor."""
+        watched = Watched(supervisor, self._memory.each)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
+            self._thread.start()
+        with self._lock:
+            if not self._watched and self._memory.container:
+                # Files in memory that are there already must not keep code from removing them.
+                used = self._memory.container.used() + SLACK
+                self._full = max(self._memory.full, min(used, self._memory.container.limit - SLACK))
+            self._watched.add(watched)
+        self._busy.set()
+        try:
+            yield watched
+        finally:
+            with self._lock:
+                self._watched.discard(watched)
+                if not self._watched:
+                    self._busy.clear()
+
+    def _run(self) -> None:
+        while True:
+            self._busy.wait()
+            # Most executions are over by then.
+            delay = min(0.05, self._memory.total / _RATE)
+            while self._busy.is_set():
+                time.sleep(delay)
+                began = time.monotonic()
+                try:
+                    left = self.look()
+                except Exception:  # The only watch there is must not end.
+                    log.exception("looking at the memory of executions failed")
+                    left = self._memory.total
+                took = time.monotonic() - began
+                delay = min(max(left / _RATE, _SHORTEST, 5 * took), _LONGEST)
+
+    def look(self) -> int:
+        """Kills what has to be killed; returns how many bytes are left until then."""
+        with self._lock:
+            watched = [one for one in self._watched if one.over is None]
+        for one in watched:
+            self._measure(one)
+            if one.use > self._memory.each + SLACK:
+                self._kill(
+                    one, f"its processes used more than {self._memory.each >> 20} MiB of memory, {_WHAT}"
+                )
+        watched = [one for one in watched if one.over is None and one.pids]
+        if not watched:
+            return self._memory.total
+        used = sum(one.use for one in watched)
+        biggest = max(watched, key=lambda one: one.use)
+        if used > self._memory.total + SLACK:
+            text = f"executions together used more than {self._memory.total >> 20} MiB of memory, {_WHAT}"
+            self._kill(biggest, f"{text}, and this one most")
+        left = self._memory.total + SLACK - used
+        if (container := self._memory.container) is not None:
+            in_container = container.used()
+            if in_container > self._full and biggest.over is None:
+                text = f"the container was about to run out of its {container.limit >> 20} MiB of memory"
+                for one in [biggest] if biggest.use > _SMALL else watched:
+                    self._kill(one, f"{text}, files in memory included")
+            left = min(left, self._full - in_container)
+        return max(0, min(left, self._memory.each + SLACK - biggest.use))
+
+    def _measure(self, one: Watched) -> None:
+        """Sees what the execution uses, and lets its processes have address space for what is left."""
+        one.pids = _below(one.supervisor)
+        processes = {pid: status for pid in one.pids if (status := _status(pid))}
+        anonymous = sum(status["RssAnon"] for status in processes.values())
+        shared = sum(status["RssShmem"] for status in processes.values())
+        in_files = self._shared_memory_files(one.pids)
+        if anonymous + max(shared, in_files) > min(self._memory.each, self._memory.total // 2):
+            # What processes share counts in each; the exact figures take the kernel longer.
+            exact = [figures for pid in processes if (figures := _proportional(pid) or _status(pid))]
+            anonymous = sum(figures["RssAnon"] for figures in exact)
+            shared = sum(figures["RssShmem"] for figures in exact)
+        one.use = anonymous + max(shared, in_files)
+        left = max(0, self._memory.each - one.use)
+        for pid, status in processes.items():
+            _allow(one, pid, status["VmData"] + left)
+
+    def _shared_memory_files(self, pids: list[int]) -> int:
+        if self._own_shared_memory:
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    usage = os.statvfs(f"/proc/{pid}/root{_confine.SHARED_MEMORY}")
+                    return (usage.f_blocks - usage.f_bfree) * usage.f_frsize
+        return 0
+
+    def _kill(self, one: Watched, text: str) -> None:
+        one.over = f"killed: {text}"
+        log.warning("an execution is killed, which uses %d MiB: %s", one.use >> 20, text)
+        for pid in one.pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+
+
+_WHAT = "which is what --memory-limit-mb or its container leaves it"
+
+
+def _allow(one: Watched, pid: int, data: int) -> None:
+    """Bounds a process's data so that it gets MemoryError when nothing is left.
+
+    RLIMIT_DATA counts what is writable, used or not: for each thread a whole stack. What
+    code has set itself stays.
+    """
+    with contextlib.suppress(OSError, ValueError):  # ended, or not ours to bound
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
+        if soft in one.limits and abs(soft - data) > _STEP:
+            one.limits.add(data)
+            resource.prlimit(pid, resource.RLIMIT_DATA, (data, hard))
+
+
+def _below(root: int) -> list[int]:
+    """All processes below one, from what the kernel knows of each one's children."""
+    if not _KNOWS_CHILDREN:
+        return _tree.descendants([root])[1:]
+    found = [root]
+    for pid in found:  # grows while it is walked
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+                with open(f"/proc/{pid}/task/{task}/children", "rb") as file:  # noqa: PTH123
+                    found += map(int, file.read().split())
+    return found[1:]
+
+
+def _status(pid: int) -> dict[str, int] | None:
+    """Bytes of anonymous and shared memory in use, and of data; None of what has ended."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123
+            return _figures(file.read(), ("VmData", "RssAnon", "RssShmem"))
+    except OSError:
+        return None
+
+
+def _proportional(pid: int) -> dict[str, int] | None:
+    """The same, each page divided by how many use it; None where that is refused."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:  # noqa: PTH123
+            figures = _figures(file.read(), ("Pss_Anon", "Pss_Shmem"))
+    except OSError:
+        return None
+    return figures and {"RssAnon": figures["Pss_Anon"], "RssShmem": figures["Pss_Shmem"]}
+
+
+def _figures(data: bytes, names: tuple[str, ...]) -> dict[str, int] | None:
+    found = {}
+    for line in data.decode(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name in names:
+            found[name] = int(value.split()[0]) << 10
+    return found if len(found) == len(names) else None
