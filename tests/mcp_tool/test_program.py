@@ -58,6 +58,9 @@ def _levels() -> Iterator[None]:
         ),
         (["--local", "--server-option=frob=1"], "has no option --frob; it has --isolation, --writable,"),
         (["--local", "--server-option=-x"], "has no option -x"),
+        (["--local", "--server-option", "--frob=1"], "--server-option=--frob=1: the sandbox server has no"),
+        (["--server-option", "--local"], "one of the arguments --local --kubernetes is required"),
+        (["--local", "--server-option"], "--server-option: expected one argument"),
         (["--local", "--server-option="], "has no option --;"),
         (["--local", "--server-option=--memory-limit=1"], "has no option --memory-limit;"),
         (

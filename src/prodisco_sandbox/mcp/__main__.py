@@ -42,7 +42,7 @@ anywhere but on loopback.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server; returns the exit status."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
     if args.kubernetes and (args.server_option or args.python):
         option = "--server-option" if args.server_option else "--python"
         parser.error(
@@ -169,6 +169,17 @@ async def _manager(args: argparse.Namespace) -> AsyncIterator[SandboxManager]:
         if os.environ.get("SANDBOX_MAX_SESSIONS"):
             settings["max_sessions"] = env_int(os.environ, "SANDBOX_MAX_SESSIONS")
         yield SandboxManager(cluster.config(**settings), custom_objects_api=cluster.custom_objects_api)
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Lets ``--server-option --max-output=5`` be one argument, which argparse takes for two options."""
+    joined: list[str] = []
+    for text in argv:
+        if joined and joined[-1] == "--server-option":
+            joined[-1] += f"={text}"
+        else:
+            joined.append(text)
+    return joined
 
 
 def _port(text: str) -> int:
