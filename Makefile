@@ -5,10 +5,10 @@
 VENV ?= .venv
 EXTRAS ?= dev mcp server
 PY := $(VENV)/bin/python
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 UNIT := not slow and not process
 # Each worker has servers of its own, so no more than four of them however many cores there are.
-WORKERS := --numprocesses=auto --maxprocesses=4 --dist=loadgroup
+WORKERS := --numprocesses=auto --maxprocesses=4 --dist=loadgroup --max-worker-restart=0
 PROTO_PY := .venv-proto/bin/python
 PROTO := src/prodisco_sandbox/proto/sandbox.proto
 # Directories too: they change when a file goes.
@@ -93,25 +93,25 @@ $(VENV)/.wheel: pyproject.toml README.md LICENSE $(SOURCES) | $(VENV)/.tools
 
 # An environment whose Python is gone, or another than PYTHON asks for, is made anew.
 have := $(shell $(PY) -V 2>/dev/null)
-want := $(if $(PYTHON),$(shell $(PYTHON) -V 2>/dev/null),$(have))
+want := $(if $(PYTHON),$(shell "$(PYTHON)" -V 2>/dev/null),$(have))
 ifneq ($(have),$(or $(want),any))
 $(VENV)/.tools: FORCE
 endif
 
 $(VENV)/.tools: pyproject.toml tools/find-python tools/requirements.py
-	@python=$$(tools/find-python) && if [ "$$($(PY) -V 2>&1)" != "$$($$python -V 2>&1)" ]; then \
-	    echo "Making $(VENV) with $$($$python -V)"; $$python -m venv --clear $(VENV); fi
+	@python=$$(tools/find-python) && if [ "$$($(PY) -V 2>&1)" != "$$("$$python" -V 2>&1)" ]; then \
+	    echo "Making $(VENV) with $$("$$python" -V)"; "$$python" -m venv --clear $(VENV); fi
 	@$(PY) tools/requirements.py $(BOUNDS) $(EXTRAS) >$(VENV)/requirements.txt
 	@$(PY) $(PIP_INSTALL) -r $(VENV)/requirements.txt
 	@touch $@
 
 .venv-proto/.tools: tools/proto-requirements.txt
-	@python=$$(tools/find-python 13) && echo "Making .venv-proto with $$($$python -V)" && \
-	    $$python -m venv --clear .venv-proto
+	@python=$$(tools/find-python 13) && echo "Making .venv-proto with $$("$$python" -V)" && \
+	    "$$python" -m venv --clear .venv-proto
 	@$(PROTO_PY) $(PIP_INSTALL) -r $<
 	@touch $@
 
 .venv-plot/.tools: Makefile
-	@python=$$(tools/find-python) && $$python -m venv --clear .venv-plot
+	@python=$$(tools/find-python) && "$$python" -m venv --clear .venv-plot
 	@.venv-plot/bin/python $(PIP_INSTALL) "matplotlib>=3.9,<4"
 	@touch $@
