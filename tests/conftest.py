@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import signal
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from _leftovers import children, kept_open, open_files
+from _measuring import import_libraries, unmeasured
 from _patience import PATIENCE
 from hypothesis import HealthCheck, settings
 
@@ -28,11 +32,20 @@ _NEEDED = {
 }
 
 
-def pytest_configure() -> None:
+# Unix sockets hold 107 bytes, and pytest's own directories and the clusters' come below this one.
+_LONGEST_TMPDIR = 24
+_numbers = itertools.count()
+
+
+def pytest_configure(config: pytest.Config) -> None:
     # looptime asks for the current loop in synchronous tests too; before Python 3.14 that
     # makes one, which nobody closes, unless it was said that there is none.
     asyncio.set_event_loop(None)
     _start_children_with_default_signals()
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = "/tmp"  # Where pytest makes its directories.
+    if config.getoption("dist", "no") == "no":  # This process collects tests.
+        import_libraries()
 
 
 def _start_children_with_default_signals() -> None:
@@ -80,6 +93,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with unmeasured() if item.get_closest_marker("unmeasured") else contextlib.nullcontext():
+        yield
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Says what was skipped: after pytest's closing line, or in the file that SKIPPED_FILE names."""
@@ -105,19 +124,15 @@ def _skipped(reports: Iterable[pytest.TestReport]) -> str:
     return f"skipped: {', '.join(parts) or 'nothing'}"
 
 
+_MEASURING = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
 # Besides the project's own: what changes where clients connect, how text is laid out, or how
 # Python children behave.
-_SETTINGS = {
-    "KUBECONFIG",
-    "K8S_CONTEXT",
-    "SCRIPTS_CACHE_DIR",
-    "NETRC",
-    "COLUMNS",
-    "LINES",
-    "NO_COLOR",
-    "FORCE_COLOR",
+_REMOVED = {
+    *("KUBECONFIG", "K8S_CONTEXT", "SCRIPTS_CACHE_DIR", "NETRC"),
+    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "SKIPPED_FILE"),
+    *_MEASURING,
 }
-_PREFIXES = ("SANDBOX_", "KUBERNETES_", "GRPC_", "PYTHON")
+_REMOVED_PREFIXES = ("SANDBOX_", "KUBERNETES_", "GRPC_", "PYTHON")
 _PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy", "grpc_proxy"}
 
 
@@ -126,10 +141,28 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No settings but the tests' own, and a home directory without a ~/.kube/config."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name in _SETTINGS or name.startswith(_PREFIXES) or name.lower() in _PROXIES:
+            if name in _REMOVED or name.startswith(_REMOVED_PREFIXES) or name.lower() in _PROXIES:
                 patch.delenv(name)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture
+def measured_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python processes that a test starts are measured for coverage, too.
+
+    That costs each a quarter of a second, and no others need it: the server is not measured.
+    """
+    for name, value in _MEASURING.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pytest's, but without the test's name: it is for Unix sockets, too."""
+    path = tmp_path_factory.getbasetemp() / str(next(_numbers))
+    path.mkdir(0o700)
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -373,6 +373,7 @@ async def test_what_a_newer_server_says_is_kept_or_passed_over(
     assert [chunk.kind async for chunk in client.execute_stream(code="x")] == ["result"]
 
 
+@pytest.mark.unmeasured
 async def test_messages_up_to_64_mib_go_both_ways(server: FakeSandboxServer, client: SandboxClient) -> None:
     server.script("Execute", lambda request: ExecutionResult(True, output=request.code))
     code = "x" * (60 << 20)

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,18 +98,18 @@ class Run(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def demos() -> Iterator[dict[str, Run]]:
+def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     """One that runs to its end and one for each signal; all at once, to save time."""
-    with tempfile.TemporaryDirectory(prefix="demo-") as base:
-        runs = {"whole": Run(Path(base, "whole"))}
-        for number, (moment, _) in INTERRUPTED.items():
-            runs[number.name] = Run(Path(base, number.name), number, moment)
-        for run in runs.values():
-            run.start()
-        yield runs
-        for run in runs.values():
-            run.process.kill()
-            run.join()
+    base = tmp_path_factory.mktemp("demo")
+    runs = {"whole": Run(base / "whole")}
+    for number, (moment, _) in INTERRUPTED.items():
+        runs[number.name] = Run(base / number.name, number, moment)
+    for run in runs.values():
+        run.start()
+    yield runs
+    for run in runs.values():
+        run.process.kill()
+        run.join()
 
 
 @pytest.mark.parametrize("number", INTERRUPTED)

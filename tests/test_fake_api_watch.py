@@ -256,6 +256,7 @@ async def test_namespaces_are_apart(api: FakeCustomObjectsApi) -> None:
     response.close()
 
 
+@pytest.mark.unmeasured
 async def test_a_thousand_sandboxes_and_one_watch() -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api:
         response = await opened(api, label_selector="x=1")
@@ -275,6 +276,7 @@ async def test_a_thousand_sandboxes_and_one_watch() -> None:
         response.close()
 
 
+@pytest.mark.unmeasured
 async def test_the_last_bookmark_is_the_last_whatever_the_clock_shows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

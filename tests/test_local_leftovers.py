@@ -20,6 +20,8 @@ from _patience import PATIENCE
 from prodisco_sandbox import SandboxError, SandboxUnavailableError
 from prodisco_sandbox.local import LocalCluster, _keeper, _processes
 
+pytestmark = pytest.mark.usefixtures("measured_children")
+
 # Leaves a process in a session of its own; the first one also locks files, and does not end
 # when it is asked to.
 STUBBORN = """\

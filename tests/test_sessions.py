@@ -295,7 +295,7 @@ class Table(RuleBasedStateMachine):
         assert all(session.state is SessionState.CLOSING for session in self.table.closing.values())
 
 
-TestTable = Table.TestCase
+TestTable = pytest.mark.unmeasured(Table.TestCase)
 TestTable.settings = settings(max_examples=tries(230), stateful_step_count=50, deadline=None)
 
 

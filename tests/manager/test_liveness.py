@@ -463,6 +463,7 @@ async def test_who_only_polls_notices_a_death_of_what_has_no_uid() -> None:
         assert await manager.get_client("s") is not old
 
 
+@pytest.mark.unmeasured
 async def test_an_api_server_that_does_not_answer_costs_no_session() -> None:
     """However many ask it at once: who gets no turn within ready_timeout has not been told of a death."""
     async with FakeCustomObjectsApi(auto_ready=True) as api:

@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import anyio
 import looptime
+import pytest
 from _counts import count
 from _patience import PATIENCE
 from hypothesis import HealthCheck, settings
@@ -387,7 +388,7 @@ def test_a_second_create_lands_after_the_first_was_deleted() -> None:
     machine.teardown()
 
 
-TestMachine = Machine.TestCase
+TestMachine = pytest.mark.unmeasured(Machine.TestCase)
 TestMachine.settings = settings(
     max_examples=int(os.environ.get("MACHINE_EXAMPLES", "15")),
     stateful_step_count=40,

@@ -29,6 +29,7 @@ HOLD = 2.0
 
 @CALLERS
 @pytest.mark.looptime
+@pytest.mark.unmeasured
 async def test_many_callers_share_fifty_slots(callers: int) -> None:
     """First come, first served: each session is used for two seconds, and then makes room."""
     served: list[int] = []
@@ -71,6 +72,7 @@ async def test_many_callers_share_fifty_slots(callers: int) -> None:
 
 @CALLERS
 @pytest.mark.looptime
+@pytest.mark.unmeasured
 async def test_who_is_refused_is_refused_at_once_or_in_time_and_leaves_nothing_in_memory(
     callers: int,
 ) -> None:

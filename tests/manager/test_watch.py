@@ -61,6 +61,7 @@ async def test_the_watch_asks_for_what_it_needs() -> None:
         assert all(r.options["_request_timeout"] == 10.0 for r in api.requests if r is not watched)
 
 
+@pytest.mark.unmeasured
 async def test_five_hundred_sessions_open_one_watch_and_sixteen_connections() -> None:
     async with (
         FakeCustomObjectsApi(auto_ready=1.0) as api,

@@ -23,6 +23,8 @@ from mcp.client.stdio import StdioServerParameters
 
 from .support import ERAS, INITIALIZE, call, connect, local_server, refused, run
 
+pytestmark = pytest.mark.usefixtures("measured_children")
+
 WRITE = "open('diary.txt', 'w').write('the owl')"
 READ = "print(open('diary.txt').read())"
 LOOK = "import os; print(os.path.exists('diary.txt'))"
