@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import statistics
@@ -22,7 +23,7 @@ from kubernetes_asyncio.client import CoreV1Api, CustomObjectsApi
 from kubernetes_asyncio.config import new_client_from_config
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.manifest import GROUP, LABEL_SANDBOX, PLURAL, managed_selector
+from prodisco_sandbox.manifest import GROUP, LABEL_SANDBOX, PLURAL, managed_selector, sandbox_body
 
 Object = dict[str, Any]
 
@@ -113,14 +114,24 @@ async def watched(list_: Any, *at: str, see: Any) -> AsyncIterator[None]:
         response.close()
 
 
-async def measure(starts: int, namespace: str) -> list[list[float]]:
+def settings(namespace: str, cpu: str | None) -> SandboxManagerConfig:
+    """The default pod template, with another CPU limit if one is given."""
+    config = SandboxManagerConfig(mode="multi", namespace=namespace)
+    if cpu is None:
+        return config
+    template = sandbox_body(config, "v1beta1", "any", "any")["spec"]["podTemplate"]
+    template["spec"]["containers"][0]["resources"]["limits"]["cpu"] = cpu
+    return dataclasses.replace(config, pod_template_spec=template)
+
+
+async def measure(starts: int, namespace: str, cpu: str | None) -> list[list[float]]:
     """Milliseconds to each stage, for each start but a first one that warms up what is made once."""
     moments, found = Moments(), []
     api = await new_client_from_config(os.environ["E2E_KUBECONFIG"], persist_config=False)
     async with api:
         core, custom = CoreV1Api(api), CustomObjectsApi(api)
         at = (GROUP, "v1beta1", namespace, PLURAL)
-        config = SandboxManagerConfig(mode="multi", namespace=namespace)
+        config = settings(namespace, cpu)
         async with (
             watched(core.list_namespaced_pod, namespace, see=moments.pod),
             watched(custom.list_namespaced_custom_object, *at, see=moments.sandbox),
@@ -166,8 +177,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("starts", type=int, nargs="?", default=10)
     parser.add_argument("--namespace", default="prodisco")
+    parser.add_argument("--cpu", help="the CPU limit of the pods, if not the default template's")
     given = parser.parse_args()
     if "E2E_KUBECONFIG" not in os.environ:
         parser.error("E2E_KUBECONFIG is not set: it names the kubeconfig of a cluster with agent-sandbox")
     print(f"medians of {given.starts} starts on {os.cpu_count()} processors\n")
-    print(table(asyncio.run(measure(given.starts, given.namespace))))
+    print(table(asyncio.run(measure(given.starts, given.namespace, given.cpu))))

@@ -38,7 +38,8 @@ class Pods:
     """The sandboxes' pods, and the Sandboxes, as an administrator sees them."""
 
     def __init__(self, api: ApiClient, version: str) -> None:
-        self._api = api
+        self.api = api
+        self.namespace = NAMESPACE
         self._core = CoreV1Api(api)
         self._custom = CustomObjectsApi(api)
         self._at = (GROUP, version, NAMESPACE, PLURAL)
@@ -47,7 +48,7 @@ class Pods:
         """All pods, or those of the Sandbox of this name, past ones that still end included."""
         selector = managed_selector() if sandbox is None else f"{LABEL_SANDBOX}={sandbox}"
         found = await self._core.list_namespaced_pod(NAMESPACE, label_selector=selector, _request_timeout=10)
-        return list(self._api.sanitize_for_serialization(found)["items"])
+        return list(self.api.sanitize_for_serialization(found)["items"])
 
     async def one(self, sandbox: str) -> Object:
         (pod,) = await self.list(sandbox)
