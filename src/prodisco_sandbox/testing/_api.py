@@ -67,7 +67,7 @@ class FakeCustomObjectsApi(FakeCluster):
     the same conditions in the same steps: for pods that start, fail, or are deleted under it
     (`delete_pod`, `fail_pod`), for ``spec.operatingMode`` and ``spec.shutdownTime`` (`suspend`,
     `resume`, `expire`), and for a name that an old pod still holds. It leaves a Sandbox alone
-    once somebody else has written its status, until the test gives it a pod with `set_ready`.
+    once somebody else has written its status, until the test does something to its pod.
 
     Every call yields to the loop before the operation is carried out and again before it
     answers, so that races show. All delays are on the loop's clock. The constructor needs
