@@ -93,6 +93,8 @@ async def test_a_server_that_never_answers_is_given_up_at_the_deadline(
     assert [type(error) for error in errors] == [SandboxTimeoutError] * 5
     assert {error.status for error in errors if isinstance(error, SandboxError)} == {"DEADLINE_EXCEEDED"}
     for call in server.calls:  # What was too late for its deadline did not get there.
+        if call.rpc == "Check":  # Whether the server is well, or only its answer late.
+            continue
         assert call.timeout is not None
         assert call.timeout < 1.3
         await call.ended.wait()
@@ -119,7 +121,7 @@ async def test_waiting_goes_on_where_a_server_cuts_the_long_poll_short(
     server.script("GetExecution", running, late)
     with pytest.raises(SandboxTimeoutError, match=r"execution e is still RUNNING after 50 s"):
         await client.wait_for_execution("e", timeout=50)
-    assert len(server.calls) == 5
+    assert sum(call.rpc == "GetExecution" for call in server.calls) == 5
 
 
 # Cancellation

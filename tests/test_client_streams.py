@@ -121,7 +121,8 @@ async def test_a_stream_that_is_held_stays_open_until_it_is_dropped(
         async for _ in stream:
             break
     cancelled_in: list[threading.Thread] = []
-    kind = type(stream._call)
+    assert stream._call is not None
+    kind = type(stream._call._call)
     cancel = kind.cancel
 
     def noted(call: Any) -> Any:

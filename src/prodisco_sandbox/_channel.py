@@ -1,22 +1,25 @@
 """One gRPC channel to one sandbox: its credentials, its calls and their errors.
 
-Together with _stream.py this is all that knows grpc.aio.
+Together with _execution_call.py this is all that knows grpc.aio.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
-from collections.abc import Awaitable, Callable, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ._fence import Fence
+from ._execution_call import BEAT, PATIENCE, ExecutionCall
+from ._fence import Fence, Metadata
 from ._messages import MAX_MESSAGE_BYTES, HealthStatus, about_size
 from ._single_flight import SingleFlight
 from ._target import grpc_address
@@ -29,8 +32,11 @@ from .errors import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
+from .proto import metadata as names
 from .proto import sandbox_pb2 as pb
 from .proto import sandbox_pb2_grpc as pb_grpc
+
+_T = TypeVar("_T")
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -94,18 +100,21 @@ def _read_pem(tls: TlsConfig, name: str) -> bytes | None:
     return data
 
 
-def _makers(stub: Callable[[Any], object]) -> dict[str, Callable[[Any], Any]]:
+def _makers(stub: Callable[[Any], object], kind: str | None = None) -> dict[str, Callable[[Any], Any]]:
     """How each method of a stub is made, by name; all of them would be some 15 KiB a channel."""
 
     class Channel:
-        def __getattr__(self, kind: str) -> Any:
-            return lambda *args, **kwargs: lambda channel: getattr(channel, kind)(*args, **kwargs)
+        def __getattr__(self, own: str) -> Any:
+            return lambda *args, **kwargs: lambda channel: getattr(channel, kind or own)(*args, **kwargs)
 
     return vars(stub(Channel()))
 
 
 _HEALTH = frozenset({"Check", "HealthCheck"})
 _METHODS = _makers(pb_grpc.SandboxServiceStub) | _makers(health_pb2_grpc.HealthStub)
+# On the wire one answer is a stream of one. Only of a stream does gRPC tell the initial metadata
+# before the answer is there.
+_STREAMS = _makers(pb_grpc.SandboxServiceStub, "unary_stream")
 
 
 class Connection:
@@ -132,11 +141,18 @@ class Connection:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
         self._channel: grpc.aio.Channel | None = None
-        self._methods: dict[str, Any] = {}
+        self._methods: dict[Callable[[Any], Any], Any] = {}
         self._has_own_health_only = False
         self._calls: set[Any] = set()
-        self._streams: set[Any] = set()
+        self._execution_calls: set[ExecutionCall] = set()
+        self._kept: weakref.WeakSet[ExecutionCall] = weakref.WeakSet()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._uses = 0
+        self._features: frozenset[str] | None = None
+        self._asking: asyncio.Task[bool] | None = None
+        self._next_beat = 0.0
+        self.misses = 0
+        """How often in a row the server has not told its health while calls waited for code."""
         self._executions: dict[str, float] = {}
         self._last_used = 0.0
 
@@ -146,7 +162,7 @@ class Connection:
     def in_flight(self) -> int:
         if self._executions:
             self._forget_expired()
-        return self._uses + len(self._streams) + len(self._executions)
+        return self._uses + len(self._executions)
 
     @property
     def last_used(self) -> float:
@@ -154,9 +170,23 @@ class Connection:
             self._forget_expired()
         return self._last_used
 
-    def execution_started(self, execution_id: str, timeout: float) -> None:
-        """Counts an asynchronous execution until it is seen ended, or for `timeout`."""
-        self._executions[execution_id] = asyncio.get_running_loop().time() + timeout
+    def execution_started(self, execution_id: str, limit: float, *, queued: bool = False) -> None:
+        """Counts an asynchronous execution until it is seen ended, or for `limit` from its begin."""
+        if queued and self.queues:
+            self._executions[execution_id] = math.inf
+            self._own(self._follow(execution_id, limit))
+        else:
+            self._executions[execution_id] = asyncio.get_running_loop().time() + limit
+
+    async def _follow(self, execution_id: str, limit: float) -> None:
+        """Waits until an execution is no longer queued."""
+        request = pb.GetExecutionRequest(execution_id=execution_id, wait=True, output_offset=2**63 - 1)
+        with contextlib.suppress(SandboxError):
+            call = await self._start("GetExecution", request, limit)
+            await call.begun()
+            call.end()
+        if execution_id in self._executions:
+            self.execution_started(execution_id, limit)
 
     def execution_ended(self, execution_id: str) -> None:
         self._executions.pop(execution_id, None)
@@ -176,14 +206,10 @@ class Connection:
     # Calls
 
     async def use(self, rpc: str, request: Any, timeout: float) -> Any:
-        """A unary call of the user's: counted, and one whose failure is suspicious.
-
-        Of a call that waits for the end of an execution the deadline is only the user's patience.
-        """
-        suspicious = SUSPICIOUS[:1] if getattr(request, "wait", False) else SUSPICIOUS
+        """A unary call of the user's: counted, and one whose failure is suspicious."""
         self._uses += 1
         try:
-            return await self._call(rpc, request, timeout, suspicious)
+            return await self._call(rpc, request, timeout, SUSPICIOUS)
         finally:
             self._uses -= 1
             self._touch()
@@ -206,55 +232,147 @@ class Connection:
     async def _call(
         self, rpc: str, request: Any, timeout: float, suspicious: Sequence[grpc.StatusCode] = ()
     ) -> Any:
-        call = await self._begin(rpc, request, timeout)
+        call = (await self._method(rpc, timeout))(request, timeout=timeout, metadata=self._expectations())
         self._calls.add(call)
         try:
-            await _ended(call)
+            # Awaiting the call itself would hide who cancels: gRPC raises a CancelledError of its
+            # own in place of anyio's, which a cancel scope then does not know and lets out.
+            await call.code()
             if self.pace is not None and not suspicious:
                 await self.pace()
             if self.closed and call.cancelled():
                 raise self.closed_under(rpc)
             answer = await call
-            await self.verify(rpc, call)
+            metadata = await call.initial_metadata()
+            self.heard(metadata)
+            self.verify(rpc, metadata)
         except grpc.aio.AioRpcError as error:
-            raise self.failure(rpc, error, suspicious) from error
-        except asyncio.CancelledError:
+            # Without gRPC's frames: a channel goes on connecting, closed or not, as long as
+            # anything refers to a call of it.
+            raise self.failure(rpc, error, suspicious) from error.with_traceback(None)
+        except asyncio.CancelledError as error:
             call.cancel()
+            self._own(_settled(call))
+            error.__traceback__ = None
             raise
         finally:
             self._calls.discard(call)
+            del call
         if answer is None:
             raise self.undecodable(rpc)
         return answer
 
-    async def _begin(self, rpc: str, request: Any, timeout: float) -> Any:
-        method = await self._method(rpc, timeout)
-        metadata = None if self.fence is None else self.fence.expectations()
-        return method(request, timeout=timeout, metadata=metadata)
+    def _expectations(self) -> tuple[tuple[str, str], ...] | None:
+        return None if self.fence is None else self.fence.expectations()
 
-    async def start_stream(self, request: pb.ExecuteRequest, timeout: float) -> Any:
-        call = await self._begin("ExecuteStream", request, timeout)
-        self._streams.add(call)
-        # Nobody may be reading any more: its deadline ends it all the same.
-        call.add_done_callback(self._stream_ended)
-        return call
+    # Calls that wait for code
 
-    def _stream_ended(self, call: Any) -> None:
-        if call in self._streams:
-            self._streams.remove(call)
+    async def wait(
+        self, rpc: str, request: Any, limit: float | None = None, patience: float | None = None
+    ) -> Any:
+        """A unary call of the user's that waits for code.
+
+        Args:
+            rpc: Its method.
+            request: Its message.
+            limit: Seconds for the code, from its begin.
+            patience: Instead of `limit`, how long the caller waits. That it ends says nothing
+                of the server.
+        """
+        self._uses += 1
+        try:
+            call = await self._start(rpc, request, limit, patience)
+            try:
+                answer = await call.read()
+                if answer is None or await call.read() is not None:
+                    raise self.undecodable(rpc)
+                return answer
+            finally:
+                call.end()
+        finally:
+            self._uses -= 1
             self._touch()
 
-    def end_stream(self, call: Any) -> None:
-        self._streams.discard(call)
-        self._touch()
-        call.cancel()
+    async def start_stream(self, request: pb.ExecuteRequest, limit: float) -> ExecutionCall:
+        """Begins to run code; counted until its end."""
+        call = await self._start("ExecuteStream", request, limit)
+        call.is_use = True
+        self._uses += 1
+        return call
 
-    def drop_stream(self, call: Any, loop: asyncio.AbstractEventLoop) -> None:
-        """As `end_stream`, for the garbage collector: from whatever thread it runs in."""
-        self._streams.discard(call)
-        self._touch()
+    async def _start(
+        self, rpc: str, request: Any, limit: float | None, patience: float | None = None
+    ) -> ExecutionCall:
+        method = await self._method(rpc, patience or limit or BEAT, _STREAMS)
+        says_nothing = self._features is not None and not self.queues
+        timeout = limit if says_nothing and patience is None else patience
+        call = ExecutionCall(
+            self, rpc, method(request, timeout=timeout, metadata=self._expectations()), limit
+        )
+        self._execution_calls.add(call)
+        self._kept.add(call)
+        self._keep(call.minder)
+        return call
+
+    def call_ended(self, call: ExecutionCall) -> None:
+        if call in self._execution_calls:
+            self._execution_calls.remove(call)
+            if call.is_use:
+                self._uses -= 1
+                self._touch()
+
+    def drop(self, call: ExecutionCall, loop: asyncio.AbstractEventLoop) -> None:
+        """Ends a call for the garbage collector: from whatever thread it runs in."""
+        self.call_ended(call)
         with contextlib.suppress(RuntimeError):  # The loop is closed, and the call with it.
-            loop.call_soon_threadsafe(call.cancel)
+            loop.call_soon_threadsafe(call.end)
+
+    @property
+    def queues(self) -> bool:
+        """Whether the server is known to say when code begins."""
+        return names.QUEUE in (self._features or ())
+
+    def heard(self, metadata: Metadata | None = None) -> None:
+        """Notes that the server has answered, and what the initial metadata say of it."""
+        self._next_beat = asyncio.get_running_loop().time() + BEAT
+        self.misses = 0
+        if metadata is not None:
+            self._features = frozenset(dict(metadata).get(names.FEATURES, "").split(","))
+
+    def next_beat(self, waiting_since: float) -> float:
+        """When a server that stays silent has to answer a health check."""
+        return max(self._next_beat, waiting_since + BEAT)
+
+    async def answers(self) -> bool:
+        """Whether the server answers a health check, whatever it says; asks once for all who ask."""
+        if self._asking is None or self._asking.done():
+            self._asking = self._own(self._ask())
+        asking = self._asking
+        await asyncio.wait({asking})
+        return not asking.cancelled() and asking.result()
+
+    async def _ask(self) -> bool:
+        self._next_beat = asyncio.get_running_loop().time() + BEAT
+        for patience in PATIENCE:
+            try:
+                await self.check_health(patience)
+            except SandboxTimeoutError:
+                continue
+            except SandboxError as error:
+                if error.status in (None, "UNAVAILABLE"):
+                    break
+            self.misses = 0
+            return True
+        self.misses += 1
+        return False
+
+    def _own(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        return self._keep(asyncio.create_task(work, name=f"call on {self.target}"))
+
+    def _keep(self, task: asyncio.Task[_T]) -> asyncio.Task[_T]:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     # Errors
 
@@ -274,18 +392,18 @@ class Connection:
         kind = _ERRORS.get(code, SandboxError)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (size := about_size(details)) is not None:
             kind, details = SandboxError, size
-        if code in suspicious and self.on_suspect is not None:
-            self.on_suspect()
+        if code in suspicious:
+            self.suspect()
         return kind(f"{rpc} on {self.target}: {code.name}: {details}", status=code.name)
 
-    async def verify(self, rpc: str, call: Any) -> None:
-        """Checks which machine has answered.
+    def verify(self, rpc: str, metadata: Metadata) -> None:
+        """Checks by its initial metadata which machine has answered.
 
         Raises:
             SandboxReplacedError: One without fences: the call ran there.
         """
         fence = self.fence
-        if fence is not None and not fence.is_met(await call.initial_metadata(), ok=True):
+        if fence is not None and not fence.is_met(metadata, ok=True):
             raise self._unfenced(rpc, fence)
 
     def _unfenced(self, rpc: str, fence: Fence) -> SandboxError:
@@ -297,6 +415,10 @@ class Connection:
         text = f"the machine was replaced ({fence.broken}): nothing was run"
         return SandboxReplacedError(f"{rpc} on {self.target}: {text}", status=status)
 
+    def suspect(self) -> None:
+        if self.on_suspect is not None:
+            self.on_suspect()
+
     def undecodable(self, rpc: str) -> SandboxError:
         # gRPC logs the reason and hands out None.
         return SandboxError(f"{rpc} on {self.target}: the answer cannot be decoded", status="INTERNAL")
@@ -306,7 +428,9 @@ class Connection:
 
     # The channel
 
-    async def _method(self, rpc: str, timeout: float) -> Any:
+    async def _method(
+        self, rpc: str, timeout: float, makers: Mapping[str, Callable[[Any], Any]] = _METHODS
+    ) -> Any:
         """One of the channel's methods; makes the channel on first use."""
         if self.fence is not None and self.fence.broken is not None:
             raise self._replaced(rpc, self.fence)
@@ -315,10 +439,11 @@ class Connection:
         if rpc not in _HEALTH and self._may_lead_elsewhere():
             await self._look(rpc, timeout)
             self._check_open()
-        method = self._methods.get(rpc)
+        make = makers[rpc]
+        method = self._methods.get(make)
         if method is None:
             await self._ready(timeout)
-            method = self._methods[rpc] = _METHODS[rpc](self._channel)
+            method = self._methods[make] = make(self._channel)
         return method
 
     def _may_lead_elsewhere(self) -> bool:
@@ -388,6 +513,7 @@ class Connection:
             channel = grpc.aio.secure_channel(self._address, credentials, options=options)
         self._channel = channel
         self._has_own_health_only = False
+        self._features = None
 
     async def renew(self) -> None:
         """Lets the next call make a channel anew, if this one is unconnected and unused.
@@ -396,7 +522,7 @@ class Connection:
         two minutes; a new channel looks it up, and connects, at once.
         """
         channel = self._channel
-        if channel is None or self._calls or self._streams:
+        if channel is None or self._calls or self._execution_calls:
             return
         if channel.get_state() is not grpc.ChannelConnectivity.READY:
             self._channel, self._methods = None, {}
@@ -414,25 +540,22 @@ class Connection:
             self.on_close()
         self._executions.clear()
         if channel is not None:
-            for call in (*self._calls, *self._streams):
+            for call in list(self._calls):
                 call.cancel()
-            self._streams.clear()
+            for waiting in list(self._kept):
+                waiting.end(self.closed_under(waiting.rpc))
+            self._channel, self._methods = None, {}
             await channel.close(None)
+            if self._tasks:  # They have nothing to wait for any more.
+                await asyncio.wait(self._tasks, timeout=1)
         if credentials is not None:
             await credentials.aclose()
 
 
-async def _ended(call: Any) -> None:
-    """Waits for the end of a unary call.
+async def _settled(call: Any) -> None:
+    """Takes the end of a cancelled call.
 
-    Awaiting the call itself would hide who cancels: gRPC raises a CancelledError of its
-    own in place of anyio's, which a cancel scope then does not know and lets out.
+    Else it may stay in a task of gRPC's that refers to the call and is referred to by it.
     """
-    ended = asyncio.get_running_loop().create_future()
-
-    def end(_: object) -> None:
-        if not ended.done():  # Whoever waited may have been cancelled.
-            ended.set_result(None)
-
-    call.add_done_callback(end)
-    await ended
+    with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+        await call

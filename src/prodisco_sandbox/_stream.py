@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import weakref
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import grpc.aio
-
-from ._channel import SUSPICIOUS, Connection
+from ._channel import Connection
+from ._execution_call import ExecutionCall
 from ._messages import ExecutionChunk, read_chunk
 from .errors import SandboxError
 from .proto import sandbox_pb2 as pb
-
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
 class ExecutionStream:
@@ -44,16 +41,15 @@ class ExecutionStream:
         "_reading",
         "_request",
         "_timeout",
-        "_verified",
     )
 
     def __init__(self, connection: Connection, request: pb.ExecuteRequest, timeout: float) -> None:
         self._connection = connection
         self._request = request
         self._timeout = timeout
-        self._call: Any = None
+        self._call: ExecutionCall | None = None
         self._finalizer: weakref.finalize[..., ExecutionStream] | None = None
-        self._over = self._reading = self._complete = self._verified = False
+        self._over = self._reading = self._complete = False
 
     def __aiter__(self) -> Self:
         return self
@@ -67,11 +63,13 @@ class ExecutionStream:
         """
         self._claim()
         try:
-            if not self._over and self._call is None:
-                await self._start()
             while not self._over:
-                message = await self._read()
-                if message is _EOF:
+                try:
+                    message = await (self._call or await self._start()).read()
+                except BaseException:
+                    self._finish()
+                    raise
+                if message is None:
                     self._finish()
                     if not self._complete:
                         raise SandboxError(
@@ -109,58 +107,20 @@ class ExecutionStream:
             raise SandboxError("this stream is already being read by another task")
         self._reading = True
 
-    async def _start(self) -> None:
+    async def _start(self) -> ExecutionCall:
         call = await self._connection.start_stream(self._request, self._timeout)
         if self._over:
-            self._connection.end_stream(call)
+            call.end()
             raise self._closed_under()
         self._call = call
-        self._finalizer = weakref.finalize(
-            self, self._connection.drop_stream, call, asyncio.get_running_loop()
-        )
+        self._finalizer = weakref.finalize(self, self._connection.drop, call, asyncio.get_running_loop())
         self._finalizer.atexit = False
-
-    async def _read(self) -> Any:
-        cancellations = _cancellations()
-        try:
-            message = await self._call.read()
-            if not self._verified:
-                await self._connection.verify("ExecuteStream", self._call)
-                self._verified = True
-        except grpc.aio.AioRpcError as error:
-            self._finish()
-            raise self._connection.failure("ExecuteStream", error, SUSPICIOUS) from error
-        except SandboxError:
-            self._finish()
-            raise
-        except asyncio.CancelledError:
-            was_over = self._over
-            self._finish()
-            if _cancellations() > cancellations:
-                raise
-            if self._connection.closed:
-                raise self._connection.closed_under("ExecuteStream") from None
-            if was_over:
-                raise self._closed_under() from None
-            raise
-        if message is None:
-            self._finish()
-            raise self._connection.undecodable("ExecuteStream")
-        return message
+        return call
 
     def _closed_under(self) -> SandboxError:
         return SandboxError("the stream was closed while it was being read")
 
     def _finish(self) -> None:
         self._over = True
-        if self._finalizer is not None and self._finalizer.detach() is not None:
-            self._connection.end_stream(self._call)
-
-
-def _cancellations() -> int:
-    """How often this task has been cancelled: gRPC raises CancelledError for its calls too.
-
-    A task that cleans up behind itself has been cancelled already, and may be once more.
-    """
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
+        if self._call is not None and self._finalizer is not None and self._finalizer.detach() is not None:
+            self._call.end(self._closed_under())

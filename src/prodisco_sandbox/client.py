@@ -301,7 +301,7 @@ class SandboxClient:
                 Servers may clamp it, to 1 to 120.
         """
         request = m.execute_request(code, cached, timeout)
-        return await self._use("Execute", request, m.read_result, self._deadline(timeout))
+        return m.read_result(await self._connection.wait("Execute", request, self._deadline(timeout)))
 
     def execute_stream(
         self, *, code: str | None = None, cached: str | None = None, timeout: float | None = None
@@ -328,7 +328,9 @@ class SandboxClient:
         request = m.execute_request(code, cached, timeout)
         started = await self._use("ExecuteAsync", request, m.read_started)
         if not started.state.is_final:
-            self._connection.execution_started(started.execution_id, self._deadline(timeout))
+            queued = started.state is ExecutionState.PENDING
+            limit = self._deadline(timeout)
+            self._connection.execution_started(started.execution_id, limit, queued=queued)
         return started
 
     async def get_execution(
@@ -341,8 +343,8 @@ class SandboxClient:
             wait: Let the server answer only once the execution has ended.
             output_offset: Skip this much of both outputs: an ``output_length`` that the
                 server returned before. Its unit is the server's affair.
-            timeout: Deadline of the call in seconds; None: long enough for any execution
-                where `wait` is set, else ``call_timeout``.
+            timeout: Deadline of the call in seconds; None: long enough for any execution,
+                however long it is queued, where `wait` is set, else ``call_timeout``.
         """
         request = pb.GetExecutionRequest(
             execution_id=m.text("execution_id", execution_id),
@@ -351,8 +353,6 @@ class SandboxClient:
         )
         if timeout is not None:
             m.seconds("timeout", timeout)
-        elif wait:
-            timeout = _GREATEST_TIMEOUT + self._margin
         return await self._ask("GetExecution", request, m.read_status, timeout)
 
     async def wait_for_execution(self, execution_id: str, *, timeout: float | None = None) -> ExecutionStatus:
@@ -360,32 +360,35 @@ class SandboxClient:
 
         Args:
             execution_id: As `execute_async` returned it.
-            timeout: How long to wait, in seconds; None: long enough for any execution.
+            timeout: How long to wait, in seconds; None: long enough for any execution,
+                however long it is queued.
 
         Raises:
             SandboxTimeoutError: It has not ended by then; it runs on.
         """
-        if timeout is None:
-            timeout = _GREATEST_TIMEOUT + self._margin
         loop = asyncio.get_running_loop()
-        remaining, deadline = timeout, loop.time() + m.seconds("timeout", timeout)
+        patience = self._longest if timeout is None else m.seconds("timeout", timeout)
+        remaining, deadline = timeout, loop.time() + patience
         while True:
             try:
                 status = await self.get_execution(execution_id, wait=True, timeout=remaining)
             except SandboxTimeoutError as error:
-                text = f"execution {execution_id} has not ended within {timeout:.3g} s"
+                text = f"execution {execution_id} has not ended within {patience:.3g} s"
                 raise SandboxTimeoutError(text, status=error.status) from error
             if status.state.is_final:
                 return status
+            if timeout is None and status.state is ExecutionState.PENDING:
+                deadline = loop.time() + patience
             # A server that cuts long polls short must not be asked in a busy loop.
             await asyncio.sleep(min(0.1, max(0.0, deadline - loop.time())))
             if self._connection.closed:
                 raise self._connection.closed_under("GetExecution")
-            remaining = deadline - loop.time()
-            if remaining < 1e-6:  # The loop wakes up to a clock tick early.
+            left = deadline - loop.time()
+            if left < 1e-6:  # The loop wakes up to a clock tick early.
                 raise SandboxTimeoutError(
-                    f"execution {execution_id} is still {status.state.name} after {timeout:.3g} s"
+                    f"execution {execution_id} is still {status.state.name} after {patience:.3g} s"
                 )
+            remaining = None if timeout is None else left
 
     async def cancel_execution(self, execution_id: str) -> CancelResult:
         """Cancels a running execution. Idempotent; some servers' scripts go on for a while."""
@@ -432,7 +435,7 @@ class SandboxClient:
             tests=m.text("tests", tests, empty=True),
             timeout_ms=m.timeout_ms(timeout),
         )
-        return await self._use("ExecuteTest", request, m.read_report, self._deadline(timeout))
+        return m.read_report(await self._connection.wait("ExecuteTest", request, self._deadline(timeout)))
 
     async def list_cache(self, *, filter: str | None = None) -> tuple[CacheEntry, ...]:  # noqa: A002
         """The scripts that the server keeps because they succeeded; `filter` is its affair."""
@@ -489,13 +492,22 @@ class SandboxClient:
     ) -> _Found:
         """A use about one execution, that shows whether it counts any longer."""
         try:
-            found = await self._use(rpc, request, read, timeout)
+            if getattr(request, "wait", False):
+                limit = self._longest if timeout is None else None
+                found = read(await self._connection.wait(rpc, request, limit, timeout))
+            else:
+                found = await self._use(rpc, request, read, timeout)
         except SandboxError as error:
             if error.status == "NOT_FOUND":
                 self._connection.execution_ended(request.execution_id)
             raise
         self._note_state(request.execution_id, found.state)
         return found
+
+    @property
+    def _longest(self) -> float:
+        """What any execution has, from its begin."""
+        return _GREATEST_TIMEOUT + self._margin
 
     def _deadline(self, timeout: float | None) -> float:
         # Not clamped from above: a server is free to allow more than the stock one.

@@ -10,6 +10,10 @@ POD_NAME: Final = "prodisco-pod-name"
 """Likewise, from a server that was told its pod's name."""
 FEATURES: Final = "prodisco-features"
 """Likewise: what the server can beyond the protocol's messages, separated by commas."""
+QUEUE: Final = "queue"
+"""The feature of a server that sends the initial metadata of a call that waits for code (Execute,
+ExecuteStream, ExecuteTest, and GetExecution with ``wait``) when the code begins: until then it is
+queued."""
 
 EXPECT_POD: Final = "prodisco-expect-pod"
 """In a request: the name of the pod that it is meant for."""

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from prodisco_sandbox.proto import sandbox_pb2, sandbox_pb2_grpc
+from prodisco_sandbox.proto import metadata, sandbox_pb2, sandbox_pb2_grpc
 
 from . import _transport
 from ._cache import ScriptCache
@@ -47,6 +47,8 @@ CHANNEL_OPTIONS = [
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
+
+FEATURES = (metadata.QUEUE,)
 
 _KILL_TIMEOUT = 15.0
 _LINGER = 0.2
@@ -163,7 +165,7 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
         cache = ScriptCache(options.cache_dir, options.cache_limit)
         executions = Executions(options, processes, cache)
         service = SandboxService(options, executions, cache)
-        server, standard_health = await _server(service, Fence(uuid.uuid4().hex, options.pod_name))
+        server, standard_health = await _server(service, Fence(uuid.uuid4().hex, options.pod_name, FEATURES))
         target = _transport.bind(server, options)
         processes.install()
         if options.workspace is not None:

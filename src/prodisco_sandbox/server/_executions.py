@@ -101,6 +101,11 @@ class Execution:
         """Returns at the next output or change of state."""
         await self._changed.wait()
 
+    async def begun(self) -> None:
+        """Returns once it is no longer queued. Safe to cancel."""
+        while self.state == State.PENDING:
+            await self.changed()
+
     async def finished(self) -> None:
         """Returns once the state is final. Safe to cancel."""
         while not self.state.final:

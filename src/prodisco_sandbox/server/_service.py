@@ -52,6 +52,7 @@ class SandboxService(NoLanguageServer):
             return pb.ExecuteResponse(success=False, error=problem)
         execution = await self._submit(request, source, context, merge=True)
         try:
+            await _begun(execution, context)
             await execution.finished()
         finally:
             # Where it has not ended, whoever asked is gone, and nobody will ask again.
@@ -75,6 +76,7 @@ class SandboxService(NoLanguageServer):
             return
         execution = await self._submit(request, source, context)
         try:
+            await _begun(execution, context)
             async for text, errors in execution.follow():
                 if text:
                     yield _chunk(execution, output=text)
@@ -100,6 +102,7 @@ class SandboxService(NoLanguageServer):
             problem = f"output_offset is {offset}: it must not be negative"
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, problem)
         if request.wait:
+            await _begun(execution, context)
             await execution.finished()
         return pb.GetExecutionResponse(
             execution_id=execution.id,
@@ -149,6 +152,7 @@ class SandboxService(NoLanguageServer):
     async def ExecuteTest(self, request: pb.ExecuteTestRequest, context: Context) -> pb.ExecuteTestResponse:
         execution = await self._submit(request, request.code, context, merge=True, tests=request.tests)
         try:
+            await _begun(execution, context)
             await execution.finished()
         finally:
             self._executions.cancel(execution, _GONE)
@@ -193,6 +197,12 @@ class SandboxService(NoLanguageServer):
         except DrainingError:
             code, text = grpc.StatusCode.UNAVAILABLE, "the server is shutting down"
         return await _abort(context, code, text)
+
+
+async def _begun(execution: Execution, context: Context) -> None:
+    """Waits until the code begins, and sends the initial metadata then: clients count its time from there."""
+    await execution.begun()
+    await context.send_initial_metadata(())
 
 
 async def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:

@@ -30,6 +30,7 @@ from ..client import (
     HealthStatus,
     StartedExecution,
 )
+from ..proto import metadata
 from ..proto import sandbox_pb2 as pb
 from ..server._fence import Fence
 
@@ -122,6 +123,8 @@ class FakeSandboxServer:
             anew, and refuses calls that are meant for another one; refused calls are not
             in `calls`. False: as the stock Node server.
         pod_name: The pod that it is in; None: it was not told.
+        queues: Whether it says that code begins with the answer, or with the first chunk:
+            until then what it was asked to run is queued. Needs `fences`.
 
     Attributes:
         calls: What it was asked, in the order of arrival.
@@ -141,6 +144,7 @@ class FakeSandboxServer:
         client_ca: bytes | None = None,
         fences: bool = True,
         pod_name: str | None = None,
+        queues: bool = False,
     ) -> None:
         if health not in ("standard", "own"):
             raise ValueError(f'health is {health!r}: it must be "standard" or "own"')
@@ -149,6 +153,7 @@ class FakeSandboxServer:
         self.calls: list[FakeCall] = []
         self.boot_id: str | None = None
         self.fences, self.pod_name = fences, pod_name
+        self._features = (metadata.QUEUE,) if queues else ()
         self._port = port
         self._socket_path = socket_path
         self._has_standard_health = health == "standard"
@@ -217,7 +222,7 @@ class FakeSandboxServer:
         if self._server is not None:
             raise RuntimeError(f"the server of {self.target} is running")
         self.boot_id = uuid.uuid4().hex if self.fences else None
-        interceptors = [] if self.boot_id is None else [Fence(self.boot_id, self.pod_name)]
+        interceptors = [] if self.boot_id is None else [Fence(self.boot_id, self.pod_name, self._features)]
         server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         server.add_generic_rpc_handlers(tuple(self._handlers()))
         if self._socket_path is None:
