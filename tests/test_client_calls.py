@@ -63,8 +63,8 @@ def test_the_settings_of_the_channel() -> None:
         "grpc.min_reconnect_backoff_ms": 2_000,
         "grpc.max_reconnect_backoff_ms": 250,
         "grpc.use_local_subchannel_pool": 1,
-        "grpc.keepalive_time_ms": 10_000,
-        "grpc.keepalive_timeout_ms": 5_000,
+        "grpc.keepalive_time_ms": 330_000,
+        "grpc.keepalive_timeout_ms": 20_000,
         "grpc.enable_http_proxy": 0,
     }
 

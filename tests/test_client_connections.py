@@ -12,9 +12,10 @@ import grpc.aio
 import pytest
 from _patience import PATIENCE, until
 
-from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.client import SandboxClient
+from prodisco_sandbox import SandboxManager, SandboxManagerConfig, _channel, _execution_call
+from prodisco_sandbox.client import ExecutionChunk, SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
+from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 
 # Closed clients
@@ -232,3 +233,51 @@ async def test_a_client_that_a_manager_has_given_up_does_not_connect(
         finally:
             await door.shut()
     assert error.__cause__ is not None
+
+
+# Pings
+
+FIVE_MINUTES = 300_000
+"""In milliseconds: how often servers let themselves be pinged by default, C-core's and Go's."""
+FASTER = 1_000
+
+
+async def test_a_silent_stream_outlives_the_pings_that_a_server_allows_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All times are so much shorter, the server's as well as the client's."""
+    keepalive = dict(_channel._OPTIONS)["grpc.keepalive_time_ms"]
+    options = {**dict(_channel._OPTIONS), "grpc.keepalive_time_ms": keepalive // FASTER}
+    options["grpc.http2.max_pings_without_data"] = 0  # Else the third comes after a minute.
+    monkeypatch.setattr(_channel, "_OPTIONS", tuple(options.items()))
+    monkeypatch.setattr(_execution_call, "BEAT", PATIENCE)  # Answers would make up for pings.
+
+    async def silent(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await context.write(pb.ExecuteChunk(execution_id="e", output="some\n"))
+        await asyncio.Event().wait()
+
+    handler = grpc.unary_stream_rpc_method_handler(
+        silent,
+        request_deserializer=pb.ExecuteRequest.FromString,
+        response_serializer=pb.ExecuteChunk.SerializeToString,
+    )
+    allowed = [("grpc.http2.min_ping_interval_without_data_ms", FIVE_MINUTES // FASTER)]
+    server = grpc.aio.server(options=allowed)
+    service = "prodisco.sandbox.v1.SandboxService"
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {"ExecuteStream": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with (
+        SandboxClient(f"127.0.0.1:{port}") as client,
+        client.execute_stream(code="x", timeout=PATIENCE) as stream,
+    ):
+        assert isinstance(await anext(stream), ExecutionChunk)
+        silence = asyncio.ensure_future(anext(stream))
+        # Two strikes are forgiven, and the third ends it.
+        done, _ = await asyncio.wait({silence}, timeout=max(6 * keepalive / FASTER / 1000, 2))
+        assert not done, done
+        silence.cancel()
+        await asyncio.wait({silence})
+    await server.stop(None)

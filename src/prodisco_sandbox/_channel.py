@@ -50,8 +50,11 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 250),
     # Else a new channel inherits the backoff of an old one to the same address.
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # Servers allow one ping in five minutes unless they are told otherwise, and cut the
+    # connection of who sends more. Death is noticed by health checks, and where there are
+    # calls, by data that the peer's kernel has not acknowledged for so long as the timeout.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     # An http_proxy of the environment must not divert in-cluster targets.
     ("grpc.enable_http_proxy", 0),
 )
