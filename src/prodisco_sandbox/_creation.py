@@ -46,8 +46,6 @@ LOOK_TIMEOUT = 10.0
 HEALTH_SLICE = 1.0
 """How long health is waited for before the Sandbox itself is looked at again."""
 HEALTH_PAUSE = 0.1
-PLACE_MARGIN = 0.05
-"""How long before its deadline a wait for another address ends."""
 INCARNATIONS = 100
 """How many incarnations of a name are tried, and recognised in a Sandbox that is adopted."""
 REFUSAL_PAUSE, REFUSAL_BELIEVED = 1.0, 2.0
@@ -574,19 +572,10 @@ class Creation:
             reading.result()
 
     async def _hear_of_place(self, session: Session, deadline: float) -> None:
-        """Waits until there is news of where the session's machine is: it is not where its status says.
-
-        Raises:
-            SandboxUnavailableError: There is none in time, which says nothing of the machine's life.
-        """
-        try:
-            async with asyncio.timeout_at(deadline - PLACE_MARGIN):
-                await self._hear(session, deadline)
-        except TimeoutError as e:
-            raise SandboxUnavailableError(
-                f"the address in the status of sandbox {session.name} leads to another machine, and the"
-                " status has not changed in time"
-            ) from e
+        """Waits until there is news of where the session's machine is: it is not where its status says."""
+        session.misplaced = True
+        await self._hear(session, deadline)
+        session.misplaced = False
 
     def reading(self, sandbox: Object, since: int = 0, *, strict: bool = False) -> manifest.Readiness:
         """How far a Sandbox is; unless `strict`, as far as that can be told."""
@@ -615,6 +604,11 @@ class Creation:
             error = SandboxFailedError(str(e))
         elif isinstance(e, SandboxError):
             return e
+        elif isinstance(e, TimeoutError) and session.misplaced:
+            error = SandboxUnavailableError(
+                f"the address in the status of sandbox {session.name} leads to another machine, and the"
+                " status has not changed in time"
+            )
         elif isinstance(e, TimeoutError):
             limit, seen = self._config.ready_timeout, self.last_seen(session)
             error = SandboxTimeoutError(

@@ -332,6 +332,7 @@ class Engine:
         """Finds out whether a doubted sandbox lives: the Sandbox first, then its server's health."""
         begun = self._now()
         deadline = begun + self._config.ready_timeout
+        session.misplaced = False
         try:
             await self._creation.look_at(session)
             async with asyncio.timeout_at(deadline):
@@ -339,11 +340,14 @@ class Engine:
         except (LostError, SpentError) as e:
             session.leftover = session.leftover and isinstance(e, SpentError)
             self._lose(session, str(e))
-        except TimeoutError as e:
-            self._lose(session, "its server does not answer", self._creation.failure(session, e))
         except Exception as e:  # noqa: BLE001
-            # The cluster cannot be asked, or the Sandbox not be started: what it holds may be well.
-            session.error = self._creation.failure(session, e)
+            error = self._creation.failure(session, e)
+            if isinstance(e, TimeoutError) and not session.misplaced:
+                self._lose(session, "its server does not answer", error)
+                return
+            # The cluster cannot be asked, the Sandbox not be started, or its machine not be
+            # found: what it holds may be well.
+            session.error = error
             session.check = None
             took = round(self._now() - begun, 3)
             reason = str(session.error)

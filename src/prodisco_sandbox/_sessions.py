@@ -85,6 +85,8 @@ class Session:
     """When it said so first, on the loop's clock."""
     addresses: frozenset[str] = frozenset()
     """Target and addresses that no other session has meanwhile; see `SessionTable.occupy`."""
+    misplaced: bool = False
+    """Its machine is not where its status says, and news of that is waited for."""
     rivals: set[Session] = field(default_factory=set)
     """Sessions that wait for one of its addresses."""
     boot_ids: list[str] = field(default_factory=list)

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from _patience import PATIENCE, until
+from _patience import PATIENCE, put_forward, until
 
 from prodisco_sandbox import (
     SandboxClient,
@@ -28,12 +28,12 @@ RUNS = ("Execute", "ExecuteStream", "ExecuteAsync")
 class Pods:
     """A manager, its Sandboxes, and servers that stand for pods, wherever an address leads."""
 
-    def __init__(self, api: FakeCustomObjectsApi, ready_timeout: float) -> None:
+    def __init__(self, api: FakeCustomObjectsApi) -> None:
         self.api = api
         self.leads_to: dict[str, FakeSandboxServer] = {}
         self.manager = SandboxManager(
             SandboxManagerConfig(
-                mode="multi", endpoint=self._endpoint, ready_timeout=ready_timeout, ready_poll_interval=0.05
+                mode="multi", endpoint=self._endpoint, ready_timeout=PATIENCE, ready_poll_interval=0.05
             ),
             custom_objects_api=api,
         )
@@ -59,11 +59,11 @@ class Pods:
 
 
 @asynccontextmanager
-async def pods(*servers: FakeSandboxServer, ready_timeout: float = PATIENCE) -> AsyncIterator[Pods]:
+async def pods(*servers: FakeSandboxServer) -> AsyncIterator[Pods]:
     """The servers are at the addresses 10.0.0.1, 10.0.0.2 and so on."""
     async with AsyncExitStack() as stack:
         api = await stack.enter_async_context(FakeCustomObjectsApi())
-        pods = Pods(api, ready_timeout)
+        pods = Pods(api)
         for number, server in enumerate(servers, start=1):
             pods.leads_to[f"10.0.0.{number}"] = await stack.enter_async_context(server)
         await stack.enter_async_context(pods.manager)
@@ -318,15 +318,23 @@ async def test_a_status_that_names_a_live_sessions_address_wrongly_takes_nothing
         assert at.manager.stats().recreated == 0
 
 
-async def test_a_session_whose_address_is_anothers_is_kept_and_says_so() -> None:
-    server = FakeSandboxServer()
-    async with pods(server, ready_timeout=1.0) as at:
+@pytest.mark.parametrize("fences", [True, False])
+async def test_a_session_whose_address_is_anothers_is_kept_and_says_so(
+    fences: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = FakeSandboxServer(fences=fences)
+    async with pods(server) as at:
         alice = await at.client("alice", "10.0.0.1")
         await restart(server)
         await at.client("bob", "10.0.0.1")
         for _ in range(2):
+            gets = at.api.count("get")
+            getting = asyncio.create_task(at.manager.get_client("alice"))
+            await until(lambda seen=gets: at.api.count("get") > seen)  # type: ignore[misc]
+            put_forward(monkeypatch, PATIENCE)
             with pytest.raises(SandboxUnavailableError, match="leads to another machine"):
-                await at.manager.get_client("alice")
+                await getting
+        assert ran(server) == []
         assert at.api.get(at.name("alice")), "that it cannot be found says nothing of its state"
         assert at.manager.stats().lost == 0
 
@@ -334,4 +342,4 @@ async def test_a_session_whose_address_is_anothers_is_kept_and_says_so() -> None
         await server.kill()
         await server.start()
         back = await at.manager.get_client("alice")
-        assert back.sandbox != alice.sandbox
+        assert (back.sandbox != alice.sandbox) is fences
