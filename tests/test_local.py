@@ -219,8 +219,7 @@ async def test_suspended_before_its_turn_to_start_it_leaves_its_place(tmp_path: 
         api.suspend("s")
         await api.until(lambda: condition(api.get("s"), "Suspended")["status"] == "True")
         await api.delete_namespaced_custom_object(*AT, "first")
-        await until_gone(cluster.directory / "1")
-        assert list(cluster.directory.iterdir()) == []
+        await until(lambda: list(cluster.directory.iterdir()) == [])
 
 
 @pytest.mark.parametrize(("status", "how"), [(0, "PodSucceeded"), (1, "PodFailed")])

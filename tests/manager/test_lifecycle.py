@@ -274,12 +274,14 @@ async def test_creation_readiness_and_health_share_one_deadline() -> None:
 
 
 async def test_a_timeout_says_the_last_state_seen() -> None:
-    status = conditions("DependenciesNotReady", "ErrImagePull: no such image")
+    status = conditions("DependenciesNotReady", "Pod is Pending: no node has room")
     async with (
         FakeCustomObjectsApi(auto_ready=lambda _: status) as api,
         managed(api, ready_timeout=10.0) as manager,
     ):
-        with pytest.raises(SandboxTimeoutError, match=r"DependenciesNotReady: ErrImagePull: no such image"):
+        with pytest.raises(
+            SandboxTimeoutError, match=r"DependenciesNotReady: Pod is Pending: no node has room"
+        ):
             await manager.get_client("s")
         assert now() == pytest.approx(10.0, abs=0.01)
 

@@ -21,7 +21,7 @@ def test_defaults() -> None:
     assert not options.exit_with_parent
     assert options.writable == ()
     assert options.pass_env == ()
-    assert options.memory_limit == 2048 << 20
+    assert options.memory_limit is None
     assert (options.max_concurrent, options.max_queued, options.max_processes) == (8, 64, 64)
 
 
