@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from _patience import PATIENCE
 from manager.support import Clients
 
 from .support import Controller, Namespace, until
@@ -22,7 +23,7 @@ def ids(count: int) -> list[str]:
 
 
 async def test_a_restart_in_the_middle_of_creations(namespace: Namespace, controller: Controller) -> None:
-    async with namespace.managed(max_sessions=100, ready_timeout=60) as manager:
+    async with namespace.managed(max_sessions=100, ready_timeout=2 * PATIENCE) as manager:
         creations: list[asyncio.Task[Any]] = [
             asyncio.create_task(manager.get_client(session)) for session in ids(100)
         ]
