@@ -68,7 +68,9 @@ async def test_the_initial_metadata_come_when_the_code_begins(
         assert not metadata.done()
         assert (await client.cancel_execution(blocker.execution_id)).success
         assert "queue" in dict(await metadata)["prodisco-features"].split(",")
-        assert isinstance(await call.read(), response)
+        answers = [answer async for answer in call]
+        assert answers
+        assert isinstance(answers[0], response)
 
 
 async def test_every_answer_says_that_it_does(one_by_one: Server) -> None:
