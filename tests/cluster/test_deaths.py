@@ -60,12 +60,19 @@ async def test_code_that_fills_the_memory_does_not_end_its_session(pods: Pods, s
 
 
 async def test_a_pod_that_is_killed_for_its_memory_is_replaced(pods: Pods, session: str) -> None:
-    template = pod_template(resources=limits(memory="128Mi"))
+    # The server lets no execution take so much: it is its parent, the container's main process.
+    hoard = """
+import os, subprocess, time
+subprocess.Popen(["python", "-m", "prodisco_sandbox.server"])
+while not os.path.exists("/tmp/go"):
+    time.sleep(0.05)
+held = []
+while True:
+    held.append(bytearray(1 << 20))
+"""
+    template = pod_template(resources=limits(memory="128Mi"), command=["python", "-c", hoard])
     template["spec"]["restartPolicy"] = "Never"
-    # Memory that no process's end gives back: at last only the server itself is left to kill.
-    template["spec"]["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory"}})
-    template["spec"]["containers"][0]["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
-    fill = "f = open('/dev/shm/f', 'ab', 0)\nwhile f.write(bytes(65536)): pass"
+    fill = "open('/tmp/go', 'w')"
     ends: set[str] = set()
     async with managed(pod_template_spec=template) as manager:
         client = await manager.get_client(session)
@@ -76,8 +83,8 @@ async def test_a_pod_that_is_killed_for_its_memory_is_replaced(pods: Pods, sessi
             return manager.stats().lost == 1
 
         async def use_up() -> None:
-            while not (await client.execute(code=fill)).success:
-                pass  # Each time it is the code alone that is killed, which leaves less memory.
+            while True:
+                await client.execute(code=fill)
 
         with pytest.raises(SandboxUnavailableError):
             await asyncio.wait_for(use_up(), READY)

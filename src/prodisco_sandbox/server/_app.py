@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import importlib.util
 import logging
 import os
 import shutil
@@ -11,6 +13,7 @@ import signal
 import sys
 import tempfile
 import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +53,13 @@ CHANNEL_OPTIONS = [
 
 FEATURES = (metadata.QUEUE,)
 
+_REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 _KILL_TIMEOUT = 15.0
 _LINGER = 0.2
 """Seconds that connections stay after the last answer, for clients to have read it: a connection
 that is closed under what they send takes with it what they have not read yet."""
+_FIRST_SPARES = 0.1
+"""Seconds that the first question after its health has the processor to itself."""
 _LAST_ANSWERS = 1.0
 """Seconds for the answers of what was killed at the end to get out."""
 
@@ -176,7 +182,7 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
                 stop.on_end_of_input()
             print(f"listening on {target}", flush=True)  # noqa: T201
             log.info("listening on %s, workspace %s", target, places.workspace)
-            processes.start_spares()
+            processes.start_spares_soon(_FIRST_SPARES)
             await stop.asked.wait()
             service.healthy = False
             await standard_health.enter_graceful_shutdown()
@@ -205,13 +211,34 @@ async def _server(service: SandboxService, fence: Fence) -> tuple[grpc.aio.Serve
 
 
 def _reflect(server: grpc.aio.Server, names: list[str]) -> None:
-    """Lets clients ask what is served, where the package for it is installed."""
-    try:
-        from grpc_reflection.v1alpha import reflection
-    except ImportError:
+    """Lets clients ask what is served, where the package for it is installed.
+
+    It is imported when it is first asked for: a start has better things to do.
+    """
+    if importlib.util.find_spec("grpc_reflection") is None:
         log.info("no reflection: grpcio-reflection is not installed")
         return
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+
+    @functools.cache
+    def servicer() -> Any:
+        from grpc_reflection.v1alpha import reflection
+
+        return reflection.aio.ReflectionServicer([*names, _REFLECTION])  # type: ignore[attr-defined]
+
+    def decode(data: bytes) -> Any:
+        from grpc_reflection.v1alpha import reflection_pb2
+
+        return reflection_pb2.ServerReflectionRequest.FromString(data)
+
+    async def answer(requests: Any, context: Any) -> AsyncIterator[Any]:
+        async for reply in servicer().ServerReflectionInfo(requests, context):
+            yield reply
+
+    method = grpc.stream_stream_rpc_method_handler(
+        answer, request_deserializer=decode, response_serializer=lambda reply: reply.SerializeToString()
+    )
+    handler = grpc.method_handlers_generic_handler(_REFLECTION, {"ServerReflectionInfo": method})
+    server.add_generic_rpc_handlers((handler,))
 
 
 async def _drain(executions: Executions, grace: float, stop: _Stop) -> None:

@@ -13,10 +13,9 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from typing import Any
 
-from . import _confine, _supervisor, _tree, _usage
+from . import _confine, _script, _supervisor, _testing, _tree, _usage
 from ._cgroup import Cgroup
 from ._containment import Containment
 from ._memory import MemoryWatch
@@ -100,9 +99,9 @@ class Processes:
             spare.discard()
         return self._start()
 
-    def start_spares_soon(self) -> None:
+    def start_spares_soon(self, delay: float = _REFILL_DELAY) -> None:
         """Starts spares, but lets answers go out first."""
-        asyncio.get_running_loop().call_later(_REFILL_DELAY, self.start_spares)
+        asyncio.get_running_loop().call_later(delay, self.start_spares)
 
     def start_spares(self) -> None:
         """Starts interpreters in advance, as many as were asked for."""
@@ -392,7 +391,8 @@ def _pipe(undo: contextlib.ExitStack, theirs: contextlib.ExitStack, ours: str) -
 def _prelude() -> bytes:
     """The supervisor's code, compiled once, as its bootstrap expects it."""
     codes = []
-    for name in ("_tree", "_confine", "_testing", "_script", "_supervisor"):
-        file = resources.files(__package__).joinpath(f"{name}.py")
-        codes.append((name, compile(file.read_text("utf-8"), f"{name}.py", "exec", dont_inherit=True)))
+    for module in (_tree, _confine, _testing, _script, _supervisor):
+        loader: Any = module.__spec__ and module.__spec__.loader
+        # From its bytecode, if there is any.
+        codes.append((module.__name__.rpartition(".")[2], loader.get_code(module.__name__)))
     return _supervisor.pack(codes)

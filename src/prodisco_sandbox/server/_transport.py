@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import socket
-import ssl
 import stat
 import time
 from collections.abc import Iterator
@@ -32,6 +31,8 @@ def credentials(options: Options) -> grpc.ServerCredentials | None:
         return None
     assert options.tls_cert is not None  # noqa: S101
     assert options.tls_key is not None  # noqa: S101
+    import ssl
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         # Only to find out now, with a reason, what gRPC would say of every handshake.
