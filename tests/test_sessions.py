@@ -301,3 +301,17 @@ TestTable.settings = settings(max_examples=tries(230), stateful_step_count=50, d
 
 def test_a_session_does_not_show_its_id() -> None:
     assert "secret" not in repr(Session(session_id="secret", session_hash="h", name="n"))
+
+
+def test_a_machine_that_was_there_before_a_sandbox_was_made_is_shared_and_no_other_is() -> None:
+    table = SessionTable(max_sessions=3)
+    first, second, adopted = (admit(table, name) for name in "abc")
+    assert table.meet(first, "boot", 1.0) is None
+    second.known_at = 2.0
+    assert table.meet(second, "boot", 2.5) is None, "its own pod cannot have started before it was asked for"
+    second.known_at = 0.5
+    assert table.meet(second, "boot", 3.0) is first
+    adopted.known_at, adopted.was_used = 2.0, True
+    assert table.meet(adopted, "boot", 3.0) is first, "when its pod has started is not known"
+    table.close(first, None)
+    assert table.meet(adopted, "boot", 3.0) is None

@@ -449,7 +449,9 @@ class Creation:
         if session.met is client:  # It never means another machine.
             return True
         boot_id = client._boot_id
-        other = None if boot_id is None else self._table.meet(session, boot_id)
+        other = (
+            None if boot_id is None else self._table.meet(session, boot_id, asyncio.get_running_loop().time())
+        )
         # Without an address of its own it may be meant to share: see above.
         if other is not None and set(other.pod_ips) & set(session.pod_ips):
             text = f"the machine at its address is that of sandbox {other.name}"

@@ -89,8 +89,8 @@ class Session:
     """Its machine is not where its status says, and news of that is waited for."""
     rivals: set[Session] = field(default_factory=set)
     """Sessions that wait for one of its addresses."""
-    boot_ids: list[str] = field(default_factory=list)
-    """Of all machines that it has had."""
+    boot_ids: dict[str, float] = field(default_factory=dict)
+    """Of all machines that it has had, and when it met them on the loop's clock."""
     met: SandboxClient | None = None
     """The client that last found its machine healthy."""
     machine: str | tuple[str, ...] = ()
@@ -258,17 +258,21 @@ class SessionTable:
             rival.news.set()
         session.rivals.clear()
 
-    def meet(self, session: Session, boot_id: str) -> Session | None:
+    def meet(self, session: Session, boot_id: str, now: float) -> Session | None:
         """Notes which machine a session has.
 
         Returns:
-            Another current session that has met it before: then it is not this one's.
+            Another current session that has met it before: then it is not this one's. But a
+            machine that was met before this session's first Sandbox was made has not taken its
+            address: a server that is meant for several sessions, such as a test's.
         """
         other = self._by_boot_id.get(boot_id)
         if other is None:
             self._by_boot_id[boot_id] = session
-            session.boot_ids.append(boot_id)
-        return None if other is session else other
+            session.boot_ids[boot_id] = now
+        elif other is not session and (session.was_used or other.boot_ids[boot_id] >= session.known_at):
+            return other
+        return None
 
     def close(self, session: Session, error: SandboxError | None) -> bool:
         """Takes a session out of use.
