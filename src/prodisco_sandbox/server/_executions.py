@@ -26,6 +26,8 @@ _QUEUED_BYTES = 256 << 20
 """Of code that waits, however few executions it is; one may still pass it."""
 _ERROR = 65536
 _USAGE_INTERVAL = 0.5
+_SCRIPT = 16_384
+"""Bytes that an execution's own file in TMPDIR may take, besides its text."""
 _WHY: dict[int, str] = {
     signal.SIGXCPU: " (SIGXCPU): it used up its CPU time (--cpu-limit)",
     signal.SIGKILL: " (SIGKILL): by itself, or by the kernel for want of CPU time or memory",
@@ -233,11 +235,12 @@ class Executions:
         while self._running:
             await asyncio.sleep(_USAGE_INTERVAL)
             bound = max(self._options.workspace_limit, self._used)
-            used = await asyncio.to_thread(self._processes.usage, bound)
-            if used > bound:
+            scripts = sum(_script_size(run.execution) for run in self._running.values())
+            used = await asyncio.to_thread(self._processes.usage, bound + scripts)
+            if used > bound + scripts:
                 await self._overflow(bound)
             else:
-                self._used = used
+                self._used = min(used, bound)  # Without what goes with the executions.
 
     async def _overflow(self, bound: int) -> None:
         text = self._too_much(bound)
@@ -257,8 +260,9 @@ class Executions:
         bound = self._used
         if bound <= self._options.workspace_limit:
             return None
-        used = await asyncio.to_thread(self._processes.usage, bound)
-        return self._too_much(bound) if used > bound else None
+        scripts = sum(_script_size(run.execution) for run in self._running.values())
+        used = await asyncio.to_thread(self._processes.usage, bound + scripts)
+        return self._too_much(bound) if used > bound + scripts else None
 
     def _too_much(self, bound: int) -> str:
         return (
@@ -377,6 +381,11 @@ class _Run:
             return State.FAILED, f"exit status {outcome.exit}"
         number = -outcome.exit
         return State.FAILED, f"killed by signal {number}{_WHY.get(number, '')}"
+
+
+def _script_size(execution: Execution) -> int:
+    """About how many bytes on disk its main module may take, which is ours and not the code's."""
+    return 4 * (len(execution.source) + len(execution.tests or "")) + _SCRIPT
 
 
 def shortened(text: str) -> str:
