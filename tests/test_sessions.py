@@ -306,9 +306,14 @@ def test_a_session_does_not_show_its_id() -> None:
 def test_a_machine_that_was_there_before_a_sandbox_was_made_is_shared_and_no_other_is() -> None:
     table = SessionTable(max_sessions=3)
     first, second, adopted = (admit(table, name) for name in "abc")
+    for session in (first, second, adopted):
+        session.pod_ips = ("127.0.0.1",)
     assert table.meet(first, "boot", 1.0) is None
     second.known_at = 2.0
     assert table.meet(second, "boot", 2.5) is None, "its own pod cannot have started before it was asked for"
+    second.pod_ips = ("10.0.0.1",)
+    assert table.meet(second, "boot", 2.5) is first, "no two pods have one address"
+    second.pod_ips = ("127.0.0.1",)
     second.known_at = 0.5
     assert table.meet(second, "boot", 3.0) is first
     adopted.known_at, adopted.was_used = 2.0, True

@@ -142,6 +142,10 @@ class Totals:
     delete_retries: int = 0
 
 
+def _are_loopback(addresses: tuple[str, ...]) -> bool:
+    return all(address.startswith("127.") or address == "::1" for address in addresses)
+
+
 class SessionTable:
     """All sessions of a manager, the slots they hold, and who waits for one.
 
@@ -262,17 +266,17 @@ class SessionTable:
         """Notes which machine a session has.
 
         Returns:
-            Another current session that has met it before: then it is not this one's. But a
-            machine that was met before this session's first Sandbox was made has not taken its
-            address: a server that is meant for several sessions, such as a test's.
+            Another current session that has met it before: then it is not this one's. But at a
+            loopback address, which no pod has, a server that was met before this session's first
+            Sandbox was made is meant for several sessions, as in tests.
         """
         other = self._by_boot_id.get(boot_id)
         if other is None:
             self._by_boot_id[boot_id] = session
             session.boot_ids[boot_id] = now
-        elif other is not session and (session.was_used or other.boot_ids[boot_id] >= session.known_at):
-            return other
-        return None
+            return None
+        shared = not session.was_used and other.boot_ids[boot_id] < session.known_at
+        return None if other is session or (shared and _are_loopback(session.pod_ips)) else other
 
     def close(self, session: Session, error: SandboxError | None) -> bool:
         """Takes a session out of use.
