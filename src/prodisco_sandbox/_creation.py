@@ -510,8 +510,11 @@ class Creation:
                 status=e.status,
             ) from e
         session.generation = max(session.generation, manifest.generation(patched))
-        if patched is not None and manifest.generation(session.observed) < session.generation:
-            session.observed, session.observed_at = patched, asyncio.get_running_loop().time()
+        if manifest.is_to_run(session.observed or {}) != (mode == "Running"):
+            # The watch has not shown it yet, nor does every stand-in of the API return the object.
+            spec = {**(observed.get("spec") or {}), **manifest.mode_spec(observed, mode)}
+            session.observed = patched or {**observed, "spec": spec}
+            session.observed_at = asyncio.get_running_loop().time()
 
     async def discard_spent(self, session: Session, deadline: float) -> None:
         """Deletes the session's Sandbox, which is of no more use, and takes another name for the next."""

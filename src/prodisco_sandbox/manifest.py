@@ -270,9 +270,10 @@ def mode_spec(sandbox: Object, mode: Literal["Running", "Suspended"]) -> Object:
     return {"operatingMode": mode}
 
 
-def _wants_suspended(sandbox: Object) -> bool:
+def is_to_run(sandbox: Object) -> bool:
+    """Whether its spec does not say that it is to be suspended."""
     spec = sandbox.get("spec") or {}
-    return spec.get("operatingMode") == "Suspended" or spec.get("replicas") == 0
+    return spec.get("operatingMode") != "Suspended" and spec.get("replicas") != 0
 
 
 def is_suspended(sandbox: Object, since: int = 0) -> bool:
@@ -367,7 +368,7 @@ def readiness(sandbox: Object, config: SandboxManagerConfig, *, now: float, sinc
     reason = ready.get("reason") if ready is not None and ready.get("status") == "False" else None
     if ready is not None and reason == "SandboxExpired" and lease_lapsed(sandbox, now):
         return Readiness("ending", None, _condition_text(ready))
-    if _wants_suspended(sandbox):
+    if not is_to_run(sandbox):
         return Readiness("suspended", None, _condition_text(ready) if ready else "it is suspended")
     if finished is not None and finished.get("status") == "True":
         return Readiness("dead", None, _condition_text(finished))

@@ -321,6 +321,24 @@ async def test_a_suspended_sandbox_of_an_earlier_process_is_resumed() -> None:
         assert uid_of(await waiting) == left["metadata"]["uid"]
 
 
+async def test_a_stand_in_that_returns_nothing_for_a_patch_is_asked_once() -> None:
+    class Silent(FakeCustomObjectsApi):
+        async def patch_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any:
+            await super().patch_namespaced_custom_object(*args, **kwargs)
+
+    async with Silent(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        name = manager.sandbox_name("s")
+        await suspend(api, name)
+        api.silence_watches()
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(5)
+        assert modes(api) == ["Running"]
+        report_ready(api, name, "10.0.0.7")
+        await waiting
+        assert modes(api) == ["Running"]
+
+
 async def test_what_vanishes_while_it_is_resumed_is_made_anew() -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         old = await manager.get_client("s")
