@@ -340,7 +340,7 @@ class Connection:
         self._next_beat = asyncio.get_running_loop().time() + BEAT
         self.misses = 0
         if metadata is not None:
-            self._features = frozenset(dict(metadata).get(names.FEATURES, "").split(","))
+            self._features = frozenset(dict(iter(metadata)).get(names.FEATURES, "").split(","))
 
     def next_beat(self, waiting_since: float) -> float:
         """When a server that stays silent has to answer a health check."""

@@ -8,6 +8,7 @@ from typing import Any
 from .proto import metadata as names
 
 Metadata = Iterable[Any]
+"""Pairs. `dict` of a grpc.aio.Metadata fails with grpcio 1.74, `dict` of its iterator does not."""
 
 
 class Fence:
@@ -46,7 +47,7 @@ class Fence:
     def refusal(self, trailing: Metadata) -> str | None:
         """How the machine that refused a call differs; None: it is another failure."""
         refusals = {"pod": "another pod", "boot": "a server that started anew"}
-        return refusals.get(dict(trailing).get(names.FENCE, ""))
+        return refusals.get(dict(iter(trailing)).get(names.FENCE, ""))
 
     def is_met(self, initial: Metadata, *, ok: bool) -> bool:
         """Whether an answer comes from the machine that is meant; the first one pins it.
@@ -55,7 +56,7 @@ class Fence:
             initial: The answer's initial metadata.
             ok: Whether the call succeeded: otherwise something on the way may have answered.
         """
-        boot_id = dict(initial).get(names.BOOT_ID)
+        boot_id = dict(iter(initial)).get(names.BOOT_ID)
         if not self.pinned:
             self.pinned = ok or boot_id is not None
             self.boot_id = boot_id

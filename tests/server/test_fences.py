@@ -44,7 +44,7 @@ async def end(call: Any) -> tuple[grpc.StatusCode, dict[str, Any], dict[str, Any
         except grpc.aio.AioRpcError:
             pass
     status = await call.code()
-    return status, dict(await call.initial_metadata()), dict(await call.trailing_metadata())
+    return status, dict(iter(await call.initial_metadata())), dict(iter(await call.trailing_metadata()))
 
 
 def calls(channel: Any, metadata: Any = None) -> dict[str, Any]:
@@ -110,7 +110,7 @@ async def test_every_answer_says_which_machine_it_comes_from(channel: grpc.aio.C
 async def test_a_watch_of_its_health_says_so_at_once(channel: grpc.aio.Channel) -> None:
     call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
     assert (await call.read()).status == health_pb2.HealthCheckResponse.SERVING
-    assert dict(await call.initial_metadata())["prodisco-pod-name"] == POD
+    assert dict(iter(await call.initial_metadata()))["prodisco-pod-name"] == POD
     call.cancel()
 
 

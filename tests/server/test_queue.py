@@ -67,7 +67,7 @@ async def test_the_initial_metadata_come_when_the_code_begins(
         await client.health_check()
         assert not metadata.done()
         assert (await client.cancel_execution(blocker.execution_id)).success
-        assert "queue" in dict(await metadata)["prodisco-features"].split(",")
+        assert "queue" in dict(iter(await metadata))["prodisco-features"].split(",")
         answers = [answer async for answer in call]
         assert answers
         assert isinstance(answers[0], response)
@@ -76,7 +76,7 @@ async def test_the_initial_metadata_come_when_the_code_begins(
 async def test_every_answer_says_that_it_does(one_by_one: Server) -> None:
     async with one_by_one.connect() as stub:
         call = stub.HealthCheck(pb.HealthCheckRequest())
-        assert "queue" in str(dict(await call.initial_metadata())["prodisco-features"]).split(",")
+        assert "queue" in str(dict(iter(await call.initial_metadata()))["prodisco-features"]).split(",")
 
 
 async def test_what_is_refused_says_so_too(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ async def test_what_is_refused_says_so_too(tmp_path: Path) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Execute(pb.ExecuteRequest(code="1"))
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert "queue" in str(dict(caught.value.initial_metadata())["prodisco-features"])
+            assert "queue" in str(dict(iter(caught.value.initial_metadata()))["prodisco-features"])
 
 
 async def test_a_queued_asynchronous_execution_is_in_flight(client: SandboxClient) -> None:
