@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from prodisco_sandbox.server._shared_memory import _refusal
 from prodisco_sandbox.server._usage import disk_usage
 
 from .support import Stub, code, needs_bubblewrap, needs_landlock, running, tls_options
@@ -58,6 +59,27 @@ async def test_a_replaced_tmp_is_not_what_bubblewrap_binds(inside: Path, outside
             await replace(stub, "os.path.dirname(os.getcwd()) + '/tmp'", outside)
             answer = await stub.Execute(code("open('/tmp/x', 'w')"))
             assert answer.success, answer.error
+    assert os.listdir(outside) == ["a"]
+
+
+@needs_landlock
+@pytest.mark.skipif(_refusal() is not None, reason=f"no namespaces: {_refusal()}")
+@pytest.mark.parametrize("link", ["outside", "itself"])
+async def test_a_replaced_tmp_is_not_what_is_mounted(tmp_path: Path, outside: Path, link: str) -> None:
+    # A TMPDIR that is too long a path for sockets is mounted at a short one.
+    inside = tmp_path / "a-name-that-makes-the-path-too-long-for-sockets"
+    options = ["--writable", str(inside), "--spare-interpreters", "0"]
+    with running(inside, *options) as server:
+        async with server.connect() as stub:
+            where = await stub.Execute(code("import os; print(os.environ['TMPDIR'])"))
+            assert where.output == "/dev/shm/tmp\n"
+            target = outside if link == "outside" else Path("tmp")
+            await replace(stub, "os.path.dirname(os.getcwd()) + '/tmp'", target)
+            answer = await stub.Execute(
+                code("import os; print(os.listdir('/dev/shm/tmp')); open('/dev/shm/tmp/x', 'w')")
+            )
+            assert answer.success, answer.error
+            assert "'a'" not in answer.output
     assert os.listdir(outside) == ["a"]
 
 

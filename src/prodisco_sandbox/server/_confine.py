@@ -131,13 +131,24 @@ def own_shared_memory(size: int) -> None:
     _mount(b"tmpfs", SHARED_MEMORY, b"tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=1777,size={size}")
 
 
-def move(source: str, target: str) -> None:
-    """Shows a directory at another, new path, too, to those that share this process's namespace."""
+def move(source: str, target: str, known: tuple[int, int] | None) -> None:
+    """Shows a directory at another, new path, too, to those that share this process's namespace.
+
+    Only while it has the `identity` that is known; else the new path is an empty directory.
+    """
     os.mkdir(target, 0o700)  # noqa: PTH102
     try:
-        _mount(source.encode(), target, None, _MS_BIND, None)
+        held = os.open(source, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return  # An earlier execution has removed it, or closed it to us.
+    try:
+        # What is mounted is what was looked at, whatever is at the path by then.
+        if known == identity(held):
+            _mount(f"/proc/self/fd/{held}".encode(), target, None, _MS_BIND, None)
     except FileNotFoundError:
-        return  # An earlier execution has removed it.
+        return  # It was removed just now.
+    finally:
+        os.close(held)
 
 
 def _mount(source: bytes | None, target: str, kind: bytes | None, flags: int, data: str | None) -> None:
@@ -205,8 +216,8 @@ def landlock(
 def _allow(ruleset: int, path: str, rights: int, known: tuple[int, int] | None = None) -> None:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except (FileNotFoundError, PermissionError):
-        return  # what is not there, or closed to us anyway, needs no permission
+    except OSError:
+        return  # what is not there, or closed to us anyway, or a link to itself, needs no permission
     try:
         if known and known != identity(descriptor):
             return  # an earlier execution put something else there, such as a link to outside

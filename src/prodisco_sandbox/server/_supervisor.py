@@ -217,8 +217,9 @@ def _child(job: dict[str, Any], codes: list[tuple[str, CodeType]], supervisor: i
         os.dup2(1, 2)
     if job["shared_memory"]:
         _confine.own_shared_memory(job["shared_memory"])
-        if job["temporary"][0] != job["temporary"][1]:
-            _confine.move(*job["temporary"])
+        source, target = job["temporary"]
+        if source != target:
+            _confine.move(source, target, dict(job["writable"]).get(source))
     try:
         os.chdir(job["cwd"])
     except PermissionError:  # locked by an earlier execution, for good if nobody could come back in
