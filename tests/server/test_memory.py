@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import uuid
@@ -16,7 +20,7 @@ from _patience import PATIENCE
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server._cgroup import find_memory_cgroup
-from prodisco_sandbox.server._memory import Container, Memory
+from prodisco_sandbox.server._memory import Container, Memory, MemoryWatch
 
 from .support import Server, Stub, code, running
 
@@ -321,6 +325,36 @@ async def test_other_runtimes_run_in_a_pod_of_512_mib(tmp_path: Path, pod: Pod) 
                 if shutil.which(program):
                     answer = await stub.Execute(code(f"import subprocess; print({run})", timeout_ms=100_000))
                     assert answer.output.endswith("0\n"), (program, answer)
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    """A process with one below it, which uses some 40 MiB."""
+    below = "x = b'x' * (40 << 20); print('ready', flush=True); import time; time.sleep(1000)"
+    command = f"{shlex.quote(sys.executable)} -S -c {shlex.quote(below)} & wait"
+    with subprocess.Popen(
+        ["/bin/sh", "-c", command], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def watch(each: int) -> MemoryWatch:
+    return MemoryWatch(Memory(each, 100 * each), own_shared_memory=True)
+
+
+def test_what_the_machine_has_in_shared_memory_does_not_count(child: subprocess.Popen[bytes]) -> None:
+    """As a process sees it that has but just been forked."""
+    looking = watch(64 * MIB)
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file, looking.watching(child.pid) as watched:
+        os.posix_fallocate(file.fileno(), 0, 96 * MIB)
+        looking.look()
+        assert watched.pids
+        assert watched.over is None
+        assert watched.use < 64 * MIB
 
 
 async def test_a_hoard_is_killed_where_the_limit_was_lifted(tmp_path: Path) -> None:

@@ -251,9 +251,14 @@ class MemoryWatch:
 
     def _shared_memory_files(self, pids: list[int]) -> int:
         if self._own_shared_memory:
+            common = _device(_confine.SHARED_MEMORY)
             for pid in pids:
+                path = f"/proc/{pid}/root{_confine.SHARED_MEMORY}"
+                # A process that was but just forked still sees that of the machine or pod.
+                if _device(path) in (None, common):
+                    continue
                 with contextlib.suppress(OSError):
-                    usage = os.statvfs(f"/proc/{pid}/root{_confine.SHARED_MEMORY}")
+                    usage = os.statvfs(path)
                     return (usage.f_blocks - usage.f_bfree) * usage.f_frsize
         return 0
 
@@ -279,6 +284,14 @@ def _allow(one: Watched, pid: int, data: int) -> None:
         if soft in one.limits and abs(soft - data) > _STEP:
             one.limits.add(data)
             resource.prlimit(pid, resource.RLIMIT_DATA, (data, hard))
+
+
+def _device(path: str) -> int | None:
+    """The file system that a path is in; None where there is no such path."""
+    try:
+        return os.stat(path).st_dev  # noqa: PTH116
+    except OSError:
+        return None
 
 
 def _below(root: int) -> list[int]:
