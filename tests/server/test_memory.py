@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -355,6 +356,21 @@ def test_what_the_machine_has_in_shared_memory_does_not_count(child: subprocess.
         assert watched.pids
         assert watched.over is None
         assert watched.use < 64 * MIB
+
+
+def test_no_execution_goes_unwatched(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = watch(8 * MIB)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"), looking.watching(child.pid):
+            pass
+    with looking.watching(child.pid) as watched:
+        child.wait(PATIENCE)  # Its child is killed, which is all that it waits for.
+        assert watched.over is not None
 
 
 async def test_a_hoard_is_killed_where_the_limit_was_lifted(tmp_path: Path) -> None:

@@ -170,9 +170,11 @@ class MemoryWatch:
     def watching(self, supervisor: int) -> Iterator[Watched]:
         """Watches what is below the supervisor."""
         watched = Watched(supervisor, self._memory.each)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
-            self._thread.start()
+        if self._thread is None or not self._thread.is_alive():
+            # Kept only once it runs: the system may refuse it, and the next execution needs one.
+            thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
+            thread.start()
+            self._thread = thread
         with self._lock:
             if not self._watched and self._memory.container:
                 # Files in memory that are there already must not keep code from removing them.
