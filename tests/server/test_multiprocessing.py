@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import mmap
+import os
 import shutil
 import sys
 import uuid
 from pathlib import Path
 
 import pytest
-from _patience import until
+from _patience import PATIENCE, until
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine
@@ -172,6 +176,40 @@ def test_files_that_are_open_somewhere_are_left(tmp_path: Path, monkeypatch: pyt
         assert {path.name for path in tmp_path.iterdir()} == {"old", "open"}
     memory.end()
     assert {path.name for path in tmp_path.iterdir()} == {"old"}
+
+
+def test_files_with_odd_names_that_are_mapped_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prodisco_sandbox.server._shared_memory._refusal", lambda: "refused")
+    memory = SharedMemory(in_namespaces=False, directory=tmp_path)
+    memory.begin()
+    names = {os.fsdecode(b"no UTF-8: \xff"), "a\rb", "a\x1c\u2028b"}
+    with contextlib.ExitStack() as mapped:
+        for name in names:
+            (tmp_path / name).write_bytes(b"x")
+            with (tmp_path / name).open("rb") as file:
+                mapped.enter_context(mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ))
+        memory.end()
+        assert {path.name for path in tmp_path.iterdir()} == names
+    memory.end()
+    assert not list(tmp_path.iterdir())
+
+
+async def test_what_is_queued_starts_whatever_cleaning_up_does(tmp_path: Path) -> None:
+    broken = f"""
+from prodisco_sandbox.server._shared_memory import SharedMemory
+def end(self):
+    raise ValueError("broken for this test")
+SharedMemory.end = end
+{COMMON}"""
+    with running(tmp_path, "--max-concurrent", "1", command=[sys.executable, "-c", broken]) as server:
+        async with server.connect() as stub:
+            answers = await asyncio.gather(
+                *(stub.Execute(code(f"print({n})"), timeout=PATIENCE) for n in range(3))
+            )
+            assert [answer.output for answer in answers] == ["0\n", "1\n", "2\n"]
+        assert "broken for this test" in server.log()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

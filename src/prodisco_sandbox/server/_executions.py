@@ -211,9 +211,9 @@ class Executions:
     def _start(self, execution: Execution) -> None:
         execution.state = State.RUNNING
         execution.started_at_ms = now_ms()
-        if not self._running:
-            self._processes.containment.shared_memory.begin()
         try:
+            if not self._running:
+                self._processes.containment.shared_memory.begin()
             run = _Run(self._processes, self._cache, execution, self._grown)
         except OSError as error:
             log.warning("cannot start an interpreter: %s", error)
@@ -283,7 +283,10 @@ class Executions:
         else:
             self._finish(execution, *run.task.result())
         if not self._running:
-            self._processes.containment.shared_memory.end()
+            try:
+                self._processes.containment.shared_memory.end()
+            except Exception:  # What waits has to start all the same.
+                log.exception("cleaning up shared memory failed")
         while self._pending and len(self._running) < self._options.max_concurrent:
             self._start(self._pending.pop(next(iter(self._pending))))
         if not self._running:

@@ -80,7 +80,9 @@ def _used(directory: Path) -> set[str]:
     for process in Path("/proc").glob("[0-9]*"):
         paths: list[str] = []
         try:
-            paths += [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()]
+            # Names are bytes, and may hold what ends a line of text elsewhere.
+            lines = [line.split(maxsplit=5) for line in (process / "maps").read_bytes().split(b"\n")]
+            paths += [os.fsdecode(fields[5]) for fields in lines if len(fields) == 6]
             with os.scandir(process / "fd") as entries:
                 paths += [os.readlink(entry.path) for entry in entries]  # noqa: PTH115
         except OSError:  # ended meanwhile, or another user's
