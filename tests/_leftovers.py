@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SETTLING = 10.0
-"""Seconds in which a library's threads close what they have open for a moment, on a slow machine too."""
+"""Seconds in which threads of libraries let go of what they have for a moment, on a slow machine too."""
 
 
 def children() -> set[int]:
@@ -36,15 +40,26 @@ def open_files() -> dict[int, str]:
     return found
 
 
+def left_running(before: set[int]) -> list[int]:
+    """Children that were started since and are still there.
+
+    asyncio waits for a killed child in a thread.
+    """
+    return sorted(_at_every_look(lambda: children() - before))
+
+
 def kept_open(before: dict[int, str]) -> list[tuple[int, str]]:
     """Files and pipes that were opened since and stay open.
 
-    Other threads open files at any moment, as gRPC's resolver opens /etc/resolv.conf. Only
-    what is open at every look counts.
+    Other threads open files at any moment, as gRPC's resolver opens /etc/resolv.conf.
     """
-    kept = open_files().items() - before.items()
+    return sorted(_at_every_look(lambda: open_files().items() - before.items()))
+
+
+def _at_every_look(look: Callable[[], set[T]]) -> set[T]:
+    found = look()
     deadline = time.monotonic() + SETTLING
-    while kept and time.monotonic() < deadline:
+    while found and time.monotonic() < deadline:
         time.sleep(0.01)
-        kept &= open_files().items()
-    return sorted(kept)
+        found &= look()
+    return found

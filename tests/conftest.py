@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from _leftovers import children, kept_open, open_files
+from _leftovers import children, kept_open, left_running, open_files
 from _measuring import import_libraries, unmeasured
 from _patience import PATIENCE
 from hypothesis import HealthCheck, settings
@@ -172,8 +172,8 @@ def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         # Asked for here, so that it ends after every other fixture of the test.
         request.getfixturevalue("_no_task_left")
     yield
-    if left := children() - children_before:
-        pytest.fail(f"child processes left behind: {sorted(left)}")
+    if left := left_running(children_before):
+        pytest.fail(f"child processes left behind: {left}")
     if kept := kept_open(files_before):
         pytest.fail(f"files or pipes left open: {kept}")
 

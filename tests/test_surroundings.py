@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import _leftovers
 import pytest
-from _leftovers import kept_open, open_files
+from _leftovers import children, kept_open, left_running, open_files
 from _patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +71,24 @@ def test_what_stays_open_is_left_open(tmp_path: Path, monkeypatch: pytest.Monkey
     before = open_files()
     with (tmp_path / "diary.txt").open("w") as file:
         assert kept_open(before) == [(file.fileno(), str(tmp_path / "diary.txt"))]
+
+
+def test_a_child_that_is_waited_for_meanwhile_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = children()
+    child = subprocess.Popen(["sleep", "1000"])
+    child.kill()
+    waited = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: child.wait())
+    monkeypatch.setattr(_leftovers, "time", waited)
+    assert left_running(before) == []
+    assert child.returncode is not None, "it was there at the first look"
+
+
+def test_a_child_that_runs_on_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_leftovers, "SETTLING", 0.05)
+    before = children()
+    with subprocess.Popen(["sleep", "1000"]) as child:
+        assert left_running(before) == [child.pid]
+        child.kill()
 
 
 def test_a_python_whose_path_has_a_space_makes_environments(tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ async def test_what_is_left_in_shared_memory_is_removed(
     tmp_path: Path, options: list[str], command: list[str]
 ) -> None:
     theirs = Path(_confine.SHARED_MEMORY, f"of-somebody-else-{uuid.uuid4().hex}")
-    theirs.touch()
+    # Open, since servers of other workers clean up there, too.
+    held = theirs.open("w")
     source = """
 import multiprocessing, os
 from multiprocessing import resource_tracker, shared_memory
@@ -134,6 +135,7 @@ print(*os.listdir("/dev/shm"))
                 assert not made & set(left)
                 assert theirs.exists()
     finally:
+        held.close()
         theirs.unlink()
 
 
