@@ -19,8 +19,6 @@ from prodisco_sandbox.errors import SandboxError
 from prodisco_sandbox.local import LocalCluster
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-pytestmark = pytest.mark.usefixtures("measured_children")
-
 Object = dict[str, Any]
 
 

@@ -26,7 +26,7 @@ from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import Clients, StubClient, alive, settle
 
-pytestmark = pytest.mark.looptime
+pytestmark = [pytest.mark.looptime, pytest.mark.unmeasured]
 
 MOST_STEPS = 400
 STRIDE = int(os.environ.get("INTERRUPTION_STRIDE", "23"))

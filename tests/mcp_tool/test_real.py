@@ -23,8 +23,6 @@ from mcp.client.stdio import StdioServerParameters
 
 from .support import ERAS, INITIALIZE, call, connect, local_server, refused, run
 
-pytestmark = pytest.mark.usefixtures("measured_children")
-
 WRITE = "open('diary.txt', 'w').write('the owl')"
 READ = "print(open('diary.txt').read())"
 LOOK = "import os; print(os.path.exists('diary.txt'))"
@@ -125,6 +123,7 @@ def program(*arguments: str, **environment: str) -> StdioServerParameters:
 
 
 @pytest.mark.parametrize("era", [pytest.param(ERAS[0], marks=pytest.mark.slow), ERAS[1]])
+@pytest.mark.usefixtures("measured_children")
 async def test_the_program_serves_both_eras_on_stdio(era: str) -> None:
     async with Client(program("--local", "--log-level", "debug"), mode=era) as client:
         first = await run(client, WRITE + "; print('x' * 100_000)")

@@ -19,8 +19,6 @@ from prodisco_sandbox.mcp._stdio import LineWriter
 
 from .support import ERAS, INITIALIZE, META
 
-pytestmark = pytest.mark.usefixtures("measured_children")
-
 HEAD = b'{"jsonrpc":"2.0","id":7,"method":"tools/call","params":'
 """The beginning of a request, which is id 7 in what follows."""
 
