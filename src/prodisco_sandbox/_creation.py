@@ -48,6 +48,8 @@ HEALTH_SLICE = 1.0
 HEALTH_PAUSE = 0.1
 INCARNATIONS = 100
 """How many incarnations of a name are tried, and recognised in a Sandbox that is adopted."""
+STARTS = 3
+"""How often a suspended Sandbox is started for one use: something else may suspend it again."""
 REFUSAL_PAUSE, REFUSAL_BELIEVED = 1.0, 2.0
 """A pod that seems to be refused for good is read each second, and believed to be after two."""
 
@@ -265,9 +267,12 @@ class Creation:
         alive = [sandbox for sandbox in found if not manifest.is_deleting(sandbox)]
         spent = [sandbox for sandbox in alive if self._is_spent(sandbox)]
         for sandbox in spent:
-            await self._resources.delete(manifest.name(sandbox), manifest.uid(sandbox), deadline)
-            if manifest.name(sandbox) == session.name:
+            name, version = manifest.name(sandbox), manifest.resource_version(sandbox)
+            deleted = await self._resources.delete(name, manifest.uid(sandbox), deadline, version=version)
+            if name == session.name:
                 self._next_name(session)
+            if not deleted:
+                return False  # It has changed: another manager may use it.
         alive = [sandbox for sandbox in alive if sandbox not in spent]
         if not alive:
             return False if spent else None
@@ -300,7 +305,7 @@ class Creation:
         names = (manifest.sandbox_name(session.session_id, i) for i in range(INCARNATIONS))
         incarnation = next((i for i, known in enumerate(names) if known == name), session.incarnation)
         self._rename(session, name, incarnation)
-        session.observed = None
+        session.observed = sandbox  # What is known of it if the claim is not answered.
         session.was_used = True
         lease = self._leases.next() if await self._leases.allowed(deadline) else None
         patch: Object = {
@@ -315,6 +320,7 @@ class Creation:
         try:
             claimed = await self._send(session, "claim", partial(self._resources.patch, name, patch))
         except (PreconditionError, NotFoundError):
+            session.observed, session.was_used = None, False
             return False  # It has changed, or is gone: look again.
         except RetryableError as e:
             await self._pause(session, e, "patch", attempt - 1, deadline)
@@ -324,8 +330,9 @@ class Creation:
             lease = claimed = None
             session.leftover = True
             session.claimed = manifest.instance(sandbox) == self._config.instance_label
-        sandbox = claimed or sandbox
-        self._found(session, sandbox)
+        if session.observed is sandbox:  # else the watch has spoken since
+            session.observed = None
+        self._found(session, claimed or sandbox)
         if lease is not None:
             self._leases.add(session)
         self._log.info("sandbox_adopted", sandbox=name, uid=session.uid, incarnation=incarnation)
@@ -351,8 +358,10 @@ class Creation:
         """
         loop = asyncio.get_running_loop()
         restarted = False
+        starts = 0
         refused_at: float | None = None
         while True:
+            session.news.clear()  # What comes from here on is heard, also during a health check.
             if manifest.is_deleting(session.observed or {}):
                 raise LostError(f"sandbox {session.name} is being deleted by somebody else")
             reading = self.reading(session.observed or {}, session.generation, strict=True)
@@ -373,6 +382,11 @@ class Creation:
                     continue
                 case "suspended" if manifest.is_suspended(session.observed or {}, session.generation):
                     self.drop_machine(session)
+                    starts += 1
+                    if starts > STARTS:
+                        raise SuspendedError(
+                            f"sandbox {session.name} was suspended again each time that it was started"
+                        )
                     await self._set_mode(session, "Running", deadline)
                     continue
                 case "suspended":
@@ -406,6 +420,7 @@ class Creation:
                 if client._has_met:
                     await self.refresh(session, deadline)
                 else:  # Its first contact was with another pod.
+                    self._table.vacate(session)
                     await self._hear_of_place(session, deadline)
                 continue
             if session.target is None:  # A caller has closed it meanwhile.
@@ -452,8 +467,11 @@ class Creation:
         other = (
             None if boot_id is None else self._table.meet(session, boot_id, asyncio.get_running_loop().time())
         )
-        # Without an address of its own it may be meant to share: see above.
-        if other is not None and set(other.pod_ips) & set(session.pod_ips):
+        # Where the user's own function gives the targets, sessions may be meant to share one.
+        shares = callable(self._config.endpoint) and not set(session.pod_ips) & set(
+            other.pod_ips if other else ()
+        )
+        if other is not None and not shares:
             text = f"the machine at its address is that of sandbox {other.name}"
             self._log.info("sandbox_suspect", sandbox=session.name, reason=text)
             self._discard(session.name, client)
@@ -478,8 +496,11 @@ class Creation:
 
     def drop_machine(self, session: Session) -> None:
         """The machine behind the session's client is gone: ends the client at once."""
-        if session.client is not None:
-            self._discard(session.name, session.client)
+        client = session.client
+        if client is not None:
+            now = asyncio.get_running_loop().time()
+            session.last_used = max(session.last_used, now if client.in_flight else client.last_used)
+            self._discard(session.name, client)
             session.machine_lost = True
             self._table.totals.lost += 1
             self._table.vacate(session)
@@ -516,9 +537,14 @@ class Creation:
             session.observed = patched or {**observed, "spec": spec}
             session.observed_at = asyncio.get_running_loop().time()
 
-    async def discard_spent(self, session: Session, deadline: float) -> None:
-        """Deletes the session's Sandbox, which is of no more use, and takes another name for the next."""
+    async def discard_spent(self, session: Session, deadline: float) -> bool:
+        """Deletes the session's Sandbox, which is of no more use, and takes another name for the next.
+
+        Returns:
+            Whether it is gone; it is not if it has changed since it was read.
+        """
         name, incarnation, uid = session.name, session.incarnation, session.uid
+        version = manifest.resource_version(session.observed or {})
         if session.client is not None:
             self._discard(name, session.client)
         session.client = session.target = session.uid = session.observed = None
@@ -527,18 +553,25 @@ class Creation:
         self._leases.drop(session)
         self._next_name(session)  # Before it is deleted: that is no news for the session then.
         try:
-            await self._resources.delete(name, uid, deadline)
+            gone = await self._resources.delete(name, uid, deadline, version=version)
+            found = None if gone else await self._resources.get(name, deadline)
         except BaseException:
             self._rename(session, name, incarnation)
             session.uid = uid  # Whoever ends the session deletes it.
             raise
+        if found is not None and manifest.uid(found) == uid and not manifest.is_deleting(found):
+            self._rename(session, name, incarnation)
+            self._found(session, found)
+            return False
         session.leftover = False
+        return True
 
     def must_keep(self, session: Session) -> bool:
         """Whether a session that fails leaves its Sandbox: it may hold what a user wants back."""
         observed = session.observed or {}
+        being_started = session.generation > 0  # since it was suspended
         return session.was_used and (
-            manifest.holds_volumes(observed) or self.reading(observed).phase == "suspended"
+            manifest.holds_volumes(observed) or being_started or self.reading(observed).phase == "suspended"
         )
 
     def _watched(self, session: Session) -> bool:
@@ -549,7 +582,6 @@ class Creation:
 
     async def _hear(self, session: Session, deadline: float, patience: float | None = None) -> None:
         """Waits until there is news of the Sandbox, or reads it after a while."""
-        session.news.clear()
         loop = asyncio.get_running_loop()
         patience = self._interval(session) if patience is None else patience
         remaining = session.observed_at + patience - loop.time()

@@ -253,8 +253,8 @@ class Engine:
             return await self._creation.connect(session, deadline, exchange=not session.was_used)
         except SpentError as e:
             self._log.warning("sandbox_replaced", sandbox=session.name, reason=str(e))
-            await self._creation.discard_spent(session, deadline)
-        await self._creation.obtain(session, deadline)
+            if await self._creation.discard_spent(session, deadline):
+                await self._creation.obtain(session, deadline)
         return await self._creation.connect(session, deadline)
 
     def _fail(self, session: Session, error: SandboxError) -> None:
@@ -267,7 +267,7 @@ class Engine:
         if self.table.current.get(session.session_id) is not session:
             return  # Closed meanwhile, and the client has hidden the cancellation.
         session.check = None
-        session.was_used = True
+        session.was_used, session.generation = True, 0
         self._left.discard(session.session_hash)
         boot_id = session.machine if isinstance(session.machine, str) else None
         client.sandbox = SandboxRef(session.name, session.uid or "", session.incarnation, boot_id)
@@ -342,7 +342,8 @@ class Engine:
             self._lose(session, str(e))
         except Exception as e:  # noqa: BLE001
             error = self._creation.failure(session, e)
-            if isinstance(e, TimeoutError) and not session.misplaced:
+            in_time = not isinstance(e, TimeoutError)
+            if not (in_time or session.misplaced or self._creation.must_keep(session)):
                 self._lose(session, "its server does not answer", error)
                 return
             # The cluster cannot be asked, the Sandbox not be started, or its machine not be
@@ -430,7 +431,7 @@ class Engine:
 
     def _surveyed(self, sandboxes: list[Object]) -> None:
         living = (sandbox for sandbox in sandboxes if not manifest.is_deleting(sandbox))
-        self._left |= {manifest.labels(sandbox).get(manifest.LABEL_SESSION, "") for sandbox in living}
+        self._left = {manifest.labels(sandbox).get(manifest.LABEL_SESSION, "") for sandbox in living}
 
     def synced(self, sandboxes: list[Object], since: float) -> None:
         listed = {manifest.uid(sandbox) for sandbox in sandboxes}

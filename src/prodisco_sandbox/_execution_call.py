@@ -103,6 +103,8 @@ class ExecutionCall:
         self._connection.heard()
         if self._unverified:
             self._unverified = False
+            if self._call is None:  # It was ended in the same moment.
+                return await self.read()
             self._connection.verify(self.rpc, await self._call.initial_metadata())
         return message
 

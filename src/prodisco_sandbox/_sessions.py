@@ -143,7 +143,7 @@ class Totals:
 
 
 def _are_loopback(addresses: tuple[str, ...]) -> bool:
-    return all(address.startswith("127.") or address == "::1" for address in addresses)
+    return bool(addresses) and all(address.startswith("127.") or address == "::1" for address in addresses)
 
 
 class SessionTable:

@@ -216,6 +216,10 @@ def uid(sandbox: Object) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def resource_version(sandbox: Object) -> str | None:
+    return (sandbox.get("metadata") or {}).get("resourceVersion")
+
+
 def name(sandbox: Object) -> str:
     return str((sandbox.get("metadata") or {}).get("name"))
 

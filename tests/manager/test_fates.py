@@ -218,10 +218,10 @@ async def test_an_unreachable_server_does_not_cost_its_volumes() -> None:
         with pytest.raises(SandboxTimeoutError):
             await manager.get_client("s")
         await settle()
-        assert (manager.stats().ready, api.count("delete"), alive(api)) == (0, 0, [name])
-        new = await manager.get_client("s")
-        assert uid_of(new) == uid_of(old), "it is found by its label, although its name was used"
-        assert api.count("create") == 1
+        assert (manager.stats().ready, api.count("delete"), alive(api)) == (1, 0, [name])
+        clients.made[0].healthy = True
+        assert uid_of(await manager.get_client("s")) == uid_of(old)
+        assert (api.count("create"), manager.stats().lost) == (1, 0)
 
 
 async def test_a_dead_sandbox_with_volumes_is_adopted_and_restarted() -> None:
@@ -319,6 +319,90 @@ async def test_a_suspended_sandbox_of_an_earlier_process_is_resumed() -> None:
         assert modes(api) == ["Running"]
         report_ready(api, left["metadata"]["name"], "10.0.0.7")
         assert uid_of(await waiting) == left["metadata"]["uid"]
+
+
+async def test_what_something_else_suspends_each_time_is_given_up_and_kept() -> None:
+    class Stubborn(FakeCustomObjectsApi):
+        async def patch_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any:
+            patched = await super().patch_namespaced_custom_object(*args, **kwargs)
+            if (args[5].get("spec") or {}).get("operatingMode") == "Running":
+                await suspend(self, args[4])
+                return self.get(args[4])
+            return patched
+
+    async with Stubborn(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+        name = manager.sandbox_name("s")
+        await suspend(api, name)
+        with pytest.raises(SandboxFailedError, match="suspended again each time"):
+            await manager.get_client("s")
+        assert modes(api) == ["Running"] * 3
+        assert (now() < 1.0, api.count("delete"), manager.stats().ready) == (True, 0, 1)
+
+
+async def test_a_started_sandbox_whose_pod_finds_no_place_is_kept() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=30.0) as manager:
+        old = await manager.get_client("s")
+        name = manager.sandbox_name("s")
+        await suspend(api, name)
+        with pytest.raises(SandboxTimeoutError):
+            await manager.get_client("s")
+        await settle()
+        assert (api.count("delete"), manager.stats().ready) == (0, 1)
+        report_ready(api, name, "10.0.0.7")
+        assert uid_of(await manager.get_client("s")) == uid_of(old)
+
+
+async def test_a_session_that_was_in_use_when_its_machine_went_is_not_idle() -> None:
+    clients = Clients()
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, clients, session_idle_timeout=50.0, idle_check_interval=1.0) as manager,
+    ):
+        await manager.get_client("s")
+        [client] = clients.made
+        client.calls = 1
+        await asyncio.sleep(200)
+        report_finished(api, manager.sandbox_name("s"))
+        await asyncio.sleep(40)
+        assert (manager.stats().reaped, len(api.objects)) == (0, 1)
+        await asyncio.sleep(20)
+        assert manager.stats().reaped == 1
+
+
+async def test_an_adoption_that_is_not_answered_in_time_deletes_no_volumes() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=25.0) as manager:
+        left = await left_behind(api, "s")
+        name = left["metadata"]["name"]
+        await change_spec(api, name, volumeClaimTemplates=VOLUMES)
+        api.faults.add("patch", latency=9.0, when=lambda r: r.name == name)
+        api.faults.add("list", latency=9.9, times=2)
+        with pytest.raises(SandboxError):
+            await manager.get_client("s")
+        await asyncio.sleep(20)
+        assert (alive(api), api.count("delete")) == ([name], 0)
+        api.faults.clear()
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(1)
+        assert uid_of(await waiting) == left["metadata"]["uid"]
+
+
+async def test_what_has_changed_since_it_was_taken_for_spent_is_not_deleted() -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=True) as api,
+        managed(api, instance_id="first") as first,
+        managed(api, instance_id="second") as second,
+    ):
+        theirs = await first.get_client("s")
+        name = first.sandbox_name("s")
+        report_finished(api, name)
+        with api.faults.add("delete", hold=True, times=1) as gate:
+            waiting = asyncio.create_task(second.get_client("s"))
+            await gate.reached()
+            report_ready(api, name, "10.0.0.9")
+            assert uid_of(await first.get_client("s")) == uid_of(theirs)
+        assert uid_of(await waiting) == uid_of(theirs)
+        assert len(alive(api)) == 1
 
 
 async def test_a_stand_in_that_returns_nothing_for_a_patch_is_asked_once() -> None:
