@@ -362,7 +362,12 @@ async def a_pod_is_replaced(w: World) -> None:
     await w.manager.get_client(SESSION)
 
 
-@failure("sandbox_mode_changed", "sandbox mode", counts={"lost": 1}, also="sandbox_machine_lost sandbox_lost")
+@failure(
+    "sandbox_mode_changed",
+    "sandbox mode",
+    counts={"lost": 1, "ready": 1},
+    also="sandbox_machine_lost sandbox_check_failed",
+)
 async def it_was_suspended_and_does_not_come_back(w: World) -> None:
     await w.manager.get_client(SESSION)
     await suspend(w.api, w.sandbox())
@@ -370,11 +375,10 @@ async def it_was_suspended_and_does_not_come_back(w: World) -> None:
     await w.fails(w.manager.get_client(SESSION), SandboxTimeoutError)
 
 
-@failure("sandbox_kept", "sandbox reason", counts={"lost": 1}, also="sandbox_machine_lost sandbox_lost")
+@failure("sandbox_kept", "sandbox reason", counts={"failed": 1}, also="sandbox_failed")
 async def it_stays_suspended(w: World) -> None:
-    await w.manager.get_client(SESSION)
+    await left_behind(w.api, SESSION, instance="another")
     await suspend(w.api, w.sandbox(), gone=False)
-    await asyncio.sleep(1)
     await w.fails(w.manager.get_client(SESSION), SandboxTimeoutError)
 
 
