@@ -14,6 +14,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -373,6 +374,36 @@ def test_no_execution_goes_unwatched(child: subprocess.Popen[bytes], monkeypatch
     with looking.watching(child.pid) as watched:
         child.wait(PATIENCE)  # Its child is killed, which is all that it waits for.
         assert watched.over is not None
+
+
+@dataclass(frozen=True)
+class Full(Container):
+    """A container that is always full."""
+
+    def used(self) -> int:
+        return self.limit
+
+
+def test_nobody_is_killed_for_the_memory_of_what_was_killed(child: subprocess.Popen[bytes]) -> None:
+    looking = MemoryWatch(Memory(8 * MIB, GIB, Full(Path(), GIB), GIB // 2), own_shared_memory=False)
+    command = ["/bin/sh", "-c", "sleep 1000 & echo; wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as small:
+        assert small.stdout is not None
+        small.stdout.readline()
+        with contextlib.ExitStack() as watching:
+            greedy = watching.enter_context(looking.watching(child.pid))
+            looking.look()
+            assert greedy.over is not None
+            with looking.watching(small.pid) as watched:
+                looking.look()
+                assert watched.pids
+                meanwhile = watched.over
+                watching.close()  # It is gone, and the container is as full as before.
+                looking.look()
+                assert meanwhile is None
+                assert watched.over is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(small.pid, signal.SIGKILL)
 
 
 async def test_a_hoard_is_killed_where_the_limit_was_lifted(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ _RATE = 8 << 30
 """Bytes per second that are not outrun: two processors fill less."""
 _SHORTEST, _LONGEST = 0.002, 0.25
 """Seconds between looks."""
+_ENDING = 5.0
+"""Seconds that killed processes are given to be gone."""
 _STEP = 8 * _MIB
 _KNOWS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")  # noqa: PTH110
 """Whether the kernel lists a process's children; else all processes have to be looked at."""
@@ -165,6 +167,7 @@ class MemoryWatch:
         self._busy = threading.Event()
         self._thread: threading.Thread | None = None
         self._full = memory.full
+        self._last_kill = 0.0
 
     @contextlib.contextmanager
     def watching(self, supervisor: int) -> Iterator[Watched]:
@@ -227,12 +230,18 @@ class MemoryWatch:
         left = self._memory.total + SLACK - used
         if (container := self._memory.container) is not None:
             in_container = container.used()
-            if in_container > self._full and biggest.over is None:
+            if in_container > self._full and biggest.over is None and not self._somebody_ends():
                 text = f"the container was about to run out of its {container.limit >> 20} MiB of memory"
                 for one in [biggest] if biggest.use > _SMALL else watched:
                     self._kill(one, f"{text}, files in memory included")
             left = min(left, self._full - in_container)
         return max(0, min(left, self._memory.each + SLACK - biggest.use))
+
+    def _somebody_ends(self) -> bool:
+        """Whether what was killed may still have its memory, for which nobody else is to blame."""
+        with self._lock:
+            ending = any(one.over is not None for one in self._watched)
+        return ending and time.monotonic() < self._last_kill + _ENDING
 
     def _measure(self, one: Watched) -> None:
         """Sees what the execution uses, and lets its processes have address space for what is left."""
@@ -266,6 +275,7 @@ class MemoryWatch:
 
     def _kill(self, one: Watched, text: str) -> None:
         one.over = f"killed: {text}"
+        self._last_kill = time.monotonic()
         log.warning("an execution is killed, which uses %d MiB: %s", one.use >> 20, text)
         for pid in one.pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
