@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -13,14 +14,16 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from _patience import PATIENCE
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.server import _memory
 from prodisco_sandbox.server._cgroup import find_memory_cgroup
 from prodisco_sandbox.server._memory import Container, Memory, MemoryWatch
 
@@ -365,6 +368,36 @@ def test_what_the_machine_has_in_shared_memory_does_not_count(child: subprocess.
         assert watched.pids
         assert watched.over is None
         assert watched.use < 64 * MIB
+
+
+def kernel_that_says(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, list[bytes]], None]) -> None:
+    """Has the lines of files in /proc changed, by their name."""
+
+    def opened(path: str, _mode: str) -> BinaryIO:
+        with open(path, "rb") as file:
+            lines = file.read().splitlines()
+        change(path.rpartition("/")[2], lines)
+        return io.BytesIO(b"\n".join(lines))
+
+    monkeypatch.setattr(_memory, "open", opened, raising=False)
+
+
+def test_memory_counts_where_the_kernel_tells_no_kinds_apart(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in gVisor."""
+
+    def change(name: str, lines: list[bytes]) -> None:
+        if name == "smaps_rollup":
+            raise FileNotFoundError
+        lines[:] = [line for line in lines if not line.startswith((b"Rss", b"VmSwap"))]
+
+    kernel_that_says(monkeypatch, change)
+    looking = watch(8 * MIB)
+    with looking.watching(child.pid) as watched:
+        looking.look()
+        assert watched.over is not None
+        assert 40 * MIB < watched.use < 80 * MIB
 
 
 def test_no_execution_goes_unwatched(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:

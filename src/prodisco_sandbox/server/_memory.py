@@ -258,7 +258,8 @@ class MemoryWatch:
         one.use = anonymous + max(shared, in_files)
         left = max(0, self._memory.each - one.use)
         for pid, status in processes.items():
-            _allow(one, pid, status["VmData"] + left)
+            if "VmData" in status:
+                _allow(one, pid, status["VmData"] + left)
 
     def _shared_memory_files(self, pids: list[int]) -> int:
         if self._own_shared_memory:
@@ -323,9 +324,13 @@ def _status(pid: int) -> dict[str, int] | None:
     """Bytes of anonymous and shared memory in use, and of data; None of what has ended."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123
-            return _figures(file.read(), ("VmData", "RssAnon", "RssShmem"))
+            found = _figures(file.read(), ("VmData", "VmRSS", "RssAnon", "RssShmem"))
     except OSError:
         return None
+    if "VmRSS" not in found:
+        return None
+    # gVisor does not tell the kinds of memory apart; pages of files count, too, then.
+    return {"RssAnon": found["VmRSS"], "RssShmem": 0} | found
 
 
 def _proportional(pid: int) -> dict[str, int] | None:
@@ -335,13 +340,15 @@ def _proportional(pid: int) -> dict[str, int] | None:
             figures = _figures(file.read(), ("Pss_Anon", "Pss_Shmem"))
     except OSError:
         return None
-    return figures and {"RssAnon": figures["Pss_Anon"], "RssShmem": figures["Pss_Shmem"]}
+    if not {"Pss_Anon", "Pss_Shmem"} <= figures.keys():
+        return None
+    return {"RssAnon": figures["Pss_Anon"], "RssShmem": figures["Pss_Shmem"]}
 
 
-def _figures(data: bytes, names: tuple[str, ...]) -> dict[str, int] | None:
+def _figures(data: bytes, names: tuple[str, ...]) -> dict[str, int]:
     found = {}
     for line in data.decode(errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name in names:
             found[name] = int(value.split()[0]) << 10
-    return found if len(found) == len(names) else None
+    return found
