@@ -400,6 +400,26 @@ def test_memory_counts_where_the_kernel_tells_no_kinds_apart(
         assert 40 * MIB < watched.use < 80 * MIB
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_memory_in_swap_counts(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, *, exact: bool
+) -> None:
+    def change(name: str, lines: list[bytes]) -> None:
+        if name == "smaps_rollup" and not exact:
+            raise PermissionError
+        if name in ("status", "smaps_rollup"):
+            figure = b"VmSwap:" if name == "status" else b"SwapPss:"
+            lines[:] = [line for line in lines if not line.startswith(figure)]
+            lines.append(figure + b" 102400 kB")
+
+    kernel_that_says(monkeypatch, change)
+    looking = watch(80 * MIB)
+    with looking.watching(child.pid) as watched:
+        looking.look()
+        assert watched.over is not None
+        assert 140 * MIB < watched.use < 180 * MIB
+
+
 def test_no_execution_goes_unwatched(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     looking = watch(8 * MIB)
 

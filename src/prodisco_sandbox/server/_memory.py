@@ -321,28 +321,31 @@ def _below(root: int) -> list[int]:
 
 
 def _status(pid: int) -> dict[str, int] | None:
-    """Bytes of anonymous and shared memory in use, and of data; None of what has ended."""
+    """Bytes of anonymous (also in swap) and shared memory in use, and of data; None of what has ended."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123
-            found = _figures(file.read(), ("VmData", "VmRSS", "RssAnon", "RssShmem"))
+            found = _figures(file.read(), ("VmData", "VmRSS", "RssAnon", "RssShmem", "VmSwap"))
     except OSError:
         return None
     if "VmRSS" not in found:
         return None
     # gVisor does not tell the kinds of memory apart; pages of files count, too, then.
-    return {"RssAnon": found["VmRSS"], "RssShmem": 0} | found
+    found = {"RssAnon": found["VmRSS"], "RssShmem": 0} | found
+    found["RssAnon"] += found.get("VmSwap", 0)
+    return found
 
 
 def _proportional(pid: int) -> dict[str, int] | None:
     """The same, each page divided by how many use it; None where that is refused."""
     try:
         with open(f"/proc/{pid}/smaps_rollup", "rb") as file:  # noqa: PTH123
-            figures = _figures(file.read(), ("Pss_Anon", "Pss_Shmem"))
+            figures = _figures(file.read(), ("Pss_Anon", "Pss_Shmem", "SwapPss"))
     except OSError:
         return None
     if not {"Pss_Anon", "Pss_Shmem"} <= figures.keys():
         return None
-    return {"RssAnon": figures["Pss_Anon"], "RssShmem": figures["Pss_Shmem"]}
+    anonymous = figures["Pss_Anon"] + figures.get("SwapPss", 0)
+    return {"RssAnon": anonymous, "RssShmem": figures["Pss_Shmem"]}
 
 
 def _figures(data: bytes, names: tuple[str, ...]) -> dict[str, int]:
