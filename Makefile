@@ -67,7 +67,7 @@ check: $(VENV)/.installed ## ruff, mypy --strict and the direction of imports
 	@$(PY) -m mypy
 	@$(VENV)/bin/lint-imports --no-logo
 
-format: $(VENV)/.installed ## let ruff format and mend what it can
+format: $(VENV)/.installed ## let ruff format and fix what it can
 	@$(PY) -m ruff format
 	@$(PY) -m ruff check --fix
 

@@ -197,7 +197,7 @@ def read_report(report: TestReport, most_output: int, less: str) -> SandboxOutpu
         )
     if silent:
         result.add_note(
-            f"The errors of {silent} more tests are left out: mend what is shown, or run fewer tests."
+            f"The errors of {silent} more tests are left out: fix what is shown, or run fewer tests."
         )
     if clip.left_out:
         result.truncated = True

@@ -255,7 +255,7 @@ class Executions:
     async def _grown(self) -> str | None:
         """What is wrong with a full workspace, for one that may have filled it quicker than the watch looks.
 
-        One that was not full is left to the watch, lest every execution count its files.
+        One that was not full is left to the watch, so that not every execution counts its files.
         """
         bound = self._used
         if bound <= self._options.workspace_limit:
