@@ -10,6 +10,7 @@ import os
 import re
 import textwrap
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -330,9 +331,10 @@ def condition(kind: str, status: str, reason: str, message: str = "") -> Object:
 def ready(sandbox: Object) -> Object:
     """The status of a Sandbox whose pod is up."""
     name, namespace = sandbox["metadata"]["name"], sandbox["metadata"]["namespace"]
+    address = ".".join(map(str, uuid.UUID(sandbox["metadata"]["uid"]).bytes[:3]))  # No two pods have one.
     status: Object = {
         "conditions": [condition("Ready", "True", "DependenciesReady", "Pod is Ready; Service Exists")],
-        "podIPs": ["10.1.2.3"],
+        "podIPs": [f"10.{address}"],
     }
     if sandbox["spec"].get("service") or sandbox["apiVersion"].endswith("v1alpha1"):
         status |= {"service": name, "serviceFQDN": f"{name}.{namespace}.svc.cluster.local"}
