@@ -550,7 +550,6 @@ class Creation:
         session.client = session.target = session.uid = session.observed = None
         session.pod_ips, session.machine, session.generation = (), (), 0
         self._table.vacate(session)
-        self._leases.drop(session)
         self._next_name(session)  # Before it is deleted: that is no news for the session then.
         try:
             gone = await self._resources.delete(name, uid, deadline, version=version)
@@ -563,6 +562,7 @@ class Creation:
             self._rename(session, name, incarnation)
             self._found(session, found)
             return False
+        self._leases.drop(session)
         session.leftover = False
         return True
 
