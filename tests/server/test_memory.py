@@ -260,7 +260,9 @@ async def test_a_workspace_in_memory_counts(pod: Pod) -> None:
         workspace = ["--workspace", f"{memory}/workspace", "--file-size-limit-mb", "1000"]
         with in_pod(Path(memory), pod, *workspace) as server:
             async with server.connect() as stub:
-                error = await failed(stub, "f = open('f', 'wb', 0)\nwhile f.write(bytes(1 << 20)): pass")
+                # Not so fast that a busy machine lets it fill the last MiB before the next look.
+                fill = "import time; f = open('f', 'wb', 0)\nwhile f.write(bytes(1 << 20)): time.sleep(0.002)"
+                error = await failed(stub, fill)
                 assert "the container was about to run out of its 512 MiB of memory" in error, error
                 # What is full already can be emptied.
                 answer = await stub.Execute(code("import os, time; time.sleep(0.2); os.unlink('f')"))
