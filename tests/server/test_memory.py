@@ -451,20 +451,22 @@ def test_nobody_is_killed_for_the_memory_of_what_was_killed(child: subprocess.Po
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as small:
         assert small.stdout is not None
         small.stdout.readline()
-        with contextlib.ExitStack() as watching:
-            greedy = watching.enter_context(looking.watching(child.pid))
-            looking.look()
-            assert greedy.over is not None
-            with looking.watching(small.pid) as watched:
+        try:
+            with contextlib.ExitStack() as watching:
+                greedy = watching.enter_context(looking.watching(child.pid))
                 looking.look()
-                assert watched.pids
-                meanwhile = watched.over
-                watching.close()  # It is gone, and the container is as full as before.
-                looking.look()
-                assert meanwhile is None
-                assert watched.over is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(small.pid, signal.SIGKILL)
+                assert greedy.over is not None
+                with looking.watching(small.pid) as watched:
+                    looking.look()
+                    assert watched.pids
+                    meanwhile = watched.over
+                    watching.close()  # It is gone, and the container is as full as before.
+                    looking.look()
+                    assert meanwhile is None
+                    assert watched.over is not None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(small.pid, signal.SIGKILL)
 
 
 async def test_a_hoard_is_killed_where_the_limit_was_lifted(tmp_path: Path) -> None:

@@ -180,9 +180,9 @@ class MemoryWatch:
             self._thread = thread
         with self._lock:
             if not self._watched and self._memory.container:
-                # Files in memory that are there already must not keep code from removing them,
-                # even where they leave so little that the kernel may be first.
-                self._full = max(self._memory.full, self._memory.container.used() + SLACK)
+                # Files in memory that are there already must not keep code from removing them.
+                used = self._memory.container.used() + SLACK
+                self._full = max(self._memory.full, min(used, self._memory.container.limit - SLACK // 4))
             self._watched.add(watched)
         self._busy.set()
         try:
