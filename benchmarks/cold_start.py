@@ -23,7 +23,7 @@ from kubernetes_asyncio.client import CoreV1Api, CustomObjectsApi
 from kubernetes_asyncio.config import new_client_from_config
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.manifest import GROUP, LABEL_SANDBOX, PLURAL, managed_selector, sandbox_body
+from prodisco_sandbox._cluster.manifest import GROUP, LABEL_SANDBOX, PLURAL, managed_selector, sandbox_body
 
 Object = dict[str, Any]
 

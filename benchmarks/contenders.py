@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kubernetes_asyncio.watch import Watch
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox import manifest as m
+from prodisco_sandbox._cluster import manifest as m
 
 from .clusters import Access
 from .controller import GROUP, PLURAL, VERSION

@@ -14,7 +14,7 @@ from _cluster import GROUP, MERGE, PLURAL
 from _patience import until
 
 from prodisco_sandbox import SandboxManagerConfig
-from prodisco_sandbox.manifest import sandbox_body, session_hash
+from prodisco_sandbox._cluster.manifest import sandbox_body, session_hash
 
 Object = dict[str, Any]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from _patience import PATIENCE
 
-from prodisco_sandbox import manifest
+from prodisco_sandbox._cluster import manifest
 from prodisco_sandbox.local import LocalCluster
 
 Object = dict[str, Any]

@@ -9,8 +9,8 @@ from typing import Any
 from prodisco_sandbox import (
     SandboxManagerConfig,
 )
-from prodisco_sandbox.kubernetes import SandboxResources
-from prodisco_sandbox.manifest import sandbox_body
+from prodisco_sandbox._cluster.manifest import sandbox_body
+from prodisco_sandbox._cluster.requests import SandboxResources
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 

@@ -15,7 +15,7 @@ from prodisco_sandbox import (
     SandboxPermissionError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._answers import (
+from prodisco_sandbox._cluster.api_errors import (
     AlreadyExistsError,
     ExpiredError,
     NotFoundError,

@@ -12,11 +12,11 @@ from manager.support import PlainApi, now, settle
 from prodisco_sandbox import (
     SandboxUnavailableError,
 )
-from prodisco_sandbox._answers import (
+from prodisco_sandbox._cluster.api_errors import (
     RetryableError,
 )
-from prodisco_sandbox.kubernetes import SandboxResources
-from prodisco_sandbox.manifest import name
+from prodisco_sandbox._cluster.manifest import name
+from prodisco_sandbox._cluster.requests import SandboxResources
 from prodisco_sandbox.testing import FakeCustomObjectsApi, plain_error
 
 pytestmark = pytest.mark.looptime

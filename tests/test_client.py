@@ -12,7 +12,16 @@ import pytest
 from _patience import PATIENCE
 from google.protobuf import text_format
 
-from prodisco_sandbox.client import (
+from prodisco_sandbox.client import SandboxClient
+from prodisco_sandbox.errors import (
+    SandboxCapacityError,
+    SandboxError,
+    SandboxPermissionError,
+    SandboxTimeoutError,
+    SandboxUnavailableError,
+)
+from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.results import (
     CacheEntry,
     CancelResult,
     ExecutionChunk,
@@ -28,21 +37,12 @@ from prodisco_sandbox.client import (
     LspSymbolInfo,
     LspSymbolKind,
     LspWorkspaceSymbols,
-    SandboxClient,
     SandboxRef,
     StartedExecution,
     TestReport,
     TestResult,
     TestSummary,
 )
-from prodisco_sandbox.errors import (
-    SandboxCapacityError,
-    SandboxError,
-    SandboxPermissionError,
-    SandboxTimeoutError,
-    SandboxUnavailableError,
-)
-from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.testing import FakeSandboxServer, FakeStatus
 
 ENTRY = CacheEntry("greet.ts", "says hello", 1_700_000_000_123, "sha256:abc")

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from _patience import PATIENCE, put_forward
 
-from prodisco_sandbox import _channel
-from prodisco_sandbox.client import (
+from prodisco_sandbox._grpc import channel as _channel
+from prodisco_sandbox.client import SandboxClient
+from prodisco_sandbox.config import TlsConfig
+from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from prodisco_sandbox.results import (
     CancelResult,
     ExecutionChunk,
     ExecutionInfo,
@@ -20,11 +23,8 @@ from prodisco_sandbox.client import (
     ExecutionResult,
     ExecutionState,
     ExecutionStatus,
-    SandboxClient,
     StartedExecution,
 )
-from prodisco_sandbox.config import TlsConfig
-from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 
 SOME = ExecutionChunk("e-1", "output", "some\n")

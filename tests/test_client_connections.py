@@ -12,10 +12,13 @@ import grpc.aio
 import pytest
 from _patience import PATIENCE, until
 
-from prodisco_sandbox import SandboxManager, SandboxManagerConfig, _channel, _execution_call
-from prodisco_sandbox.client import ExecutionChunk, SandboxClient
+from prodisco_sandbox import SandboxManager, SandboxManagerConfig
+from prodisco_sandbox._grpc import channel as _channel
+from prodisco_sandbox._grpc import execution_call as _execution_call
+from prodisco_sandbox.client import SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
 from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.results import ExecutionChunk
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 
 # Closed clients

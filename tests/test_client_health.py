@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from _patience import PATIENCE, put_forward, until
 
-from prodisco_sandbox.client import ExecutionResult, HealthStatus, SandboxClient
+from prodisco_sandbox.client import SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from prodisco_sandbox.results import ExecutionResult, HealthStatus
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 
 

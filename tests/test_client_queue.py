@@ -9,20 +9,21 @@ from typing import Any, Self
 import pytest
 from _patience import PATIENCE, put_forward, until
 
-from prodisco_sandbox import _channel, _execution_call
 from prodisco_sandbox import client as client_module
-from prodisco_sandbox.client import (
+from prodisco_sandbox._grpc import channel as _channel
+from prodisco_sandbox._grpc import execution_call as _execution_call
+from prodisco_sandbox.client import SandboxClient
+from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.results import (
     ExecutionChunk,
     ExecutionOutcome,
     ExecutionResult,
     ExecutionState,
     ExecutionStatus,
     HealthStatus,
-    SandboxClient,
     StartedExecution,
 )
-from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
-from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer
 
 OUTCOME = ExecutionOutcome(True, ExecutionState.COMPLETED)

@@ -13,14 +13,9 @@ import pytest
 from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.client import (
-    ExecutionChunk,
-    ExecutionOutcome,
-    ExecutionState,
-    ExecutionStream,
-    SandboxClient,
-)
+from prodisco_sandbox.client import ExecutionStream, SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.testing import NEVER, FakeCustomObjectsApi, FakeSandboxServer
 
 SOME = ExecutionChunk("e-1", "output", "some\n")

@@ -14,10 +14,11 @@ import pytest
 import trustme
 from _patience import PATIENCE, until
 
-from prodisco_sandbox._target import grpc_address
-from prodisco_sandbox.client import ExecutionResult, SandboxClient
+from prodisco_sandbox._grpc.target import grpc_address
+from prodisco_sandbox.client import SandboxClient
 from prodisco_sandbox.config import TlsConfig
 from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
+from prodisco_sandbox.results import ExecutionResult
 from prodisco_sandbox.testing import FakeSandboxServer
 
 # Targets

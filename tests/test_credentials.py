@@ -28,7 +28,7 @@ from kubernetes_asyncio.client import ApiClient, Configuration, CustomObjectsApi
 from kubernetes_asyncio.config import incluster_config, kube_config
 
 from prodisco_sandbox import SandboxError, SandboxPermissionError, SandboxUnavailableError
-from prodisco_sandbox.kubernetes import SandboxResources
+from prodisco_sandbox._cluster.requests import SandboxResources
 
 PLUGIN = """#!/bin/sh
 echo x >> {runs}

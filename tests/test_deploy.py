@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from prodisco_sandbox import SandboxManagerConfig, manifest
+from prodisco_sandbox import SandboxManagerConfig
+from prodisco_sandbox._cluster import manifest
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 BASE = DEPLOY / "base"

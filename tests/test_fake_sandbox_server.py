@@ -11,7 +11,11 @@ import grpc.aio
 import pytest
 from _patience import PATIENCE
 
-from prodisco_sandbox.client import (
+from prodisco_sandbox.client import SandboxClient
+from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
+from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.proto import sandbox_pb2_grpc as pb_grpc
+from prodisco_sandbox.results import (
     CacheEntry,
     ExecutionChunk,
     ExecutionInfo,
@@ -21,12 +25,8 @@ from prodisco_sandbox.client import (
     HealthStatus,
     LspLocation,
     LspRange,
-    SandboxClient,
     StartedExecution,
 )
-from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
-from prodisco_sandbox.proto import sandbox_pb2 as pb
-from prodisco_sandbox.proto import sandbox_pb2_grpc as pb_grpc
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 from prodisco_sandbox.testing._server import to_message
 

@@ -17,8 +17,8 @@ import yaml
 from kubernetes_asyncio.config import incluster_config
 
 from prodisco_sandbox import SandboxManagerConfig, SandboxUnavailableError
-from prodisco_sandbox._kube_config import open_custom_objects_api
-from prodisco_sandbox.kubernetes import SandboxResources
+from prodisco_sandbox._cluster.connection import open_custom_objects_api
+from prodisco_sandbox._cluster.requests import SandboxResources
 
 
 def cluster(name: str) -> dict[str, Any]:

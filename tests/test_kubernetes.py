@@ -20,7 +20,7 @@ from prodisco_sandbox import (
     SandboxPermissionError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._answers import (
+from prodisco_sandbox._cluster.api_errors import (
     AlreadyExistsError,
     ExpiredError,
     NotFoundError,
@@ -29,8 +29,8 @@ from prodisco_sandbox._answers import (
     UnexpectedError,
     UnsupportedError,
 )
-from prodisco_sandbox.kubernetes import SandboxResources, backoff
-from prodisco_sandbox.manifest import managed_selector, name
+from prodisco_sandbox._cluster.manifest import managed_selector, name
+from prodisco_sandbox._cluster.requests import SandboxResources, backoff
 from prodisco_sandbox.testing import Watch, api_error, plain_error
 
 pytestmark = pytest.mark.looptime
@@ -373,7 +373,7 @@ async def test_a_connection_is_opened_once_and_closed_and_one_that_was_given_is_
         made.append(Opened())
         return made[-1]
 
-    monkeypatch.setattr("prodisco_sandbox.kubernetes.open_custom_objects_api", open_api)
+    monkeypatch.setattr("prodisco_sandbox._cluster.requests.open_custom_objects_api", open_api)
     resources = SandboxResources(settings())
     await asyncio.gather(*(resources.get("x") for _ in range(5)))
     await resources.aclose()
@@ -393,7 +393,7 @@ async def test_a_configuration_that_hangs_is_given_up_after_30_seconds(
     async def open_api() -> None:
         await asyncio.sleep(3600)
 
-    monkeypatch.setattr("prodisco_sandbox.kubernetes.open_custom_objects_api", open_api)
+    monkeypatch.setattr("prodisco_sandbox._cluster.requests.open_custom_objects_api", open_api)
     resources = SandboxResources(settings())
     with pytest.raises(SandboxUnavailableError, match="not been loaded within 30 s"):
         await resources.create(body())
@@ -407,7 +407,7 @@ async def test_requests_under_way_when_the_connection_closes_are_told(
     async def open_api() -> None:
         await asyncio.sleep(3600)
 
-    monkeypatch.setattr("prodisco_sandbox.kubernetes.open_custom_objects_api", open_api)
+    monkeypatch.setattr("prodisco_sandbox._cluster.requests.open_custom_objects_api", open_api)
     resources = SandboxResources(settings())
     asking = asyncio.create_task(resources.get("x"))
     await asyncio.sleep(1)

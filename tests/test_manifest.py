@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prodisco_sandbox import SandboxManagerConfig, TlsConfig, manifest
-from prodisco_sandbox.manifest import Object
+from prodisco_sandbox import SandboxManagerConfig, TlsConfig
+from prodisco_sandbox._cluster import manifest
+from prodisco_sandbox._cluster.manifest import Object
 
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 """RFC 1035, which a Service's name must keep to: a Sandbox's Service has its name."""

@@ -87,12 +87,16 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_every_error_and_setting_is_public() -> None:
-    from prodisco_sandbox import client, config, errors
+    from prodisco_sandbox import config, errors, results
 
     public = set(prodisco_sandbox.__all__)
     assert {name for name in vars(errors) if name.endswith("Error")} <= public
     assert {"SandboxManagerConfig", "TlsConfig"} <= public
-    assert set(client.__all__) <= public
+    assert {
+        name
+        for name, value in vars(results).items()
+        if isinstance(value, type) and value.__module__ == results.__name__ and not name.startswith("_")
+    } <= public
     assert config.SandboxManagerConfig is prodisco_sandbox.SandboxManagerConfig
 
 

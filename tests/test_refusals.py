@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prodisco_sandbox._refusals import exceeded_quota, missing_rule, permanent_refusal
+from prodisco_sandbox._cluster.refusals import exceeded_quota, missing_rule, permanent_refusal
 
 POD = 'pods "sandbox-1" is forbidden: '
 QUOTA = POD + "exceeded quota: q, requested: pods=1, used: pods=5, limited: pods=5"

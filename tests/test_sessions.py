@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from prodisco_sandbox import SandboxCapacityError, SandboxError
-from prodisco_sandbox._sessions import Session, SessionState, SessionTable
+from prodisco_sandbox._sessions.table import Session, SessionState, SessionTable
 
 
 def make(session_id: str) -> Session:

@@ -9,31 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .client import (
-        CacheEntry,
-        CancelResult,
-        ExecutionChunk,
-        ExecutionInfo,
-        ExecutionOutcome,
-        ExecutionResult,
-        ExecutionState,
-        ExecutionStatus,
-        ExecutionStream,
-        HealthStatus,
-        LspDocumentSymbol,
-        LspHover,
-        LspLocation,
-        LspRange,
-        LspSymbolInfo,
-        LspSymbolKind,
-        LspWorkspaceSymbols,
-        SandboxClient,
-        SandboxRef,
-        StartedExecution,
-        TestReport,
-        TestResult,
-        TestSummary,
-    )
+    from .client import ExecutionStream, SandboxClient
     from .config import SandboxManagerConfig, TlsConfig
     from .errors import (
         SandboxCapacityError,
@@ -47,6 +23,29 @@ if TYPE_CHECKING:
         SandboxUnavailableError,
     )
     from .manager import SandboxManager, SandboxManagerStats
+    from .results import (
+        CacheEntry,
+        CancelResult,
+        ExecutionChunk,
+        ExecutionInfo,
+        ExecutionOutcome,
+        ExecutionResult,
+        ExecutionState,
+        ExecutionStatus,
+        HealthStatus,
+        LspDocumentSymbol,
+        LspHover,
+        LspLocation,
+        LspRange,
+        LspSymbolInfo,
+        LspSymbolKind,
+        LspWorkspaceSymbols,
+        SandboxRef,
+        StartedExecution,
+        TestReport,
+        TestResult,
+        TestSummary,
+    )
 
 __all__ = [
     "SandboxClient",
@@ -90,6 +89,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ExecutionStream": "client",
+    "SandboxClient": "client",
     "SandboxManager": "manager",
     "SandboxManagerConfig": "config",
     "SandboxManagerStats": "manager",
@@ -105,7 +106,7 @@ if not TYPE_CHECKING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import importlib
 
-        home = _HOMES.get(name) or ("errors" if name.endswith("Error") else "client")
+        home = _HOMES.get(name) or ("errors" if name.endswith("Error") else "results")
         value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
         globals()[name] = value
         return value

@@ -8,16 +8,19 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
-from . import _messages as m
-from ._channel import Connection
-from ._fence import Fence
-from ._health import wait_for_healthy
-from ._messages import (
+from ._grpc import codec as m
+from ._grpc.channel import Connection
+from ._grpc.fence import Fence
+from ._grpc.health import wait_for_healthy
+from ._grpc.stream import ExecutionStream as ExecutionStream
+from ._grpc.target import target_from_env
+from .config import TlsConfig
+from .errors import SandboxError, SandboxTimeoutError
+from .proto import sandbox_pb2 as pb
+from .results import (
     CacheEntry,
     CancelResult,
-    ExecutionChunk,
     ExecutionInfo,
-    ExecutionOutcome,
     ExecutionResult,
     ExecutionState,
     ExecutionStatus,
@@ -25,47 +28,11 @@ from ._messages import (
     LspDocumentSymbol,
     LspHover,
     LspLocation,
-    LspRange,
-    LspSymbolInfo,
-    LspSymbolKind,
     LspWorkspaceSymbols,
     SandboxRef,
     StartedExecution,
     TestReport,
-    TestResult,
-    TestSummary,
 )
-from ._stream import ExecutionStream
-from ._target import target_from_env
-from .config import TlsConfig
-from .errors import SandboxError, SandboxTimeoutError
-from .proto import sandbox_pb2 as pb
-
-__all__ = [
-    "CacheEntry",
-    "CancelResult",
-    "ExecutionChunk",
-    "ExecutionInfo",
-    "ExecutionOutcome",
-    "ExecutionResult",
-    "ExecutionState",
-    "ExecutionStatus",
-    "ExecutionStream",
-    "HealthStatus",
-    "LspDocumentSymbol",
-    "LspHover",
-    "LspLocation",
-    "LspRange",
-    "LspSymbolInfo",
-    "LspSymbolKind",
-    "LspWorkspaceSymbols",
-    "SandboxClient",
-    "SandboxRef",
-    "StartedExecution",
-    "TestReport",
-    "TestResult",
-    "TestSummary",
-]
 
 _T = TypeVar("_T")
 _Found = TypeVar("_Found", ExecutionStatus, CancelResult)

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import manifest
+from ._cluster import manifest
 from .client import SandboxClient
 from .config import SandboxManagerConfig
 from .errors import SandboxError, SandboxManagerClosedError
 
 if TYPE_CHECKING:
-    from ._engine import Engine
-    from ._sessions import Session
+    from ._sessions.engine import Engine
+    from ._sessions.table import Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class SandboxManager:
         if config.mode == "multi":
             # kubernetes_asyncio takes half a second to import: only who needs it pays,
             # and before there are sessions to keep waiting.
-            from ._engine import Engine
+            from ._sessions.engine import Engine
 
             factory = client_factory or (lambda target: SandboxClient(target, tls=config.tls))
             self._engine = Engine(config, custom_objects_api, factory, wall_clock)
@@ -232,7 +232,7 @@ class SandboxManager:
         """What is at hand at this moment, and totals so far."""
         if self._engine is None:
             return SandboxManagerStats()
-        from ._sessions import SessionState
+        from ._sessions.table import SessionState
 
         table = self._engine.table
         counts = table.counts()

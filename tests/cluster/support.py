@@ -15,7 +15,7 @@ from kubernetes_asyncio.client import ApiClient, ApiException, CoreV1Api, Custom
 from kubernetes_asyncio.config import new_client_from_config
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.manifest import (
+from prodisco_sandbox._cluster.manifest import (
     API_VERSIONS,
     GROUP,
     LABEL_SANDBOX,

@@ -14,7 +14,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox.manifest import is_deleting, sandbox_name
+from prodisco_sandbox._cluster.manifest import is_deleting, sandbox_name
 
 from .support import READY, Pods, limits, managed, output, pod_template, until
 

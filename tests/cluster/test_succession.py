@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prodisco_sandbox.manifest import sandbox_name
+from prodisco_sandbox._cluster.manifest import sandbox_name
 
 from .support import NAMESPACE, READY, Pods, managed, output, until
 

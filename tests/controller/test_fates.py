@@ -21,7 +21,7 @@ from prodisco_sandbox import (
     SandboxManager,
     SandboxRef,
 )
-from prodisco_sandbox.manifest import sandbox_body, sandbox_name, session_hash, uid
+from prodisco_sandbox._cluster.manifest import sandbox_body, sandbox_name, session_hash, uid
 
 from .support import ControlledNamespace, condition
 

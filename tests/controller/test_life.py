@@ -13,7 +13,7 @@ import pytest
 from _patience import PATIENCE, until
 
 from prodisco_sandbox import SandboxClient, SandboxManager
-from prodisco_sandbox.manifest import is_deleting, sandbox_name
+from prodisco_sandbox._cluster.manifest import is_deleting, sandbox_name
 
 from .support import ControlledNamespace, condition
 

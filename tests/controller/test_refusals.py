@@ -11,8 +11,8 @@ from _patience import PATIENCE
 from envtest.support import GROUP, MERGE_PATCH, PLURAL, Object
 from kubernetes_asyncio.client import AdmissionregistrationV1Api
 
-from prodisco_sandbox._refusals import exceeded_quota, permanent_refusal
-from prodisco_sandbox.manifest import sandbox_body
+from prodisco_sandbox._cluster.manifest import sandbox_body
+from prodisco_sandbox._cluster.refusals import exceeded_quota, permanent_refusal
 
 from .support import ControlledNamespace, condition
 

@@ -33,7 +33,7 @@ from kubernetes_asyncio.client import (
 from manager.support import Clients
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.manifest import LABEL_MANAGED_BY, sandbox_body, sandbox_name, session_hash
+from prodisco_sandbox._cluster.manifest import LABEL_MANAGED_BY, sandbox_body, sandbox_name, session_hash
 
 Object = dict[str, Any]
 

@@ -9,7 +9,7 @@ import pytest
 from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxConflictError, SandboxManagerConfig
-from prodisco_sandbox.manifest import sandbox_body, sandbox_name
+from prodisco_sandbox._cluster.manifest import sandbox_body, sandbox_name
 
 from .support import GROUP, MERGE_PATCH, PLURAL, Controller, Gate, Namespace, Object, until
 

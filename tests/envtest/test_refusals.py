@@ -19,7 +19,7 @@ from prodisco_sandbox import (
     SandboxManagerConfig,
     SandboxUnavailableError,
 )
-from prodisco_sandbox.manifest import sandbox_body
+from prodisco_sandbox._cluster.manifest import sandbox_body
 
 from .support import CRD, GROUP, MERGE_PATCH, PLURAL, Controller, Namespace, until
 

@@ -9,7 +9,7 @@ import pytest
 from _sandbox_crd import real_crd
 
 from prodisco_sandbox import SandboxFailedError, SandboxManagerConfig, TlsConfig
-from prodisco_sandbox.manifest import sandbox_body
+from prodisco_sandbox._cluster.manifest import sandbox_body
 
 from .life import live
 from .support import GROUP, PLURAL, Namespace, examples

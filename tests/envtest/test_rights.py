@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from manager.support import Clients
 
-from prodisco_sandbox import SandboxManager, SandboxPermissionError, _watch
+from prodisco_sandbox import SandboxManager, SandboxPermissionError
+from prodisco_sandbox._cluster import watch as _watch
 
 from .support import Controller, Namespace, rights, until
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from prodisco_sandbox.manifest import lease_time, sandbox_name
+from prodisco_sandbox._cluster.manifest import lease_time, sandbox_name
 
 from .support import Controller, Namespace, Object, until
 

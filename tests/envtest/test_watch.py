@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from kubernetes_asyncio.client import ApiException
 
-from prodisco_sandbox import SandboxManagerConfig, kubernetes
-from prodisco_sandbox.manifest import sandbox_body
+from prodisco_sandbox import SandboxManagerConfig
+from prodisco_sandbox._cluster import requests as kubernetes
+from prodisco_sandbox._cluster.manifest import sandbox_body
 
 from .support import (
     GROUP,

@@ -22,8 +22,8 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._kube_config import OwnClient
-from prodisco_sandbox.manifest import GROUP, PLURAL, sandbox_body, session_hash
+from prodisco_sandbox._cluster.connection import OwnClient
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, sandbox_body, session_hash
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import Clients, StubClient, conditions, left_behind, now, settle, suspend

@@ -11,7 +11,7 @@ from typing import Any
 from kubernetes_asyncio.client import ApiException
 
 from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.manifest import (
+from prodisco_sandbox._cluster.manifest import (
     GROUP,
     LABEL_INSTANCE,
     PLURAL,

@@ -16,7 +16,7 @@ from prodisco_sandbox import (
     SandboxManagerConfig,
     SandboxTimeoutError,
 )
-from prodisco_sandbox.manifest import sandbox_name
+from prodisco_sandbox._cluster.manifest import sandbox_name
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import Clients, PlainApi, StubClient, alive, managed, now, settle

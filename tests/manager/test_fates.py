@@ -13,7 +13,7 @@ from prodisco_sandbox import (
     SandboxFailedError,
     SandboxTimeoutError,
 )
-from prodisco_sandbox.manifest import GROUP, PLURAL, lease_time, sandbox_name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, lease_time, sandbox_name
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import (

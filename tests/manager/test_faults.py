@@ -19,7 +19,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox.manifest import GROUP, PLURAL, sandbox_name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, sandbox_name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import Clients, alive, left_behind, managed, now, settle

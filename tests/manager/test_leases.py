@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from prodisco_sandbox import SandboxUnavailableError
-from prodisco_sandbox._leases import PROBE
-from prodisco_sandbox.manifest import GROUP, PLURAL, lease_time, name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, lease_time, name
+from prodisco_sandbox._sessions.leases import PROBE
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import PlainApi, managed, now, settle

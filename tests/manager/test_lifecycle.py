@@ -20,7 +20,7 @@ from prodisco_sandbox import (
     SandboxRef,
     SandboxTimeoutError,
 )
-from prodisco_sandbox.manifest import session_hash
+from prodisco_sandbox._cluster.manifest import session_hash
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import Clients, StubClient, alive, conditions, managed, settle
@@ -742,7 +742,7 @@ async def test_a_close_that_shutdown_cuts_off_returns() -> None:
 
 
 async def test_only_so_many_ended_sessions_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prodisco_sandbox._engine.REMEMBERED", 2)
+    monkeypatch.setattr("prodisco_sandbox._sessions.engine.REMEMBERED", 2)
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         for session_id in "abc":
             await manager.get_client(session_id)

@@ -16,7 +16,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox.manifest import GROUP, PLURAL, name, sandbox_name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, name, sandbox_name
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import Clients, PlainApi, StubClient, alive, conditions, managed, now, settle

@@ -13,7 +13,7 @@ from prodisco_sandbox import (
     SandboxPermissionError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox.manifest import GROUP, PLURAL, name, sandbox_name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, name, sandbox_name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request, api_error
 
 from .support import PlainApi, alive, left_behind, managed, now, settle
@@ -191,7 +191,7 @@ async def test_lists_are_read_page_by_page() -> None:
         for i in range(7):
             await left_behind(api, f"s{i}", ready=False)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("prodisco_sandbox.kubernetes.PAGE", 3)
+            patch.setattr("prodisco_sandbox._cluster.requests.PAGE", 3)
             assert await manager.cleanup_orphaned_sandboxes() == 7
         assert api.count("list") == 3
         assert api.objects == []
@@ -211,7 +211,7 @@ def expire_once(api: FakeCustomObjectsApi) -> Any:
 
 
 async def test_a_continue_token_that_expires_begins_the_list_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prodisco_sandbox.kubernetes.PAGE", 2)
+    monkeypatch.setattr("prodisco_sandbox._cluster.requests.PAGE", 2)
     async with FakeCustomObjectsApi() as api, managed(api) as manager:
         for i in range(5):
             await left_behind(api, f"s{i}", ready=False)
@@ -221,7 +221,7 @@ async def test_a_continue_token_that_expires_begins_the_list_anew(monkeypatch: p
 
 
 async def test_a_list_that_never_comes_to_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prodisco_sandbox.kubernetes.PAGE", 2)
+    monkeypatch.setattr("prodisco_sandbox._cluster.requests.PAGE", 2)
     async with FakeCustomObjectsApi() as api, managed(api) as manager:
         for i in range(3):
             await left_behind(api, f"s{i}", ready=False)

@@ -16,8 +16,8 @@ from _counts import count
 from _patience import PATIENCE, put_forward, until
 
 from prodisco_sandbox import SandboxCapacityError, SandboxClient, SandboxError, SandboxUnavailableError
-from prodisco_sandbox.client import ExecutionChunk
 from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.results import ExecutionChunk
 from prodisco_sandbox.testing import NEVER, FakeCustomObjectsApi, FakeSandboxServer, api_error
 
 from .support import alive, managed, now, settle

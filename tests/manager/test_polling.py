@@ -16,7 +16,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox.manifest import sandbox_name
+from prodisco_sandbox._cluster.manifest import sandbox_name
 
 from .support import Clients, PlainApi, StubClient, conditions, managed, now, settle
 

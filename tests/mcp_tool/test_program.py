@@ -19,12 +19,12 @@ from mcp import Client
 from mcp.server import MCPServer
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.local import PASSED, LocalCluster
 from prodisco_sandbox.mcp import __main__ as program
 from prodisco_sandbox.mcp import _serve
 from prodisco_sandbox.mcp._local import server_settings
 from prodisco_sandbox.mcp._serve import add_probes, serve_http
+from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.server._options import parse
 from prodisco_sandbox.testing import NEVER
 

@@ -15,7 +15,6 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.mcp import (
     _identity,
     _progress,
@@ -24,6 +23,7 @@ from prodisco_sandbox.mcp import (
     sandbox_lifespan,
     session_key,
 )
+from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 
 from .support import (

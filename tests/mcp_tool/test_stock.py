@@ -17,11 +17,11 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._messages import about_size
-from prodisco_sandbox.client import ExecutionState
+from prodisco_sandbox._grpc.codec import about_size
 from prodisco_sandbox.config import SandboxManagerConfig
 from prodisco_sandbox.mcp import _texts
 from prodisco_sandbox.mcp._language import Language, language_of
+from prodisco_sandbox.results import ExecutionState
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import call, make_server, refused, run, text_of

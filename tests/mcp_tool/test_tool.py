@@ -22,7 +22,8 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox.client import (
+from prodisco_sandbox.mcp import _progress, _texts
+from prodisco_sandbox.results import (
     CacheEntry,
     CancelResult,
     ExecutionChunk,
@@ -35,7 +36,6 @@ from prodisco_sandbox.client import (
     TestResult,
     TestSummary,
 )
-from prodisco_sandbox.mcp import _progress, _texts
 from prodisco_sandbox.testing import NEVER, FakeStatus
 
 from .support import Rig, call, in_one_task, refused, rig, run, text_of

@@ -14,8 +14,8 @@ from _counts import count
 from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxClient, SandboxManager
-from prodisco_sandbox.client import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.local import LocalCluster
+from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.testing import FakeSandboxServer
 
 OUTPUTS = 6

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from .. import manifest
+from .._cluster import manifest
+from .._cluster.manifest import Object
 from .._log import get_logger
 from ..config import SandboxManagerConfig, _check_seconds, _is_int
 from ..errors import SandboxError
-from ..manifest import Object
 from ..testing import FakeCustomObjectsApi
 from ._controller import Controller, Pod
 from ._processes import Keeper

@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import manifest
-from .._answers import NotFoundError, PreconditionError
+from .._aio.tasks import OwnedTasks
+from .._cluster import manifest
+from .._cluster.api_errors import NotFoundError, PreconditionError
+from .._cluster.manifest import Object
+from .._cluster.requests import MERGE_PATCH, SandboxResources
+from .._cluster.watch import SandboxWatch
 from .._log import get_logger
-from .._tasks import OwnedTasks
-from .._watch import SandboxWatch
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError
-from ..kubernetes import MERGE_PATCH, SandboxResources
-from ..manifest import Object
 from ..testing import _agent_sandbox as model
 from ._processes import Keeper, ServerProcess
 

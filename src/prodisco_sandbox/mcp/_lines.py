@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from mcp_types import INVALID_REQUEST, PARSE_ERROR, JSONRPCNotification, jsonrpc_message_adapter
 from pydantic import ValidationError
 
-from .._messages import MAX_MESSAGE_BYTES
+from .._grpc.codec import MAX_MESSAGE_BYTES
 
 MAX_LINE = MAX_MESSAGE_BYTES
 """Bytes of a line: more code than that fits no message to a sandbox."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..client import CacheEntry, ExecutionInfo, ExecutionOutcome, TestReport
+from ..results import CacheEntry, ExecutionInfo, ExecutionOutcome, TestReport
 
 MOST_ERROR = 8_000
 """Characters of an error's text that are returned."""

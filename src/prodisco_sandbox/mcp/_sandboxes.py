@@ -12,9 +12,10 @@ import anyio
 from mcp.server.mcpserver import Context
 
 from .._log import get_logger
-from ..client import SandboxClient, SandboxRef
+from ..client import SandboxClient
 from ..errors import SandboxError
 from ..manager import SandboxManager
+from ..results import SandboxRef
 from . import _texts as texts
 from ._identity import Handles, Policy, connection_with_key
 from ._language import Language

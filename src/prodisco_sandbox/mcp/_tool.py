@@ -14,9 +14,10 @@ from mcp.server.mcpserver import Context
 from mcp_types import CallToolResult, TextContent, ToolAnnotations
 
 from .._log import get_logger
-from ..client import ExecutionState, SandboxClient
+from ..client import SandboxClient
 from ..errors import SandboxError, SandboxReplacedError, SandboxTimeoutError
 from ..manager import SandboxManager
+from ..results import ExecutionState
 from . import _parameters as p
 from . import _texts as texts
 from ._identity import Handles, Policy

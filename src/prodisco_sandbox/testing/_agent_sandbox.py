@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .. import manifest
-from ..manifest import Object
+from .._cluster import manifest
+from .._cluster.manifest import Object
 
 POD_NAME = "agents.x-k8s.io/pod-name"
 """The annotation that names a Sandbox's pod."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from kubernetes_asyncio.client import ApiException
 
-from ..manifest import GROUP, KIND, PLURAL, Object
+from .._cluster.manifest import GROUP, KIND, PLURAL, Object
 from . import _status
 from ._arguments import (
     COMMON,

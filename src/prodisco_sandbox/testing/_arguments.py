@@ -11,7 +11,7 @@ import aiohttp
 from kubernetes_asyncio.client import V1APIResource, V1APIResourceList
 from kubernetes_asyncio.client.exceptions import ApiTypeError, ApiValueError
 
-from ..manifest import GROUP, KIND, PLURAL
+from .._cluster.manifest import GROUP, KIND, PLURAL
 from . import _status
 from ._faults import VERBS, Verb
 from ._watch import Timeouts

@@ -20,7 +20,9 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
-from ..client import (
+from ..proto import metadata
+from ..proto import sandbox_pb2 as pb
+from ..results import (
     CancelResult,
     ExecutionChunk,
     ExecutionOutcome,
@@ -30,8 +32,6 @@ from ..client import (
     HealthStatus,
     StartedExecution,
 )
-from ..proto import metadata
-from ..proto import sandbox_pb2 as pb
 from ..server._fence import Fence
 
 Health = Literal["standard", "own"]

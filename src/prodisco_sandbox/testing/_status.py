@@ -10,7 +10,7 @@ from typing import Any
 from kubernetes_asyncio.client import ApiException
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from ..manifest import GROUP, KIND, PLURAL, Object
+from .._cluster.manifest import GROUP, KIND, PLURAL, Object
 
 RESOURCE = f"{PLURAL}.{GROUP}"
 

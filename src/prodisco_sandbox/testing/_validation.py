@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..manifest import GROUP, KIND, Object
+from .._cluster.manifest import GROUP, KIND, Object
 from ._status import Cause, bad_request, invalid, unreadable
 
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")

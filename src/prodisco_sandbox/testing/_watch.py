@@ -11,7 +11,7 @@ import aiohttp
 from kubernetes_asyncio.client import ApiException
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from ..manifest import GROUP, KIND, Object
+from .._cluster.manifest import GROUP, KIND, Object
 from . import _status
 from ._selectors import Selector
 from ._store import Change, shown

@@ -8,20 +8,20 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from . import manifest
-from ._answers import (
+from .._aio.tasks import OwnedTasks, Pace
+from .._cluster import manifest
+from .._cluster.api_errors import (
     AlreadyExistsError,
     NotFoundError,
     PreconditionError,
     RetryableError,
     UnsupportedError,
 )
-from ._leases import Leases
-from ._log import get_logger
-from ._sessions import Session, SessionTable
-from ._tasks import OwnedTasks, Pace
-from .config import SandboxManagerConfig
-from .errors import (
+from .._cluster.manifest import Object
+from .._cluster.requests import SandboxResources, backoff
+from .._log import get_logger
+from ..config import SandboxManagerConfig
+from ..errors import (
     SandboxCapacityError,
     SandboxConflictError,
     SandboxError,
@@ -31,11 +31,11 @@ from .errors import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from .kubernetes import SandboxResources, backoff
-from .manifest import Object
+from .leases import Leases
+from .table import Session, SessionTable
 
 if TYPE_CHECKING:
-    from .client import SandboxClient
+    from ..client import SandboxClient
 
 CONCURRENT_CREATES = 16
 """More are no faster on a quick API server, and each connection's TLS handshake holds up the loop."""

@@ -7,19 +7,16 @@ import itertools
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import manifest
-from ._closing import Closing
-from ._creation import Creation, LostError, SpentError
-from ._leases import Leases
-from ._log import get_logger
-from ._sessions import Session, SessionState, SessionTable
-from ._tasks import OwnedTasks, Pace
-from ._watch import SandboxWatch
-from .client import SandboxClient, SandboxRef
-from .config import SandboxManagerConfig
-from .errors import (
+from .._aio.tasks import OwnedTasks, Pace
+from .._cluster import manifest
+from .._cluster.manifest import Object
+from .._cluster.requests import SandboxResources
+from .._cluster.watch import SandboxWatch
+from .._log import get_logger
+from ..config import SandboxManagerConfig
+from ..errors import (
     SandboxCapacityError,
     SandboxError,
     SandboxFailedError,
@@ -27,8 +24,14 @@ from .errors import (
     SandboxReplacedError,
     SandboxTimeoutError,
 )
-from .kubernetes import SandboxResources
-from .manifest import Object
+from ..results import SandboxRef
+from .creation import Creation, LostError, SpentError
+from .leases import Leases
+from .remove import Closing
+from .table import Session, SessionState, SessionTable
+
+if TYPE_CHECKING:
+    from ..client import SandboxClient
 
 ROUNDS = 3
 """How often a caller asks again when the sandbox dies before it gets the client."""

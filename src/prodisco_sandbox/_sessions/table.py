@@ -14,10 +14,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .errors import SandboxCapacityError, SandboxError
+from ..errors import SandboxCapacityError, SandboxError
 
 if TYPE_CHECKING:
-    from .client import SandboxClient
+    from ..client import SandboxClient
 
 
 class SessionState(enum.Enum):

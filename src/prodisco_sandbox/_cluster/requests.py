@@ -18,8 +18,18 @@ from typing import Any, TypeVar
 import aiohttp
 from kubernetes_asyncio.client.exceptions import ApiException
 
+from .._aio.single_flight import SingleFlight
+from .._aio.tasks import Pace, RequestTurns
+from .._log import get_logger
+from ..config import SandboxManagerConfig
+from ..errors import (
+    SandboxError,
+    SandboxFailedError,
+    SandboxPermissionError,
+    SandboxUnavailableError,
+)
 from . import manifest
-from ._answers import (
+from .api_errors import (
     AlreadyExistsError,
     ExpiredError,
     NotFoundError,
@@ -32,17 +42,7 @@ from ._answers import (
     retryable,
     translate,
 )
-from ._kube_config import OwnClient, open_custom_objects_api
-from ._log import get_logger
-from ._single_flight import SingleFlight
-from ._tasks import Pace, RequestTurns
-from .config import SandboxManagerConfig
-from .errors import (
-    SandboxError,
-    SandboxFailedError,
-    SandboxPermissionError,
-    SandboxUnavailableError,
-)
+from .connection import OwnClient, open_custom_objects_api
 from .manifest import GROUP, PLURAL, Object
 
 REQUEST_TIMEOUT = 10.0

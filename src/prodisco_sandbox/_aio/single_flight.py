@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from .errors import SandboxError, SandboxUnavailableError
+from ..errors import SandboxError, SandboxUnavailableError
 
 T = TypeVar("T")
 

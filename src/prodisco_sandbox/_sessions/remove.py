@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from . import manifest
-from ._answers import RetryableError, UnexpectedError
-from ._log import get_logger
-from ._sessions import Session, SessionTable
-from .config import SandboxManagerConfig
-from .errors import SandboxError, SandboxUnavailableError
-from .kubernetes import SandboxResources, backoff
-from .manifest import Object
+from .._cluster import manifest
+from .._cluster.api_errors import RetryableError, UnexpectedError
+from .._cluster.manifest import Object
+from .._cluster.requests import SandboxResources, backoff
+from .._log import get_logger
+from ..config import SandboxManagerConfig
+from ..errors import SandboxError, SandboxUnavailableError
+from .table import Session, SessionTable
 
 if TYPE_CHECKING:
-    from .client import SandboxClient
+    from ..client import SandboxClient
 
 QUICK_RETRIES = 5
 """Deletes that are repeated with backoff before the next try is the reaper's tick."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from . import _messages as m
-from ._channel import Connection
-from .errors import SandboxError, SandboxReplacedError, SandboxTimeoutError, SandboxUnavailableError
+from ..errors import SandboxError, SandboxReplacedError, SandboxTimeoutError, SandboxUnavailableError
+from . import codec as m
+from .channel import Connection
 
 
 async def wait_for_healthy(connection: Connection, timeout: float) -> bool:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from ._messages import integer
-from .config import env_int
+from ..config import env_int
+from .codec import integer
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), without its closing NUL.

@@ -12,9 +12,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from . import _refusals
-from .config import SandboxManagerConfig, TlsConfig
-from .errors import SandboxError
+from ..config import SandboxManagerConfig, TlsConfig
+from ..errors import SandboxError
+from . import refusals as _refusals
 
 GROUP = "agents.x-k8s.io"
 PLURAL = "sandboxes"

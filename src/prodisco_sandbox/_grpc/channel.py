@@ -18,13 +18,9 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ._execution_call import BEAT, PATIENCE, ExecutionCall
-from ._fence import Fence, Metadata
-from ._messages import MAX_MESSAGE_BYTES, HealthStatus, about_size
-from ._single_flight import SingleFlight
-from ._target import grpc_address
-from .config import TlsConfig
-from .errors import (
+from .._aio.single_flight import SingleFlight
+from ..config import TlsConfig
+from ..errors import (
     SandboxCapacityError,
     SandboxError,
     SandboxPermissionError,
@@ -32,9 +28,14 @@ from .errors import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from .proto import metadata as names
-from .proto import sandbox_pb2 as pb
-from .proto import sandbox_pb2_grpc as pb_grpc
+from ..proto import metadata as names
+from ..proto import sandbox_pb2 as pb
+from ..proto import sandbox_pb2_grpc as pb_grpc
+from ..results import HealthStatus
+from .codec import MAX_MESSAGE_BYTES, about_size
+from .execution_call import BEAT, PATIENCE, ExecutionCall
+from .fence import Fence, Metadata
+from .target import grpc_address
 
 _T = TypeVar("_T")
 

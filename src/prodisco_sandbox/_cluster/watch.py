@@ -8,12 +8,12 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from .._log import get_logger
+from ..errors import SandboxError, SandboxPermissionError
 from . import manifest
-from ._answers import ExpiredError, UnsupportedError
-from ._log import get_logger
-from .errors import SandboxError, SandboxPermissionError
-from .kubernetes import SandboxResources, backoff
+from .api_errors import ExpiredError, UnsupportedError
 from .manifest import Object
+from .requests import SandboxResources, backoff
 
 REFUSED_FIRST, REFUSED_MOST = 10.0, 300.0
 """A watch that was refused is tried again after 10 s, doubling to 300 s."""

@@ -7,11 +7,12 @@ import weakref
 from types import TracebackType
 from typing import Self
 
-from ._channel import Connection
-from ._execution_call import ExecutionCall
-from ._messages import ExecutionChunk, read_chunk
-from .errors import SandboxError
-from .proto import sandbox_pb2 as pb
+from ..errors import SandboxError
+from ..proto import sandbox_pb2 as pb
+from ..results import ExecutionChunk
+from .channel import Connection
+from .codec import read_chunk
+from .execution_call import ExecutionCall
 
 
 class ExecutionStream:

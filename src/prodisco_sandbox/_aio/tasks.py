@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from ._log import get_logger
+from .._log import get_logger
 
 RESTART_PAUSE = 1.0
 END_TIMEOUT = 1.0

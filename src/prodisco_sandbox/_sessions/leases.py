@@ -7,13 +7,13 @@ import contextlib
 import math
 from collections.abc import Callable
 
-from . import manifest
-from ._answers import NotFoundError, PreconditionError, UnsupportedError
-from ._log import get_logger
-from ._sessions import Session, SessionState
-from ._single_flight import SingleFlight
-from .errors import SandboxError, SandboxPermissionError
-from .kubernetes import SandboxResources
+from .._aio.single_flight import SingleFlight
+from .._cluster import manifest
+from .._cluster.api_errors import NotFoundError, PreconditionError, UnsupportedError
+from .._cluster.requests import SandboxResources
+from .._log import get_logger
+from ..errors import SandboxError, SandboxPermissionError
+from .table import Session, SessionState
 
 PROBE = "sandbox-lease-probe"
 """Name of a Sandbox that does not exist; patching it tells whether one may patch."""

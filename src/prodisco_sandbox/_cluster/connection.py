@@ -17,7 +17,7 @@ from kubernetes_asyncio.client.rest import RESTClientObject
 from kubernetes_asyncio.config import incluster_config
 from kubernetes_asyncio.config.kube_config import ConfigNode, KubeConfigLoader
 
-from .errors import SandboxUnavailableError
+from ..errors import SandboxUnavailableError
 
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 RETIRED_FOR = 150.0

@@ -7,8 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from . import _refusals
-from .errors import (
+from ..errors import (
     SandboxCapacityError,
     SandboxConflictError,
     SandboxError,
@@ -16,6 +15,7 @@ from .errors import (
     SandboxPermissionError,
     SandboxUnavailableError,
 )
+from . import refusals as _refusals
 from .manifest import GROUP, PLURAL
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from .errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from ..errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 
 if TYPE_CHECKING:
-    from ._channel import Connection
+    from .channel import Connection
 
 BEAT = 5.0
 """Seconds without a word from the server after which it is asked for its health."""

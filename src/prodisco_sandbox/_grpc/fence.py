@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
-from .proto import metadata as names
+from ..proto import metadata as names
 
 Metadata = Iterable[Any]
 """Pairs. `dict` of a grpc.aio.Metadata fails with grpcio 1.74, `dict` of its iterator does not."""

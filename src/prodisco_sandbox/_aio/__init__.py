@@ -1,0 +1,1 @@
+"""asyncio: owned tasks, single flight, pacing."""

@@ -1,0 +1,1 @@
+"""Kubernetes: the only package that knows kubernetes_asyncio."""

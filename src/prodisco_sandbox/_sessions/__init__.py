@@ -1,0 +1,1 @@
+"""Sessions: their table, their lives. Knows neither kubernetes_asyncio nor gRPC."""
