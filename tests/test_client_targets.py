@@ -14,7 +14,7 @@ import pytest
 import trustme
 from _patience import PATIENCE, until
 
-from prodisco_sandbox._grpc.target import grpc_address
+from prodisco_sandbox._targets import grpc_address
 from prodisco_sandbox.client import SandboxClient
 from prodisco_sandbox.config import TlsConfig
 from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prodisco_sandbox import SandboxClient, SandboxManagerConfig, TlsConfig
+from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig, TlsConfig
 
 
 def multi(**settings: Any) -> SandboxManagerConfig:
@@ -21,6 +21,7 @@ def test_defaults() -> None:
     assert values == {
         "mode": "multi",
         "single_client": None,
+        "single_target": None,
         "namespace": "prodisco",
         "sandbox_port": 50051,
         "sandbox_image": "prodisco/sandbox-server:latest",
@@ -37,7 +38,6 @@ def test_defaults() -> None:
         "managed_by": "mcp-server",
         "lease_duration": 1800.0,
         "shutdown_timeout": 30.0,
-        "owns_single_client": False,
     }
     assert len(bytes.fromhex(instance_id)) == 8
     assert multi().instance_id != instance_id, "another incarnation must not own this one's Sandboxes"
@@ -359,27 +359,42 @@ def test_from_env_names_an_unknown_setting() -> None:
         SandboxManagerConfig.from_env(MULTI, max_session=3)
 
 
-async def test_from_env_makes_the_client_of_single_mode_and_owns_it() -> None:
+def test_from_env_names_the_target_of_single_mode() -> None:
     environ = {"SANDBOX_TCP_HOST": "sandbox.example", "SANDBOX_TCP_PORT": "6000"}
     config = SandboxManagerConfig.from_env(environ)
     assert config.mode == "single"
-    assert config.owns_single_client
-    assert isinstance(config.single_client, SandboxClient)
-    assert config.single_client.target == "sandbox.example:6000"
-    await config.single_client.close()
+    assert (config.single_target, config.single_client) == ("sandbox.example:6000", None)
+    # An explicit target beats the environment, which is then not read.
+    config = SandboxManagerConfig.from_env({"SANDBOX_USE_TCP": "perhaps"}, single_target="unix:/s.sock")
+    assert config.single_target == "unix:/s.sock"
+    assert SandboxManagerConfig.from_env(MULTI).single_target is None
 
 
 @pytest.mark.parametrize("tls", [TlsConfig(ca="ca.pem"), None])
 async def test_an_explicit_tls_is_that_of_the_client_of_single_mode(tls: TlsConfig | None) -> None:
     environ = {"SANDBOX_TRANSPORT_MODE": "insecure" if tls else "tls"}
     config = SandboxManagerConfig.from_env(environ, tls=tls)
-    assert config.single_client is not None
-    assert config.single_client._connection._tls == config.tls == tls
-    await config.single_client.close()
+    assert config.tls == tls
+    async with SandboxManager(config) as manager:
+        client = await manager.get_client()
+        assert client._connection._tls == tls
 
 
 async def test_from_env_leaves_a_client_that_was_passed_in_to_its_owner() -> None:
     async with SandboxClient("localhost:1") as client:
         config = SandboxManagerConfig.from_env({}, single_client=client)
     assert config.single_client is client
-    assert not config.owns_single_client
+    assert config.single_target is None
+
+
+@pytest.mark.parametrize("target", ["localhost", "http://localhost:1", "", 5])
+def test_a_target_of_single_mode_that_is_none_is_named(target: Any) -> None:
+    with pytest.raises(ValueError, match=r"^single_target is .*: it must be 'host:port'"):
+        SandboxManagerConfig(mode="single", single_target=target)
+
+
+def test_a_shared_client_and_a_target_for_one_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"^single_target is .*: it must be None where single_client"):
+        SandboxManagerConfig(
+            mode="single", single_client=SandboxClient("localhost:1"), single_target="localhost:1"
+        )

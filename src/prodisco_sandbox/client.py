@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
+from ._checks import integer
 from ._grpc import codec as m
 from ._grpc.channel import Connection
 from ._grpc.fence import Fence
 from ._grpc.health import wait_for_healthy
 from ._grpc.stream import ExecutionStream as ExecutionStream
-from ._grpc.target import target_from_env
+from ._targets import target_from_env
 from .config import TlsConfig
 from .errors import SandboxError, SandboxTimeoutError
 from .proto import sandbox_pb2 as pb
@@ -110,8 +111,8 @@ class SandboxClient:
             raise ValueError(f"tls is {tls!r}: it must be a TlsConfig or None")
         self.sandbox: SandboxRef | None = None
         self._connection = Connection(target, tls)
-        self._call_timeout = m.seconds("call_timeout", call_timeout)
-        self._margin = m.seconds("deadline_margin", deadline_margin)
+        self._call_timeout = m.call_seconds("call_timeout", call_timeout)
+        self._margin = m.call_seconds("deadline_margin", deadline_margin)
 
     @classmethod
     def from_env(
@@ -236,7 +237,7 @@ class SandboxClient:
             ValueError, SandboxError: See the class; a server that says that it is
                 unhealthy is a result.
         """
-        return await self._connection.check_health(m.seconds("timeout", timeout))
+        return await self._connection.check_health(m.call_seconds("timeout", timeout))
 
     async def wait_for_healthy(self, timeout: float) -> bool:
         """Waits until the server is healthy.
@@ -316,10 +317,10 @@ class SandboxClient:
         request = pb.GetExecutionRequest(
             execution_id=m.text("execution_id", execution_id),
             wait=bool(wait),
-            output_offset=m.integer("output_offset", output_offset, most=2**63 - 1),
+            output_offset=integer("output_offset", output_offset, most=2**63 - 1),
         )
         if timeout is not None:
-            m.seconds("timeout", timeout)
+            m.call_seconds("timeout", timeout)
         return await self._ask("GetExecution", request, m.read_status, timeout)
 
     async def wait_for_execution(self, execution_id: str, *, timeout: float | None = None) -> ExecutionStatus:
@@ -334,7 +335,7 @@ class SandboxClient:
             SandboxTimeoutError: It has not ended by then; it runs on.
         """
         loop = asyncio.get_running_loop()
-        patience = self._longest if timeout is None else m.seconds("timeout", timeout)
+        patience = self._longest if timeout is None else m.call_seconds("timeout", timeout)
         remaining, deadline = timeout, loop.time() + patience
         while True:
             try:
@@ -376,10 +377,10 @@ class SandboxClient:
         if not isinstance(states, Iterable):
             raise ValueError(f"states is {states!r}: it must be an iterable of ExecutionState")  # noqa: TRY004
         request = pb.ListExecutionsRequest(
-            states=[m.integer("states", state) for state in states],  # type: ignore[misc]
-            limit=m.integer("limit", limit),
+            states=[integer("states", state) for state in states],  # type: ignore[misc]
+            limit=integer("limit", limit),
             include_completed_within_ms=round(
-                m.seconds("include_completed_within", include_completed_within, zero=True) * 1000
+                m.call_seconds("include_completed_within", include_completed_within, zero=True) * 1000
             ),
         )
         executions = await self._use("ListExecutions", request, m.read_executions)
@@ -419,7 +420,7 @@ class SandboxClient:
         """Symbols by name; `limit`: at most so many, None: the server's default."""
         request = pb.LspWorkspaceSymbolRequest(
             query=m.text("query", query, empty=True),
-            limit=None if limit is None else m.integer("limit", limit, least=1),
+            limit=None if limit is None else integer("limit", limit, least=1),
         )
         return await self._use("LspWorkspaceSymbol", request, m.read_workspace_symbols)
 

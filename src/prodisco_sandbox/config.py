@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
+
+from ._checks import env_int, integer, seconds, wrong
+from ._targets import grpc_address, target_from_env
 
 if TYPE_CHECKING:
     from .client import SandboxClient
@@ -118,9 +120,12 @@ class SandboxManagerConfig:
     """
 
     mode: Mode
-    """"single": all sessions share `single_client`; "multi": a Sandbox per session."""
+    """"single": all sessions share one client; "multi": a Sandbox per session."""
     single_client: SandboxClient | None = None
     """The shared client in single mode. The manager leaves it open at shutdown."""
+    single_target: str | None = None
+    """Instead of `single_client`, the gRPC target of a shared client that the manager makes, with
+    `tls`, and closes at shutdown."""
     namespace: str = "prodisco"
     """Where Sandboxes are created."""
     sandbox_port: int = 50051
@@ -162,21 +167,22 @@ class SandboxManagerConfig:
     """A Sandbox outlives its dead manager by at most this; None turns leases off."""
     shutdown_timeout: float = 30.0
     """Bound on `SandboxManager.shutdown`."""
-    owns_single_client: bool = field(default=False, repr=False)
-    """Whether shutdown closes `single_client`; `from_env` sets it for the one it makes."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("single", "multi"):
-            raise _wrong("mode", self.mode, '"single" or "multi"')
+            raise wrong("mode", self.mode, '"single" or "multi"')
         client: object = self.single_client
         if client is not None and (isinstance(client, type) or not hasattr(client, "execute")):
-            raise _wrong("single_client", client, "a SandboxClient, such as SandboxClient('localhost:50051')")
+            raise wrong("single_client", client, "a SandboxClient, such as SandboxClient('localhost:50051')")
+        if self.single_target is not None:
+            grpc_address(self.single_target, "single_target")
+            if client is not None:
+                raise wrong("single_target", self.single_target, "None where single_client is given")
         _check_text("namespace", self.namespace, _DNS_LABEL, "an RFC 1123 label such as 'prodisco'")
-        if not _is_int(self.sandbox_port) or not 1 <= self.sandbox_port <= 65535:
-            raise _wrong("sandbox_port", self.sandbox_port, "an integer from 1 to 65535")
+        integer("sandbox_port", self.sandbox_port, least=1, most=65535)
         image: object = self.sandbox_image
         if not isinstance(image, str) or image.split() != [image]:
-            raise _wrong("sandbox_image", image, "an image reference without white space")
+            raise wrong("sandbox_image", image, "an image reference without white space")
         _check_pod_template(self.pod_template_spec)
         for name in (
             "ready_timeout",
@@ -185,18 +191,17 @@ class SandboxManagerConfig:
             "idle_check_interval",
             "shutdown_timeout",
         ):
-            _check_seconds(name, getattr(self, name))
-        _check_seconds("capacity_timeout", self.capacity_timeout, zero=True)
+            seconds(name, getattr(self, name))
+        seconds("capacity_timeout", self.capacity_timeout, zero=True)
         if self.lease_duration is not None:
-            _check_seconds("lease_duration", self.lease_duration)
-        if not _is_int(self.max_sessions) or self.max_sessions < 1:
-            raise _wrong("max_sessions", self.max_sessions, "an integer of at least 1")
+            seconds("lease_duration", self.lease_duration)
+        integer("max_sessions", self.max_sessions, least=1, most=None)
         if self.api_version not in ("auto", "v1alpha1", "v1beta1"):
-            raise _wrong("api_version", self.api_version, '"auto", "v1alpha1" or "v1beta1"')
+            raise wrong("api_version", self.api_version, '"auto", "v1alpha1" or "v1beta1"')
         if self.endpoint not in ("auto", "pod-ip", "service") and not callable(self.endpoint):
-            raise _wrong("endpoint", self.endpoint, '"auto", "pod-ip", "service" or a callable')
+            raise wrong("endpoint", self.endpoint, '"auto", "pod-ip", "service" or a callable')
         if self.tls is not None and not isinstance(self.tls, TlsConfig):
-            raise _wrong("tls", self.tls, "a TlsConfig or None")
+            raise wrong("tls", self.tls, "a TlsConfig or None")
         if self.mode == "multi" and self.tls and not self.tls.secret_name and self.pod_template_spec is None:
             # The sandbox would have no certificate to serve, and every session would
             # time out with a pod that refuses to start.
@@ -207,7 +212,7 @@ class SandboxManagerConfig:
         _check_text("managed_by", self.managed_by, _LABEL_VALUE, "a label value such as 'mcp-server'")
         instance: object = self.instance_id
         if not isinstance(instance, str) or not instance:
-            raise _wrong("instance_id", instance, "a non-empty string")
+            raise wrong("instance_id", instance, "a non-empty string")
 
     @property
     def instance_label(self) -> str:
@@ -223,8 +228,7 @@ class SandboxManagerConfig:
         Variables: SANDBOX_MODE (default ``single``), SANDBOX_NAMESPACE, SANDBOX_IMAGE,
         SANDBOX_MAX_SESSIONS, SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID,
         SANDBOX_MANAGED_BY, and the TLS variables of `TlsConfig.from_env`. In single mode
-        without a ``single_client`` the client is `SandboxClient.from_env()`, which shutdown
-        then closes.
+        without a ``single_client``, ``single_target`` is what `SandboxClient.from_env` connects to.
 
         Raises:
             ValueError: A variable has a value out of range; the message names it.
@@ -245,11 +249,9 @@ class SandboxManagerConfig:
         if unknown := sorted(set(overrides) - known):
             raise ValueError(f"unknown setting {unknown[0]!r}: the settings are {', '.join(sorted(known))}")
         values.update(overrides)
-        if values["mode"] == "single" and values.get("single_client") is None:
-            from .client import SandboxClient
-
-            values["single_client"] = SandboxClient.from_env(env, tls=values["tls"])
-            values["owns_single_client"] = True
+        given = values.get("single_client") or values.get("single_target")
+        if values["mode"] == "single" and given is None:
+            values["single_target"] = target_from_env(env)
         try:
             return cls(**values)
         except ValueError as error:
@@ -261,48 +263,20 @@ class SandboxManagerConfig:
             raise ValueError(f"{variables[name]}: {error}") from None
 
 
-def env_int(environ: Mapping[str, str], variable: str) -> int:
-    """Reads a variable that must hold an integer.
-
-    Raises:
-        ValueError: It holds something else; the message names the variable.
-    """
-    text = environ[variable]
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{variable} is {text!r}: it must be an integer") from None
-
-
-def _wrong(name: str, value: object, right: str) -> ValueError:
-    return ValueError(f"{name} is {value!r}: it must be {right}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_text(name: str, value: object, pattern: re.Pattern[str], right: str) -> None:
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise _wrong(name, value, right)
-
-
-def _check_seconds(name: str, value: object, *, zero: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Not math.isfinite, which cannot take every int.
-    if not number or not 0 <= value < sys.float_info.max or (value == 0 and not zero):  # type: ignore[operator]
-        raise _wrong(name, value, f"a finite number of seconds {'of at least' if zero else 'above'} 0")
+        raise wrong(name, value, right)
 
 
 def _check_pod_template(value: object) -> None:
     if value is None:
         return
     if not isinstance(value, dict) or not isinstance(value.get("spec"), dict):
-        raise _wrong("pod_template_spec", value, 'a pod template: a dict with a "spec" dict')
+        raise wrong("pod_template_spec", value, 'a pod template: a dict with a "spec" dict')
     if unknown := sorted(set(value) - {"spec", "metadata"}, key=str):
         raise ValueError(
             f"pod_template_spec has the key {unknown[0]!r}: a pod template has metadata and spec"
         )
     metadata = value.get("metadata") or {}
     if not isinstance(metadata, dict) or not isinstance(metadata.get("labels") or {}, dict):
-        raise _wrong("pod_template_spec.metadata", metadata, "a dict whose labels are a dict")
+        raise wrong("pod_template_spec.metadata", metadata, "a dict whose labels are a dict")

@@ -105,12 +105,15 @@ class SandboxManager:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._shutdown: asyncio.Task[None] | None = None
+        self._own_client: SandboxClient | None = None
+        factory = client_factory or (lambda target: SandboxClient(target, tls=config.tls))
+        if config.mode == "single" and config.single_target is not None:
+            self._own_client = factory(config.single_target)
         if config.mode == "multi":
             # kubernetes_asyncio takes half a second to import: only who needs it pays,
             # and before there are sessions to keep waiting.
             from ._sessions.engine import Engine
 
-            factory = client_factory or (lambda target: SandboxClient(target, tls=config.tls))
             self._engine = Engine(config, custom_objects_api, factory, wall_clock)
             self._current = self._engine.table.current
 
@@ -262,8 +265,8 @@ class SandboxManager:
         Bounded by ``shutdown_timeout``; what it had to leave, or what may yet appear since
         the answer to its create was lost, it names in the log (``shutdown_incomplete``), and
         the cluster removes it when its lease ends. Single
-        mode: leaves a ``single_client`` that was passed in open, and closes one that
-        `SandboxManagerConfig.from_env` made.
+        mode: leaves a ``single_client`` open, and closes the client that was made for a
+        ``single_target``.
 
         Idempotent. Safe to cancel: the shutdown goes on in a task of the manager's.
         Leaving ``async with`` waits for it even if cancelled.
@@ -284,8 +287,8 @@ class SandboxManager:
         if self._engine is not None:
             if self._loop is not None:  # else nothing was ever started
                 await self._engine.shutdown()
-        elif self._config.owns_single_client and self._config.single_client is not None:
-            await self._config.single_client.close()
+        elif self._own_client is not None:
+            await self._own_client.close()
 
     async def __aenter__(self) -> Self:
         self._started()
@@ -326,11 +329,11 @@ class SandboxManager:
             raise SandboxError("the manager belongs to another event loop: make one per loop")
 
     def _single_client(self) -> SandboxClient:
-        client = self._config.single_client
+        client = self._own_client or self._config.single_client
         if client is None:
             raise SandboxError(
-                "single mode has no client: pass SandboxManagerConfig(single_client=...),"
-                " or use SandboxManagerConfig.from_env()"
+                "single mode has no client: pass SandboxManagerConfig(single_client=...) or"
+                " (single_target=...), or use SandboxManagerConfig.from_env()"
             )
         return client
 

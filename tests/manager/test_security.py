@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig, TlsConfig
 from prodisco_sandbox._cluster.manifest import LABEL_SESSION, labels, sandbox_body, sandbox_name, session_hash
-from prodisco_sandbox._grpc.target import grpc_address
+from prodisco_sandbox._targets import grpc_address
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .failures import FAILURES, MARK, OTHER, SESSION, Failure, World, world

@@ -19,6 +19,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from .._aio.single_flight import SingleFlight
+from .._targets import grpc_address
 from ..config import TlsConfig
 from ..errors import (
     SandboxCapacityError,
@@ -35,7 +36,6 @@ from ..results import HealthStatus
 from .codec import MAX_MESSAGE_BYTES, about_size
 from .execution_call import BEAT, PATIENCE, ExecutionCall
 from .fence import Fence, Metadata
-from .target import grpc_address
 
 _T = TypeVar("_T")
 

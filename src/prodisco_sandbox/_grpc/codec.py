@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from .._checks import INT32_MAX, integer, seconds
 from ..errors import SandboxError
 from ..proto import sandbox_pb2 as pb
 from ..results import (
@@ -30,7 +31,6 @@ from ..results import (
 )
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-_INT32_MAX = 2**31 - 1
 
 
 def read_cache_entry(message: pb.CacheEntry) -> CacheEntry:
@@ -179,17 +179,13 @@ def read_document_symbols(message: pb.LspDocumentSymbolResponse) -> tuple[LspDoc
 # Arguments
 
 
-def seconds(name: str, value: object, *, zero: bool = False) -> float:
-    """Checks a duration: finite and above 0, or at least 0; not beyond an int32 of ms."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (0 if zero else 1e-9) <= value <= _INT32_MAX // 1000:  # type: ignore[operator]
-        least = "of at least" if zero else "above"
-        raise ValueError(f"{name} is {value!r}: it must be a finite number of seconds {least} 0")
-    return float(value)  # type: ignore[arg-type]
+def call_seconds(name: str, value: object, *, zero: bool = False) -> float:
+    """Checks a duration that an int32 of milliseconds can hold."""
+    return seconds(name, value, zero=zero, most=INT32_MAX // 1000)
 
 
 def timeout_ms(timeout: object) -> int | None:
-    return None if timeout is None else max(1, round(seconds("timeout", timeout) * 1000))
+    return None if timeout is None else max(1, round(call_seconds("timeout", timeout) * 1000))
 
 
 def text(name: str, value: object, *, empty: bool = False) -> str:
@@ -209,13 +205,6 @@ def text(name: str, value: object, *, empty: bool = False) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{name} cannot be encoded as UTF-8: {error.reason}") from None
-    return value
-
-
-def integer(name: str, value: object, *, least: int = 0, most: int = _INT32_MAX) -> int:
-    """Checks an integer; an int32 unless told otherwise."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}: it must be an integer from {least} to {most}")
     return value
 
 

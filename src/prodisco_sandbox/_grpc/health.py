@@ -15,7 +15,7 @@ async def wait_for_healthy(connection: Connection, timeout: float) -> bool:
     if isinstance(timeout, int | float) and not timeout >= 1e-9:  # type: ignore[redundant-expr]
         return False
     try:
-        async with asyncio.timeout(m.seconds("timeout", timeout)):
+        async with asyncio.timeout(m.call_seconds("timeout", timeout)):
             await _until_healthy(connection)
     except TimeoutError:
         silence = SandboxTimeoutError(f"no answer from {connection.target}")

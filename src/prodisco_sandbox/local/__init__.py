@@ -12,10 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from .._checks import integer, seconds
 from .._cluster import manifest
 from .._cluster.manifest import Object
 from .._log import get_logger
-from ..config import SandboxManagerConfig, _check_seconds, _is_int
+from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..testing import FakeCustomObjectsApi
 from ._controller import Controller, Pod
@@ -97,8 +98,7 @@ class LocalCluster:
         directory: str | os.PathLike[str] | None = None,
         poll_interval: float = 1.0,
     ) -> None:
-        if not _is_int(max_starting) or max_starting < 1:
-            raise ValueError(f"max_starting is {max_starting!r}: it must be an integer of at least 1")
+        integer("max_starting", max_starting, least=1, most=None)
         self._python = _interpreter(python)
         self._server_args = _strings("server_args", server_args)
         for arg in self._server_args:
@@ -107,7 +107,7 @@ class LocalCluster:
                 raise ValueError(f"server_args has {arg!r}: the cluster itself sets {own}")
         passed = _strings("pass_env", pass_env)
         self._env = {name: os.environ[name] for name in passed if name in os.environ}
-        _check_seconds("poll_interval", poll_interval)
+        seconds("poll_interval", poll_interval)
         self._poll_interval = poll_interval
         self._config = SandboxManagerConfig(mode="multi", namespace=namespace, api_version=api_version)
         self._fake = FakeCustomObjectsApi() if custom_objects_api is None else None

@@ -12,7 +12,8 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 
-from ..config import SandboxManagerConfig, env_int
+from .._checks import env_int
+from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..local import LocalCluster
 from ..manager import SandboxManager

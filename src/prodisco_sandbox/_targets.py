@@ -1,4 +1,4 @@
-"""Targets: what a client may be pointed at, and what the environment points it at."""
+"""gRPC targets: their syntax, and the one that the environment names."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from ..config import env_int
-from .codec import integer
+from ._checks import env_int, integer, wrong
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), without its closing NUL.
 
 
-def grpc_address(target: object) -> str:
-    """The address in gRPC's own syntax.
+def grpc_address(target: object, name: str = "target") -> str:
+    """The address in gRPC's own syntax; `name` is the argument's, for the error.
 
     Raises:
         ValueError: The target is none of ``host:port``, ``[IPv6]:port``, ``unix:PATH``.
@@ -28,16 +27,14 @@ def grpc_address(target: object) -> str:
         length = len(os.fsencode(path))
         if not path or path.startswith("//") or "\0" in path or length > _MAX_SOCKET_PATH:
             raise ValueError(
-                f"target is {target!r}: after 'unix:' comes the path of a socket,"
+                f"{name} is {target!r}: after 'unix:' comes the path of a socket,"
                 f" of at most {_MAX_SOCKET_PATH} bytes"
             )
         return "unix:" + quote(os.fsencode(path))
     host, _, port = target.rpartition(":") if isinstance(target, str) else ("", "", "")
     if not (_is_host(host) and re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
-        raise ValueError(
-            f"target is {target!r}: it must be 'host:port', '[IPv6 address]:port' or 'unix:PATH'"
-        )
-    # With the scheme, lest a host called "dns" or "unix" be taken for one.
+        raise wrong(name, target, "'host:port', '[IPv6 address]:port' or 'unix:PATH'")
+    # With the scheme, so that a host called "dns" or "unix" is not taken for one.
     return f"dns:///{target}"
 
 
@@ -56,11 +53,11 @@ def _is_ipv6(host: str) -> bool:
 
 def target_from_env(
     environ: Mapping[str, str],
-    tcp_host: str | None,
-    tcp_port: int | None,
-    socket_path: str | os.PathLike[str] | None,
+    tcp_host: str | None = None,
+    tcp_port: int | None = None,
+    socket_path: str | os.PathLike[str] | None = None,
 ) -> str:
-    """The target that the SANDBOX_* variables name; what is given beats them.
+    """The target that the SANDBOX_* variables name; an option beats its variable.
 
     Raises:
         ValueError: A variable or an option is wrong; the message names it.
@@ -69,7 +66,7 @@ def target_from_env(
     if tcp_given and socket_path is not None:
         raise ValueError("socket_path is given beside tcp_host or tcp_port: give one or the other")
     if not isinstance(socket_path, str | os.PathLike | None):
-        raise ValueError(f"socket_path is {socket_path!r}: it must be the path of a Unix socket")  # noqa: TRY004
+        raise wrong("socket_path", socket_path, "the path of a Unix socket")
     host, port = environ.get("SANDBOX_TCP_HOST"), environ.get("SANDBOX_TCP_PORT")
     if not tcp_given and (socket_path is not None or not (host or port or _use_tcp(environ))):
         default = environ.get("SANDBOX_SOCKET_PATH") or "/tmp/prodisco-sandbox.sock"
@@ -90,12 +87,12 @@ def _host(name: str, host: object) -> str:
     if isinstance(host, str) and _is_ipv6(host):
         return f"[{host}]"
     if not isinstance(host, str) or not _is_host(host):
-        raise ValueError(f"{name} is {host!r}: it must be a host name or an IP address")
+        raise wrong(name, host, "a host name or an IP address")
     return host
 
 
 def _use_tcp(environ: Mapping[str, str]) -> bool:
     text = environ.get("SANDBOX_USE_TCP", "").lower()
     if text not in ("", "0", "1", "false", "true"):
-        raise ValueError(f"SANDBOX_USE_TCP is {text!r}: it must be true, 1, false or 0")
+        raise wrong("SANDBOX_USE_TCP", text, "true, 1, false or 0")
     return text in ("1", "true")
