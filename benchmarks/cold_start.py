@@ -143,7 +143,7 @@ async def measure(starts: int, namespace: str, cpu: str | None) -> list[list[flo
                 client = await manager.get_client(session)
                 name = manager.sandbox_name(session)
                 moments.note(name, "healthy")
-                result = await client.execute(code="print(1)")
+                result = await client.execute("print(1)")
                 moments.note(name, "first result")
                 if result.output != "1\n":
                     raise RuntimeError(f"print(1) gave {result}")

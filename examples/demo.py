@@ -81,7 +81,7 @@ class Demo:
         return client
 
     async def stream(self, who: str, client: SandboxClient, code: str) -> None:
-        async with client.execute_stream(code=code) as chunks:
+        async with client.execute_stream(code) as chunks:
             async for chunk in chunks:
                 for line in chunk.text.splitlines():
                     self.say(who, f"| {line}")
@@ -90,7 +90,7 @@ class Demo:
                     self.check(who, f"the code has succeeded, in {took:.2f} s", ok=chunk.result.success)
 
     async def sees(self, who: str, client: SandboxClient, expected: str) -> None:
-        result = await client.execute(code=FILES)
+        result = await client.execute(FILES)
         found = result.output.strip() or str(result.error)
         self.check(who, f"sees {found}", ok=found == expected)
 
@@ -115,7 +115,7 @@ class Demo:
     async def reap(self, manager: SandboxManager, alice: SandboxClient, bob: SandboxClient) -> None:
         self.say("", "Bob and Carol fall silent, while Alice's code runs on.")
         begun, reaped = time.monotonic(), 0
-        async with alice.execute_stream(code="import time; time.sleep(60)"):
+        async with alice.execute_stream("import time; time.sleep(60)"):
             while reaped < 2 and time.monotonic() < begun + 60:
                 await asyncio.sleep(0.02)
                 reaped = manager.stats().reaped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -57,7 +58,7 @@ TESTS = (TestResult("adds", True, None, 5), TestResult("divides", False, "by zer
 CALLS: list[tuple[str, Callable[[SandboxClient], Awaitable[Any]], str, Any]] = [
     (
         "Execute",
-        lambda c: c.execute(code="print(1)", timeout=1.5),
+        lambda c: c.execute("print(1)", timeout=1.5),
         'code: "print(1)" timeout_ms: 1500',
         ExecutionResult(True, "1\n", None, 17, ENTRY),
     ),
@@ -167,7 +168,7 @@ CALLS: list[tuple[str, Callable[[SandboxClient], Awaitable[Any]], str, Any]] = [
 WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda c: c.execute(), "neither of code and cached"),
     (lambda c: c.execute(code="", cached="a"), "both of code and cached"),
-    (lambda c: c.execute(code=b"x"), r"code is b'x': it must be a string"),
+    (lambda c: c.execute(b"x"), r"code is b'x': it must be a string"),
     (lambda c: c.execute(code="\ud800"), "code cannot be encoded as UTF-8"),
     (lambda c: c.execute(cached=""), "cached is '': it must be a non-empty string"),
     (lambda c: c.execute(code="x", timeout=0), "timeout is 0: it must be a finite number of seconds above 0"),
@@ -261,6 +262,20 @@ async def test_a_wrong_argument_is_named_and_nothing_is_sent(number: int) -> Non
         await call(client)
     assert client.in_flight == 0
     assert client.last_used == 0.0
+
+
+async def test_only_code_may_be_given_without_its_name(
+    server: FakeSandboxServer, client: SandboxClient
+) -> None:
+    untyped: Any = client
+    for method in (untyped.execute, untyped.execute_async, untyped.execute_stream):
+        with pytest.raises(TypeError):
+            method("x", "a cached script")
+    await client.execute("a")
+    await client.execute_async("b")
+    async with client.execute_stream("c"):
+        await server.wait_for_call("ExecuteStream")
+    assert [call.request.code for call in server.calls] == ["a", "b", "c"]
 
 
 def test_a_stream_checks_its_arguments_at_once() -> None:
@@ -405,5 +420,6 @@ async def test_it_says_what_it_is_and_whether_it_is_closed() -> None:
     assert client.target == "unix:/run/s.sock"
     assert client.sandbox is None
     assert repr(client) == "<SandboxClient unix:/run/s.sock open>"
-    await client.close()
+    async with contextlib.aclosing(client):
+        pass
     assert repr(client) == "<SandboxClient unix:/run/s.sock closed>"

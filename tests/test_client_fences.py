@@ -10,7 +10,13 @@ import grpc
 import pytest
 from _patience import PATIENCE
 
-from prodisco_sandbox import SandboxClient, SandboxError, SandboxReplacedError, SandboxUnavailableError
+from prodisco_sandbox import (
+    SandboxClient,
+    SandboxError,
+    SandboxReplacedError,
+    SandboxTimeoutError,
+    SandboxUnavailableError,
+)
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 
 POD = "sandbox-1"
@@ -195,6 +201,24 @@ async def test_a_server_without_fences_is_accepted(health: Any) -> None:
             assert (await reached(CALLS["execute"], meant.client)).success
             assert meant.looks == 1, "before the call on the new connection, not before each"
             assert meant.reasons == []
+
+
+async def test_an_error_of_the_look_comes_out_as_it_is() -> None:
+    async with FakeSandboxServer(fences=False) as server:
+        error = SandboxTimeoutError("no answer about the pod")
+
+        async def look() -> None:
+            raise error
+
+        client = SandboxClient(server.target)
+        client._expect(POD, lambda reason: None, look)
+        async with client:
+            await client.execute("1")
+            await restart(server)
+            await broken(client)
+            with pytest.raises(SandboxTimeoutError) as caught:
+                await client.execute("1")
+            assert caught.value is error
 
 
 async def test_a_server_with_fences_in_the_place_of_one_without_is_told() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -375,9 +376,10 @@ async def test_an_explicit_tls_is_that_of_the_client_of_single_mode(tls: TlsConf
     environ = {"SANDBOX_TRANSPORT_MODE": "insecure" if tls else "tls"}
     config = SandboxManagerConfig.from_env(environ, tls=tls)
     assert config.tls == tls
-    async with SandboxManager(config) as manager:
+    async with contextlib.aclosing(SandboxManager(config)) as manager:
         client = await manager.get_client()
         assert client._connection._tls == tls
+    assert repr(client).endswith("closed>")
 
 
 async def test_from_env_leaves_a_client_that_was_passed_in_to_its_owner() -> None:

@@ -17,7 +17,9 @@ def test_the_tree_is_the_one_in_its_docstring() -> None:
     assert inspect.getdoc(SandboxError) is not None
     drawn = [line.split()[1] for line in inspect.getdoc(SandboxError).splitlines() if "──" in line]  # type: ignore[union-attr]
     assert drawn == [kind.__name__ for kind in ERRORS if kind is not SandboxError]
-    assert all(kind.__bases__ == (SandboxError,) for kind in ERRORS if kind is not SandboxError)
+    bases = {kind: kind.__bases__ for kind in ERRORS if kind is not SandboxError}
+    assert bases.pop(SandboxTimeoutError) == (SandboxError, TimeoutError)
+    assert all(base == (SandboxError,) for base in bases.values())
     assert SandboxError.__bases__ == (Exception,)
     assert {kind.__name__ for kind in ERRORS} == {n for n in prodisco_sandbox.__all__ if n.endswith("Error")}
 
@@ -27,7 +29,7 @@ def test_the_tree_is_the_one_in_its_docstring() -> None:
 def test_an_error_survives_copy_and_pickle(kind: type[SandboxError], status: int | str | None) -> None:
     error = kind("no slot for session 5e", status=status)
     error.add_note("try again later")
-    for same in (copy.copy(error), pickle.loads(pickle.dumps(error)), error.twin()):
+    for same in (copy.copy(error), pickle.loads(pickle.dumps(error)), error.copy_for_waiter()):
         assert type(same) is kind
         assert same is not error
         assert str(same) == "no slot for session 5e"
@@ -43,8 +45,8 @@ def test_status_is_none_unless_something_was_said() -> None:
 
 
 def test_a_subclass_with_a_field_of_its_own_survives_too() -> None:
-    twin = Own("gone", status=404).twin()
-    assert (twin.verb, twin.status) == ("get", 404)
+    copied = Own("gone", status=404).copy_for_waiter()
+    assert (copied.verb, copied.status) == ("get", 404)
 
 
 class Own(SandboxFailedError):
@@ -53,7 +55,7 @@ class Own(SandboxFailedError):
         self.verb = "get"
 
 
-def test_a_twin_has_the_cause_and_a_traceback_of_its_own() -> None:
+def test_a_copy_for_a_waiter_has_the_cause_and_a_traceback_of_its_own() -> None:
     cause = OSError("connection refused")
     try:
         raise SandboxTimeoutError("not ready in 120 s") from cause
@@ -61,14 +63,14 @@ def test_a_twin_has_the_cause_and_a_traceback_of_its_own() -> None:
         error = e
 
     def waiter() -> None:
-        raise error.twin()
+        raise error.copy_for_waiter()
 
-    twins = []
+    copies = []
     for _ in range(2):
         with pytest.raises(SandboxTimeoutError) as caught:
             waiter()
-        twins.append(caught.value)
-    one, other = twins
+        copies.append(caught.value)
+    one, other = copies
     assert one is not other
     assert one.__cause__ is other.__cause__ is cause
     assert one.__suppress_context__

@@ -54,7 +54,7 @@ class SandboxClient:
     ::
 
         async with SandboxClient("localhost:50051") as client:
-            result = await client.execute(code="print(6 * 7)")
+            result = await client.execute("print(6 * 7)")
             print(result.output)
 
     The channel is made on first use, in the running event loop; from then on the client
@@ -227,6 +227,10 @@ class SandboxClient:
         """
         await self._connection.close()
 
+    async def aclose(self) -> None:
+        """The same as `close`."""
+        await self.close()
+
     async def health_check(self, *, timeout: float = 5.0) -> HealthStatus:
         """Asks once whether the server is healthy.
 
@@ -258,7 +262,7 @@ class SandboxClient:
     # Running code
 
     async def execute(
-        self, *, code: str | None = None, cached: str | None = None, timeout: float | None = None
+        self, code: str | None = None, *, cached: str | None = None, timeout: float | None = None
     ) -> ExecutionResult:
         """Runs code to its end and returns the whole output.
 
@@ -272,7 +276,7 @@ class SandboxClient:
         return m.read_result(await self._connection.wait("Execute", request, self._deadline(timeout)))
 
     def execute_stream(
-        self, *, code: str | None = None, cached: str | None = None, timeout: float | None = None
+        self, code: str | None = None, *, cached: str | None = None, timeout: float | None = None
     ) -> ExecutionStream:
         """Runs code and gives its output as it comes; arguments as for `execute`.
 
@@ -285,7 +289,7 @@ class SandboxClient:
         return ExecutionStream(self._connection, request, self._deadline(timeout))
 
     async def execute_async(
-        self, *, code: str | None = None, cached: str | None = None, timeout: float | None = None
+        self, code: str | None = None, *, cached: str | None = None, timeout: float | None = None
     ) -> StartedExecution:
         """Starts code and returns at once; arguments as for `execute`.
 

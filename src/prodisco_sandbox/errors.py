@@ -14,7 +14,7 @@ class SandboxError(Exception):
         SandboxError
         ├── SandboxManagerClosedError   the manager has been shut down
         ├── SandboxCapacityError        no slot: max_sessions, a quota, a full server
-        ├── SandboxTimeoutError         not ready, or no answer, in time
+        ├── SandboxTimeoutError         not ready, or no answer, in time; also a TimeoutError
         ├── SandboxFailedError          will never be ready: a terminal reason
         ├── SandboxConflictError        the name is taken by somebody else's Sandbox
         ├── SandboxUnavailableError     cluster or sandbox cannot be reached
@@ -34,15 +34,15 @@ class SandboxError(Exception):
         super().__init__(message)
         self.status = status
 
-    def twin(self) -> Self:
+    def copy_for_waiter(self) -> Self:
         """Returns a copy with the same cause, for one more waiter to raise.
 
         An exception object that several tasks raise grows a traceback out of all of
         them, so each waiter gets one of its own.
         """
-        twin = copy.copy(self)
-        twin.__cause__ = self.__cause__
-        return twin
+        copied = copy.copy(self)
+        copied.__cause__ = self.__cause__
+        return copied
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (str(self),), {**self.__dict__})
@@ -56,7 +56,7 @@ class SandboxCapacityError(SandboxError):
     """There is no room: the message names the cap and the setting that raises it."""
 
 
-class SandboxTimeoutError(SandboxError):
+class SandboxTimeoutError(SandboxError, TimeoutError):
     """Something did not happen in time; the message holds the last state seen."""
 
 

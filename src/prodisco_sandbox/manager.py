@@ -64,7 +64,7 @@ class SandboxManager:
         config = SandboxManagerConfig(mode="multi", namespace="prodisco", max_sessions=50)
         async with SandboxManager(config) as manager:
             client = await manager.get_client(session_id)
-            result = await client.execute(code="print(6 * 7)")
+            result = await client.execute("print(6 * 7)")
 
     A manager belongs to the event loop that it is first used in. The constructor starts
     nothing and needs no loop; ``async with``, `start` or the first awaited call starts
@@ -275,6 +275,10 @@ class SandboxManager:
         if not task.done():  # else its loop, another one perhaps, may be closed by now
             await asyncio.wait({task})
         task.result()
+
+    async def aclose(self) -> None:
+        """The same as `shutdown`."""
+        await self.shutdown()
 
     def _shut_down(self) -> asyncio.Task[None]:
         if self._loop is not None and (self._shutdown is None or not self._shutdown.done()):

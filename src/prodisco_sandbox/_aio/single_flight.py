@@ -34,7 +34,7 @@ class SingleFlight(Generic[T]):
         error = task.exception()
         if error is None:
             return task.result()
-        raise error.twin() if isinstance(error, SandboxError) else error
+        raise error.copy_for_waiter() if isinstance(error, SandboxError) else error
 
     async def _call(self) -> T:
         return await self._run()

@@ -463,6 +463,8 @@ class Connection:
         try:
             async with asyncio.timeout(timeout):
                 await self.fence.look()
+        except SandboxError:  # One of them is a TimeoutError.
+            raise
         except TimeoutError:
             raise SandboxTimeoutError(
                 f"{rpc} on {self.target}: the connection broke, and where the sandbox is now could not be"

@@ -69,7 +69,7 @@ class ExecutionCall:
         """
         if self._call is None:
             if self._failure is not None:
-                raise self._failure.twin()
+                raise self._failure.copy_for_waiter()
             return None
         loop = asyncio.get_running_loop()
         self._paused += loop.time() - self._paused_at
@@ -89,7 +89,7 @@ class ExecutionCall:
         except asyncio.CancelledError as error:
             self.end()
             if self._failure is not None and _cancellations() == cancellations:
-                raise self._failure.twin() from None
+                raise self._failure.copy_for_waiter() from None
             error.__traceback__ = None
             raise
         finally:

@@ -20,7 +20,7 @@ class ExecutionStream:
 
     An async iterator of `ExecutionChunk`, and an async context manager::
 
-        async with client.execute_stream(code="...") as stream:
+        async with client.execute_stream("...") as stream:
             async for chunk in stream:
                 print(chunk.text, end="")
 

@@ -427,7 +427,7 @@ class Creation:
                 continue
             hopeless = client.health_error
             if type(hopeless) is SandboxError:  # Not the other side's doing, such as a file for TLS.
-                raise hopeless.twin()
+                raise hopeless.copy_for_waiter()
             await asyncio.sleep(HEALTH_PAUSE)
             # Why is it not healthy? The Sandbox may say.
             if loop.time() - session.observed_at >= self._interval(session):

@@ -125,7 +125,7 @@ class Engine:
                 session.holds += hold
                 return session
             if session.error is not None:
-                raise session.error.twin()
+                raise session.error.copy_for_waiter()
         raise SandboxFailedError(f"the session's sandbox died {ROUNDS} times before it could be used")
 
     async def close(self, session_id: str) -> None:
@@ -308,7 +308,7 @@ class Engine:
                     self._start_check(session)
                 await self._wait(session)
             if session.error is not None:
-                raise session.error.twin()
+                raise session.error.copy_for_waiter()
             if session.client is not client or not session.usable:
                 raise SandboxReplacedError(
                     f"the machine of sandbox {session.name} was replaced: nothing was run"
@@ -345,7 +345,7 @@ class Engine:
             self._lose(session, str(e))
         except Exception as e:  # noqa: BLE001
             error = self._creation.failure(session, e)
-            in_time = not isinstance(e, TimeoutError)
+            in_time = isinstance(e, SandboxError) or not isinstance(e, TimeoutError)
             if not (in_time or session.misplaced or self._creation.must_keep(session)):
                 self._lose(session, "its server does not answer", error)
                 return

@@ -103,7 +103,7 @@ class FakeSandboxServer:
         async with FakeSandboxServer() as server:
             server.script("Execute", ExecutionResult(success=True, output="42\\n"))
             async with SandboxClient(server.target) as client:
-                result = await client.execute(code="print(6 * 7)")
+                result = await client.execute("print(6 * 7)")
             assert server.calls[0].request.code == "print(6 * 7)"
 
     What is not scripted succeeds with little: empty output, no symbols.
