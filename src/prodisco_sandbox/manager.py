@@ -117,7 +117,23 @@ class SandboxManager:
             self._engine = Engine(config, custom_objects_api, factory, wall_clock)
             self._current = self._engine.table.current
 
+    @property
+    def config(self) -> SandboxManagerConfig:
+        """The settings that the manager was made with."""
+        return self._config
+
     # Sessions
+
+    def has_session(self, session_id: str) -> bool:
+        """Whether the session waits for a slot, is being created or is ready.
+
+        True from the first call for the session until its sandbox is closed or found dead.
+        Single mode: False.
+
+        Raises:
+            ValueError: The id is None or empty.
+        """
+        return _checked(session_id) in self._current
 
     async def get_client(self, session_id: str | None = None) -> SandboxClient:
         """The client of a session's sandbox, made (or made again) if there is none.

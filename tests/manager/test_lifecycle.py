@@ -53,6 +53,24 @@ async def test_a_session_gets_a_ready_and_healthy_sandbox_of_its_own() -> None:
         assert all(client.closed for client in clients.made)
 
 
+async def test_a_session_is_known_from_its_first_call_until_its_close() -> None:
+    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api, max_sessions=1) as manager:
+        assert manager.config.max_sessions == 1
+        assert not manager.has_session("s")
+        creation = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(0.5)
+        assert manager.has_session("s"), "while it is created"
+        await creation
+        assert manager.has_session("s")
+        closing = asyncio.create_task(manager.on_session_closed("s"))
+        await asyncio.sleep(0)
+        assert not manager.has_session("s"), "while it is deleted"
+        await closing
+        assert not manager.has_session("s")
+        with pytest.raises(ValueError, match="non-empty"):
+            manager.has_session("")
+
+
 async def test_the_requests_of_a_session_are_one_create_and_one_delete() -> None:
     async with FakeCustomObjectsApi(auto_ready=1.0) as api:
         async with managed(api, max_sessions=50) as manager:

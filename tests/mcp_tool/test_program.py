@@ -130,7 +130,7 @@ async def test_on_kubernetes_the_environment_says_how(monkeypatch: pytest.Monkey
         monkeypatch.setenv(f"SANDBOX_{name}", value)
     args = program._parser().parse_args(["--kubernetes"])
     async with program._manager(args) as manager:
-        config = manager._config
+        config = manager.config
         assert (config.mode, config.namespace, config.sandbox_image, config.max_sessions) == (
             "multi",
             "lab",
@@ -142,7 +142,7 @@ async def test_on_kubernetes_the_environment_says_how(monkeypatch: pytest.Monkey
 async def test_locally_it_reads_how_many_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SANDBOX_MAX_SESSIONS", "7")
     async with program._manager(program._parser().parse_args(["--local"])) as manager:
-        assert (manager._config.mode, manager._config.max_sessions) == ("multi", 7)
+        assert (manager.config.mode, manager.config.max_sessions) == ("multi", 7)
 
 
 def test_options_of_the_servers_beat_their_variables_and_reach_them_whole(

@@ -85,7 +85,7 @@ class Sandboxes:
         self._principal = principal
         self._max_per_principal = max_per_principal
         self._handles = handles
-        self._shared = manager._config.mode == "single"
+        self._shared = manager.config.mode == "single"
         self._owners: dict[str, str] = {}
         self._memories: OrderedDict[str, _Memory] = OrderedDict()
 
@@ -152,17 +152,15 @@ class Sandboxes:
 
     def _admit(self, key: str, who: str | None) -> None:
         """Counts the sandbox as the principal's, before anything is awaited."""
-        if who is None or self._lives(key):
+        if who is None or self._manager.has_session(key):
             return
-        self._owners = {other: owner for other, owner in self._owners.items() if self._lives(other)}
+        self._owners = {
+            other: owner for other, owner in self._owners.items() if self._manager.has_session(other)
+        }
         if sum(owner == who for owner in self._owners.values()) >= self._max_per_principal:
-            idle = self._manager._config.session_idle_timeout
+            idle = self._manager.config.session_idle_timeout
             raise RefusedError(texts.too_many(self._max_per_principal, idle))
         self._owners[key] = who
-
-    def _lives(self, key: str) -> bool:
-        # From the moment that it was asked for: the manager registers it before it waits.
-        return key in self._manager._current
 
     def _recall(self, key: str, sandbox: SandboxRef | None, *, known: bool) -> _Memory:
         memory = self._memories.get(key)
@@ -174,7 +172,7 @@ class Sandboxes:
         elif memory.sandbox != sandbox:
             memory.sandbox, memory.note = sandbox, texts.replaced(self._language)
         self._memories.move_to_end(key)
-        if len(self._memories) > REMEMBERED + self._manager._config.max_sessions:
+        if len(self._memories) > REMEMBERED + self._manager.config.max_sessions:
             self._memories.popitem(last=False)
         return memory
 

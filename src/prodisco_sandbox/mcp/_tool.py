@@ -84,7 +84,7 @@ def add_sandbox_tools(
         ValueError: An argument is wrong; the message names it.
     """
     if max_per_principal is None:
-        max_per_principal = max(1, manager._config.max_sessions // 2)
+        max_per_principal = max(1, manager.config.max_sessions // 2)
     for argument, value in (("max_per_principal", max_per_principal), ("max_output", max_output)):
         if not isinstance(value, int) or value < 1:  # type: ignore[redundant-expr]
             raise ValueError(f"{argument} is {value!r}: it must be an integer of at least 1")
@@ -105,7 +105,7 @@ def add_sandbox_tools(
         tools.run_sandbox,
         name=name,
         title="Run code in a sandbox",
-        description=texts.description(spoken, manager._config.session_idle_timeout),
+        description=texts.description(spoken, manager.config.session_idle_timeout),
         annotations=ToolAnnotations(read_only_hint=False, idempotent_hint=False, open_world_hint=True),
         structured_output=True,
     )
