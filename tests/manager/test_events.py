@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 import prodisco_sandbox
 from prodisco_sandbox import SandboxManagerConfig
 from prodisco_sandbox._log import get_logger
+from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .failures import FAILURES, SESSION, Failure, world
-from .support import managed
+from .support import Clients, StubClient, managed
 
 pytestmark = pytest.mark.looptime
 
@@ -62,7 +65,7 @@ async def test_a_failure_is_logged_and_counted(failure: Failure, caplog: pytest.
 def test_every_event_is_walked() -> None:
     found = set()
     source = Path(prodisco_sandbox.__file__).parent
-    for path in source.glob("*.py"):
+    for path in [*source.glob("*.py"), *source.glob("_*/*.py")]:
         found |= set(
             re.findall(
                 r"log\.(?:debug|info|warning|error|exception|log)\((?:level, )?\s*\"(\w+)\"", path.read_text()
@@ -102,3 +105,32 @@ async def test_two_managers_count_for_themselves() -> None:
         await one.manager.get_client(SESSION)
         async with managed(one.api, instance_id="other") as other:
             assert other.stats().events == {}
+
+
+async def test_work_for_a_session_carries_no_context_variables_of_its_callers() -> None:
+    request = ContextVar("request", default="none")
+    seen: list[str] = []
+
+    class Factory(Clients):
+        def __call__(self, target: str) -> StubClient:
+            seen.append(request.get())
+            return super().__call__(target)
+
+    logged: list[structlog.typing.EventDict] = []
+
+    def keep(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        logged.append(event)
+        raise structlog.DropEvent
+
+    request.set("first")
+    structlog.configure(processors=[structlog.contextvars.merge_contextvars, keep])
+    try:
+        with structlog.contextvars.bound_contextvars(request="first"):
+            async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api, Factory()) as manager:
+                await manager.get_client("s")
+                await manager.on_session_closed("s")
+    finally:
+        structlog.reset_defaults()
+    assert seen == ["none"]
+    assert {"sandbox_created", "sandbox_ready", "sandbox_deleted"} <= {event["event"] for event in logged}
+    assert [event["event"] for event in logged if "request" in event] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
@@ -14,7 +15,8 @@ T = TypeVar("T")
 class SingleFlight(Generic[T]):
     """Shares one run of a coroutine function among all who call at the same time.
 
-    A caller's cancellation does not reach the run. A success is kept, a failure is not.
+    A caller's cancellation does not reach the run, and neither do its context variables.
+    A success is kept, a failure is not.
     """
 
     def __init__(self, name: str, run: Callable[[], Awaitable[T]]) -> None:
@@ -25,7 +27,9 @@ class SingleFlight(Generic[T]):
     async def __call__(self) -> T:
         task = self._task
         if task is None:
-            task = self._task = asyncio.create_task(self._call(), name=self._name)
+            task = self._task = asyncio.create_task(
+                self._call(), name=self._name, context=contextvars.Context()
+            )
             task.add_done_callback(self._ended)
         if not task.done():
             await asyncio.wait({task})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -20,7 +21,9 @@ class OwnedTasks:
     """The tasks of one owner.
 
     The loop itself holds only weak references, so the tasks are kept here until they
-    end. Whoever waits for a task deals with its failure.
+    end. They run in an empty context: a task serves all callers, so its log events and
+    spans must not carry the context variables of the caller that happened to start it.
+    Whoever waits for a task deals with its failure.
     """
 
     def __init__(self, events: Counter[str] | None = None) -> None:
@@ -28,9 +31,10 @@ class OwnedTasks:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        task = asyncio.create_task(coroutine, name=name)
+        context = contextvars.Context()
+        task = asyncio.create_task(coroutine, name=name, context=context)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._ended, context=context)
         return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import shutil
 import sys
@@ -257,7 +258,9 @@ class LocalCluster:
 
     def _close(self) -> asyncio.Task[None]:
         if self._closing is None:
-            self._closing = asyncio.create_task(self._run_close(), name="local-close")
+            self._closing = asyncio.create_task(
+                self._run_close(), name="local-close", context=contextvars.Context()
+            )
         return self._closing
 
     async def _run_close(self) -> None:

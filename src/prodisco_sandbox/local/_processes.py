@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import json
 import os
@@ -149,7 +150,9 @@ class Keeper:
         except BaseException:
             ours.close()
             raise
-        self._reading = asyncio.create_task(self._read(reader), name="local-keeper")
+        self._reading = asyncio.create_task(
+            self._read(reader), name="local-keeper", context=contextvars.Context()
+        )
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 await self._ready.wait()
