@@ -17,6 +17,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
+from prodisco_sandbox.proto import metadata
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 
 POD = "sandbox-1"
@@ -182,6 +183,39 @@ async def test_a_failure_said_by_a_server_without_fences_is_told_too(
         await reached(CALLS["get_execution"], meant.client)
     assert caught.value.ran
     assert len(meant.reasons) == 1
+
+
+async def test_a_failure_whose_initial_metadata_is_lost_comes_from_the_same_machine() -> None:
+    boot_id = ((metadata.BOOT_ID, "0" * 32),)
+
+    async def healthy(_: Any, context: Any) -> bytes:
+        await context.send_initial_metadata(boot_id)
+        return b""
+
+    async def not_found(_: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "", boot_id)
+
+    handlers = {
+        "HealthCheck": grpc.unary_unary_rpc_method_handler(healthy),
+        "GetExecution": grpc.unary_unary_rpc_method_handler(not_found),
+    }
+    server = grpc.aio.server()
+    service = grpc.method_handlers_generic_handler("prodisco.sandbox.v1.SandboxService", handlers)
+    server.add_generic_rpc_handlers((service,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    reasons: list[str] = []
+    try:
+        async with SandboxClient(f"127.0.0.1:{port}") as client:
+            client._expect(POD, reasons.append, lambda: asyncio.sleep(0))
+            await client.health_check()
+            assert client._boot_id == "0" * 32
+            with pytest.raises(SandboxError) as caught:
+                await client.wait_for_execution("1")
+            assert caught.value.status == "NOT_FOUND"
+        assert reasons == []
+    finally:
+        await server.stop(None)
 
 
 @pytest.mark.parametrize("health", ["standard", "own"])

@@ -387,11 +387,14 @@ class Connection:
         code, details = error.code(), error.details() or "no details"
         fence = self.fence
         if fence is not None:
-            refusal = fence.refusal(error.trailing_metadata())
+            trailing = error.trailing_metadata()
+            refusal = fence.refusal(trailing)
             if refusal is not None:
                 fence.give_up(f"{refusal} answers in its place")
                 return self._replaced(rpc, fence, code.name)
-            if code in _FROM_SERVERS and not fence.is_met(error.initial_metadata(), ok=False):
+            # grpc.aio loses the initial metadata of a stream that ends before they are read.
+            metadata = (*error.initial_metadata(), *trailing)
+            if code in _FROM_SERVERS and not fence.is_met(metadata, ok=False):
                 return self._unfenced(rpc, fence)
         kind = _ERRORS.get(code, SandboxError)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (size := about_size(details)) is not None:

@@ -49,14 +49,14 @@ class Fence:
         refusals = {"pod": "another pod", "boot": "a server that started anew"}
         return refusals.get(dict(iter(trailing)).get(names.FENCE, ""))
 
-    def is_met(self, initial: Metadata, *, ok: bool) -> bool:
+    def is_met(self, metadata: Metadata, *, ok: bool) -> bool:
         """Whether an answer comes from the machine that is meant; the first one pins it.
 
         Args:
-            initial: The answer's initial metadata.
+            metadata: The answer's.
             ok: Whether the call succeeded: otherwise something on the way may have answered.
         """
-        boot_id = dict(iter(initial)).get(names.BOOT_ID)
+        boot_id = dict(iter(metadata)).get(names.BOOT_ID)
         if not self.pinned:
             self.pinned = ok or boot_id is not None
             self.boot_id = boot_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 BOOT_ID: Final = "prodisco-boot-id"
-"""In the initial metadata of every answer: drawn anew whenever a server starts to serve."""
+"""In the initial and the trailing metadata of every answer: drawn anew whenever a server starts to serve."""
 POD_NAME: Final = "prodisco-pod-name"
 """Likewise, from a server that was told its pod's name."""
 FEATURES: Final = "prodisco-features"

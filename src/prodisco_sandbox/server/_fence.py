@@ -90,12 +90,17 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 
 class _Announcer:
-    """A call's context that puts this machine's names into the initial metadata, whoever sends it."""
+    """A call's context that puts this machine's names into the metadata, whoever sends it.
+
+    Into the trailing metadata too: grpc.aio's clients lose the initial metadata of a stream
+    that ends before they have read it.
+    """
 
     def __init__(self, context: Any, machine: tuple[tuple[str, str], ...]) -> None:
         self._context = context
         self._machine = machine
         self._announced = False
+        context.set_trailing_metadata(machine)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -114,4 +119,4 @@ class _Announcer:
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> None:
         await self.announce()
-        await self._context.abort(code, details, tuple(trailing_metadata))
+        await self._context.abort(code, details, (*self._machine, *trailing_metadata))
