@@ -1,13 +1,16 @@
-"""The examples of README.md's section on tests run."""
+"""The examples of README.md run: the first program, and those of the section on tests."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 
@@ -39,3 +42,17 @@ def examples() -> dict[str, Any]:
 async def test_an_example(name: str) -> None:
     assert name.startswith("test_")
     await examples()[name]()
+
+
+def test_the_first_example_is_a_program_that_runs(tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found is not None
+    (program := tmp_path / "first.py").write_text(found[1])
+    done = subprocess.run(
+        [sys.executable, str(program)], check=True, capture_output=True, text=True, timeout=PATIENCE
+    )
+    first, _, rest = done.stdout.partition("\n")
+    assert first == "42"
+    assert "kind='output'" in rest
+    assert rest.count("kind='result'") == 1
+    assert done.stderr == ""
