@@ -19,6 +19,7 @@ from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxError, SandboxUnavailableError
 from prodisco_sandbox.local import LocalCluster, _keeper, _processes
+from prodisco_sandbox.server import _tree
 
 pytestmark = pytest.mark.usefixtures("measured_children")
 
@@ -398,7 +399,12 @@ def test_what_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "busy" / "inner").mkdir(parents=True)
     (tmp_path / "busy" / "link").symlink_to(tmp_path)
     rmtree = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: monkeypatch.setattr(shutil, "rmtree", rmtree))
+
+    def refuse_once(*_: object, **__: object) -> None:
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        raise PermissionError
+
+    monkeypatch.setattr(shutil, "rmtree", refuse_once)
     assert _keeper.remove(tmp_path / "busy")
     (tmp_path / "busy").mkdir()
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
@@ -432,7 +438,7 @@ async def test_the_files_of_one_sandbox_do_not_end_another(tmp_path: Path) -> No
 def test_what_is_gone_already_is_no_error(tmp_path: Path) -> None:
     with subprocess.Popen(["/bin/true"]) as process:
         process.wait(PATIENCE)
-    _keeper.kill_trees([process.pid])
+    _tree.kill_tree(process.pid)
     assert _keeper.remove(tmp_path / "nothing")
     assert "cannot be read" in _keeper._tail(tmp_path / "nothing")
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from ._aio.tasks import outlast
 from ._cluster import manifest
 from .client import SandboxClient
 from .config import SandboxManagerConfig
@@ -317,18 +318,7 @@ class SandboxManager:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        task = self._shut_down()
-        cancelled: asyncio.CancelledError | None = None
-        while not task.done():
-            try:
-                await asyncio.wait({task})
-            except asyncio.CancelledError as e:
-                # anyio repeats a cancellation at every await, and nothing may be left
-                # behind: bounded by shutdown_timeout, the cancellation has to wait.
-                cancelled = e
-        if cancelled is not None:
-            raise cancelled
-        task.result()
+        await outlast(self._shut_down())  # bounded by shutdown_timeout
 
     def _started(self) -> Engine | None:
         if self._shutdown is not None:

@@ -22,8 +22,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine
-from prodisco_sandbox.server._app import Places, _flatten
+from prodisco_sandbox.server._app import Places
 from prodisco_sandbox.server._options import parse
+from prodisco_sandbox.server._removal import _flatten
 
 from .support import Server, Stub, alive, code, running, tls_options
 

@@ -17,6 +17,23 @@ END_TIMEOUT = 1.0
 T = TypeVar("T")
 
 
+async def outlast(task: asyncio.Task[T]) -> T:
+    """The result of a task that clean-up depends on, waited for even if the caller is cancelled.
+
+    anyio repeats a cancellation at every await, so it is raised only when the task has
+    ended; the task must be bounded.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as e:
+            cancelled = e
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
+
+
 class OwnedTasks:
     """The tasks of one owner.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from .._aio.tasks import outlast
 from .._checks import integer, seconds
 from .._cluster import manifest
 from .._cluster.manifest import Object
@@ -216,11 +217,11 @@ class LocalCluster:
             await self._keeper.start()
         except BaseException:
             self._settled.set()
-            await self._closed()
+            await outlast(self._close())
             raise
         self._settled.set()
         if self._closing is not None:  # By another task meanwhile.
-            await self._closed()  # type: ignore[unreachable]
+            await outlast(self._close())  # type: ignore[unreachable]
             raise SandboxError("the cluster was closed while it started")
         self._controller.start()
 
@@ -240,21 +241,7 @@ class LocalCluster:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._closed()
-
-    async def _closed(self) -> None:
-        """Closes, cancelled or not, and raises the cancellation afterwards."""
-        task = self._close()
-        cancelled: asyncio.CancelledError | None = None
-        while not task.done():
-            try:
-                await asyncio.wait({task})
-            except asyncio.CancelledError as e:
-                # It is bounded, and nothing may be left behind.
-                cancelled = e
-        if cancelled is not None:
-            raise cancelled
-        task.result()
+        await outlast(self._close())
 
     def _close(self) -> asyncio.Task[None]:
         if self._closing is None:

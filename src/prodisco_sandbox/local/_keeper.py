@@ -1,30 +1,31 @@
 """The process between a `LocalCluster` and its servers, which leaves nothing of them behind.
 
-It is a program of its own: the cluster starts this file, and gives it one socket as
+It is a program of its own, which the cluster starts. It has one socket as
 standard input, for orders and reports as lines of JSON. It makes the cluster's directory,
 starts the servers, and ends once the cluster says so or is gone, however that came about.
 It ends only when none of its descendants is left: it is a child subreaper, so whatever
 the servers leave behind, double forks and new sessions too, becomes its own child.
 
-Standard library only, and no imports from the package: those take half a second.
+Standard library only, and what the server has for processes: the package's other modules
+take half a second to import.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import selectors
-import shutil
 import signal
 import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from ..server import _confine, _tree
+from ..server._removal import remove_tree
 
 STOP_GRACE = 1.0
 """Seconds that a server gets to end by itself."""
@@ -40,9 +41,6 @@ MOST_SAID = 4096
 
 _LOOK_AGAIN = 0.02
 _READ = 1 << 16
-_PR_SET_PDEATHSIG = 1
-_PR_SET_DUMPABLE = 4
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Server:
@@ -62,7 +60,7 @@ class Server:
 class Keeper:
     """Starts servers, reaps them, and removes what they leave."""
 
-    def __init__(self, control: socket.socket, root: Path) -> None:
+    def __init__(self, control: socket.socket, wake: int, root: Path) -> None:
         self._control = control
         self._root = root
         self._orders = b""
@@ -70,9 +68,7 @@ class Keeper:
         self._ending = False
         self._give_up_at: float | None = None
         self._selector = selectors.DefaultSelector()
-        self._wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        self._selector.register(self._wake, selectors.EVENT_READ, self._woken)
+        self._selector.register(wake, selectors.EVENT_READ, lambda: os.read(wake, _READ))
         self._selector.register(control, selectors.EVENT_READ, self._read_orders)
 
     def end_with(self, parent: int) -> None:
@@ -109,9 +105,6 @@ class Keeper:
         times = [s.kill_at for s in self._servers.values() if s.kill_at is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
-    def _woken(self) -> None:
-        os.read(self._wake, _READ)
-
     # Orders
 
     def _read_orders(self) -> None:
@@ -136,7 +129,7 @@ class Keeper:
         elif order["do"] == "stop":
             self._stop(server)
         elif order["do"] == "kill":
-            _send(server.pid, signal.SIGKILL)
+            _tree.send(server.pid, signal.SIGKILL)
 
     def _end(self) -> None:
         if self._ending:
@@ -161,9 +154,10 @@ class Keeper:
             log = os.open(server.directory / LOG, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             theirs, server.input = os.pipe2(os.O_CLOEXEC)
             server.output, out = os.pipe2(os.O_CLOEXEC)
+            keeper = os.getpid()
             server.pid = os.fork()
             if server.pid == 0:
-                _become_server(order["argv"], order["env"], server.directory, (theirs, out, log))
+                _become_server(keeper, order["argv"], order["env"], server.directory, (theirs, out, log))
         except OSError as e:
             self._bury(server, 127, f"it could not be started: {e}")
             return
@@ -194,28 +188,22 @@ class Keeper:
         if server.kill_at is None:
             server.kill_at = time.monotonic() + STOP_GRACE
             # The signal ends one that is still starting, the end of its input one that serves.
-            _send(server.pid, signal.SIGTERM)
+            _tree.send(server.pid, signal.SIGTERM)
             _close(server.input)
             server.input = -1
 
     def _reap(self) -> None:
-        by_pid = {server.pid: server for server in self._servers.values() if server.exit is None}
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            if server := by_pid.get(pid):
-                server.exit = os.waitstatus_to_exitcode(status)
+        ended, _ = _tree.reap()
+        for server in self._servers.values():
+            if server.exit is None and server.pid in ended:
+                server.exit = ended[server.pid]
                 server.kill_at = None
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
         for server in self._servers.values():
             if server.kill_at is not None and server.kill_at <= now:
-                kill_trees([server.pid])
+                _tree.kill_tree(server.pid)
                 server.kill_at = now + KILL_GRACE
 
     def _clear_away(self) -> None:
@@ -224,10 +212,8 @@ class Keeper:
         if not dead:
             return
         living = {server.pid for server in self._servers.values() if server.exit is None}
-        orphans = set(_children().get(os.getpid(), ())) - living
         now = time.monotonic()
-        if orphans:
-            kill_trees(orphans)
+        if orphans := _tree.kill_children(living):
             self._give_up_at = self._give_up_at or now + KILL_GRACE
             if now < self._give_up_at:
                 return
@@ -247,7 +233,7 @@ class Keeper:
 
 
 def _become_server(
-    argv: list[str], env: dict[str, str], directory: Path, stdio: tuple[int, ...]
+    keeper: int, argv: list[str], env: dict[str, str], directory: Path, stdio: tuple[int, ...]
 ) -> NoReturn:  # pragma: no cover - nothing of it is left to tell
     """Turns the child of a fork into a server."""
     try:
@@ -257,94 +243,24 @@ def _become_server(
         os.setsid()
         for number, descriptor in enumerate(stdio):
             os.dup2(descriptor, number)
-        keeper = os.getppid()
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _confine.die_with(keeper)
         # So that what it leaves behind stays below it, and not below other servers' keeper.
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        if os.getppid() == keeper:
-            os.chdir(directory)
-            os.execve(argv[0], argv, env)  # noqa: S606
+        _confine.become_subreaper()
+        os.chdir(directory)
+        os.execve(argv[0], argv, env)  # noqa: S606
     except BaseException as e:  # noqa: BLE001
         os.write(2, f"cannot run {argv[0]}: {e}\n".encode(errors="replace"))
     finally:
         os._exit(127)
 
 
-def kill_trees(roots: Iterable[int]) -> None:
-    """Kills processes and all their descendants.
-
-    They are stopped first: what is killed at once makes room for what it forked meanwhile.
-    """
-    roots = set(roots)
-    stopped: set[int] = set()
-    while fresh := _with_descendants(roots) - stopped:
-        for pid in fresh:
-            _send(pid, signal.SIGSTOP)
-        stopped |= fresh
-    for pid in stopped:
-        _send(pid, signal.SIGKILL)
-
-
-def _with_descendants(roots: set[int]) -> set[int]:
-    children = _children()
-    found = list(roots)
-    for pid in found:  # It grows meanwhile.
-        found += children.get(pid, ())
-    return set(found)
-
-
-def _children() -> dict[int, list[int]]:
-    """The children of every process that has any, zombies included."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").iterdir():
-        if not path.name.isdigit():
-            continue
-        try:
-            fields = (path / "stat").read_bytes().rpartition(b")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(int(fields[1]), []).append(int(path.name))
-    return children
-
-
-def kill_children() -> None:
-    """Leaves no descendant, but what even SIGKILL does not end in time."""
-    give_up_at = time.monotonic() + KILL_GRACE
-    while (children := _children().get(os.getpid())) and time.monotonic() < give_up_at:
-        kill_trees(children)
-        for pid in children:
-            os.waitpid(pid, os.WNOHANG)
-        time.sleep(_LOOK_AGAIN)
-
-
 def remove(directory: Path) -> bool:
     """Removes a directory and all in it; returns whether it is gone."""
     if directory.is_symlink():  # Code put it there; what it points to is somebody else's.
         directory.unlink()
-    with contextlib.suppress(RecursionError):
-        shutil.rmtree(directory, ignore_errors=True)
-    if directory.exists():
-        with contextlib.suppress(OSError):
-            _flatten(directory)
-        with contextlib.suppress(RecursionError):
-            shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError, RecursionError):
+        remove_tree(directory)
     return not directory.exists()
-
-
-def _flatten(directory: Path) -> None:
-    """Opens all directories below, and moves them up beside each other.
-
-    Code in a sandbox can lock its directories, even against itself, and nest them deeper
-    than recursion goes and than the kernel's longest path.
-    """
-    directory.chmod(0o700)
-    places = [directory]
-    for place in places:  # It grows meanwhile.
-        for entry in list(os.scandir(place)):
-            if entry.is_dir(follow_symlinks=False):
-                with contextlib.suppress(OSError):  # One that stays put does not keep the others.
-                    Path(entry.path).chmod(0o700)
-                    places.append(Path(entry.path).rename(directory / os.urandom(8).hex()))
 
 
 def _tail(path: Path) -> str:
@@ -356,24 +272,10 @@ def _tail(path: Path) -> str:
         return f"its log cannot be read: {e}"
 
 
-def _send(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return  # Gone; or not ours to kill, which whoever looks again finds still there.
-
-
 def _close(*descriptors: int) -> None:
     for descriptor in descriptors:
         if descriptor >= 0:
             os.close(descriptor)
-
-
-def _prctl(option: int, value: int) -> None:
-    zero = ctypes.c_ulong(0)
-    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), zero, zero, zero) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
 
 
 def main(base: str, parent: str) -> int:
@@ -383,20 +285,18 @@ def main(base: str, parent: str) -> int:
         base: Where to make the cluster's directory.
         parent: Process id of the cluster.
     """
-    # Handled, not ignored: what is ignored, a server would inherit.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(number, lambda *_: None)
+    wake = _tree.signal_pipe(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
     # What the cluster's process blocks would be blocked here, and in the servers.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _confine.become_subreaper()
     # The environment of the cluster's process is not for code in a sandbox to read.
-    _prctl(_PR_SET_DUMPABLE, 0)
+    _confine.hide_from_same_user()
     os.chdir("/")
     control = socket.socket(fileno=0)
     root = None
     try:
         root = Path(tempfile.mkdtemp(prefix="prodisco-", dir=base))
-        keeper = Keeper(control, root)
+        keeper = Keeper(control, wake, root)
         keeper.end_with(int(parent))
         keeper.run()
     except BaseException:  # noqa: BLE001
@@ -405,7 +305,7 @@ def main(base: str, parent: str) -> int:
             control.sendall(json.dumps(report).encode() + b"\n")
         return 1
     finally:
-        kill_children()
+        _tree.leave_no_child(KILL_GRACE, wake)
         if root is not None:
             remove(root)
     return 0

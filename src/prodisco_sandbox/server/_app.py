@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from ._executions import Executions
 from ._fence import Fence
 from ._interpreter import Processes
 from ._options import Options, OptionsError
+from ._removal import remove_tree
 from ._service import SandboxService
 from ._undecodable import Undecodable
 
@@ -122,29 +122,11 @@ class Places:
                 if path.is_symlink() or identity(path) != identity(held):
                     log.warning("%s is not what was made there; it is left alone", path)
                     continue
-                with contextlib.suppress(OSError):
-                    _flatten(path)
-                shutil.rmtree(path)
+                remove_tree(path)
             except (OSError, RecursionError) as error:
                 log.warning("could not remove all of %s: %s", path, error)
             finally:
                 os.close(held)
-
-
-def _flatten(path: Path) -> None:
-    """Unlocks all directories below, and moves them up beside each other.
-
-    Code may lock its directories, and nest them deeper than any recursion or path goes.
-    """
-    path.chmod(0o700)
-    pending = [path]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            nested = [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
-        for directory in nested:
-            with contextlib.suppress(OSError):  # One that stays put does not keep the others.
-                directory.chmod(0o700)
-                pending.append(directory.rename(path / uuid.uuid4().hex))
 
 
 async def serve(options: Options) -> None:

@@ -178,13 +178,7 @@ class Processes:
             asyncio.get_running_loop().call_later(0.1, cgroup.remove)
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
+        for pid in _tree.reap()[0]:
             if (exited := self._exits.pop(pid, None)) and not exited.done():
                 exited.set_result(None)
 
@@ -198,22 +192,19 @@ class Processes:
         if pid not in self._exits:
             return
         log.warning("supervisor %d does not answer; killing it and everything below it", pid)
-        _tree.kill_once(lambda _: [pid])
+        _tree.kill_tree(pid)
         await self.kill_orphans()
 
     async def kill_orphans(self) -> None:
         """Kills what killed supervisors have left behind, which are now our children."""
-        me = os.getpid()
-
-        def orphans(table: _tree.Table) -> list[int]:
-            return [pid for pid in table.get(me, ()) if pid not in self._exits]
-
+        left: list[int] = []
         for _ in range(100):
             self._reap()
-            if not _tree.kill_once(orphans):
+            left = _tree.kill_children(self._exits)
+            if not left:
                 return
             await asyncio.sleep(0.02)
-        log.error("processes that SIGKILL does not end: %s", orphans(_tree.children_by_parent()))
+        log.error("processes that SIGKILL does not end: %s", left)
 
 
 class Interpreter:

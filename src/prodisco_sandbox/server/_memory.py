@@ -279,8 +279,7 @@ class MemoryWatch:
         self._last_kill = time.monotonic()
         log.warning("an execution is killed, which uses %d MiB: %s", one.use >> 20, text)
         for pid in one.pids:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            _tree.send(pid, signal.SIGKILL)
 
 
 _WHAT = "which is what --memory-limit-mb or its container leaves it"

@@ -72,9 +72,7 @@ def main(load: Callable[[], dict[str, Any]], codes: list[tuple[str, CodeType]]) 
     _confine.become_subreaper()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    wake = _tree.signal_pipe(signal.SIGCHLD)
 
     job = load()
     report_read, report_write = os.pipe2(os.O_CLOEXEC)
@@ -141,7 +139,6 @@ class _Watch:
         self._wake = wake
         self._report = bytearray()
         self._exit: int | None = None
-        self._childless = False
 
     def until_all_is_over(self) -> dict[str, Any]:
         poll = select.poll()
@@ -158,7 +155,7 @@ class _Watch:
                 self._reap()
         self._reap()
         ended = self._exit
-        left = self._kill_all()
+        left = _tree.leave_no_child(KILL_TIMEOUT, self._wake)
         os.set_blocking(self._report_fd, False)
         while self._read_report():
             pass
@@ -173,32 +170,7 @@ class _Watch:
         return bool(data)
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                self._childless = True
-                return
-            if not pid:
-                return
-            if pid == self._child:
-                self._exit = os.waitstatus_to_exitcode(status)
-
-    def _kill_all(self) -> list[int]:
-        """Leaves no descendant; returns those that could not be killed."""
-        me = os.getpid()
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        left: list[int] = []
-        for _ in range(int(KILL_TIMEOUT / 0.05)):
-            # Without a child there is no descendant: orphans become children at once.
-            self._reap()
-            if self._childless:
-                return []
-            left = _tree.kill_once(lambda table: table.get(me, ()))
-            if poll.poll(50):
-                os.read(self._wake, _READ)
-        return left
+        self._exit = _tree.reap()[0].get(self._child, self._exit)
 
 
 def _child(job: dict[str, Any], codes: list[tuple[str, CodeType]], supervisor: int, report: int) -> object:
