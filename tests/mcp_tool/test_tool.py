@@ -378,7 +378,7 @@ async def test_what_the_client_refuses_to_send_is_explained(r: Rig) -> None:
         (SandboxUnavailableError, "cannot be reached"),
         (SandboxPermissionError, "operator"),
         (SandboxFailedError, "operator"),
-        (SandboxConflictError, "could not be had"),
+        (SandboxConflictError, "No sandbox could be made"),
     ],
 )
 def test_why_there_is_no_sandbox_is_said_without_details(error: type[SandboxError], text: str) -> None:

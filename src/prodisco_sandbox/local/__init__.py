@@ -69,7 +69,7 @@ class LocalCluster:
 
     Args:
         custom_objects_api: A kubernetes_asyncio ``CustomObjectsApi`` whose Sandboxes to
-            run, which nobody else's controller must do; it is never closed here. None: a
+            run; no other controller may run them. It is never closed here. None: a
             `FakeCustomObjectsApi`, in memory.
         namespace: The namespace whose Sandboxes are run.
         api_version: "auto", "v1alpha1" or "v1beta1", as in `SandboxManagerConfig`.
@@ -122,7 +122,7 @@ class LocalCluster:
 
     @property
     def custom_objects_api(self) -> Any:
-        """What a `SandboxManager` is given as ``custom_objects_api``."""
+        """The ``custom_objects_api`` for a `SandboxManager`."""
         return self._api
 
     @property
@@ -200,9 +200,7 @@ class LocalCluster:
             SandboxUnavailableError: The system refuses a process.
         """
         if sys.platform != "linux":
-            raise SandboxError(
-                f"a local cluster needs Linux, not {sys.platform}: /proc, and the kernel's help"
-            )
+            raise SandboxError(f"a local cluster needs Linux (/proc, child subreapers), not {sys.platform}")
         if self._controller is not None or self._closing is not None:
             raise SandboxError("a cluster is started once: make a new one")
         self._controller = Controller(

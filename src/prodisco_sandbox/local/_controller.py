@@ -50,7 +50,7 @@ class Pod:
         return self.server is None or self.server.exit is not None
 
     def delete(self) -> None:
-        """Has it end; it is gone when the controller has seen that."""
+        """Starts to end it; it is gone when the controller has seen its end."""
         self.state = replace(self.state, deleting=True)
         if self.server is not None:
             self.server.stop()
@@ -64,7 +64,7 @@ class Life:
     Attributes:
         sandbox: As it was last seen.
         seen_at: When that was, on the loop's clock.
-        wakes_at: When the controller looks at it again should nothing happen before.
+        wakes_at: When the controller makes its next pass if nothing happens before.
     """
 
     def __init__(self, sandbox: Object) -> None:
@@ -81,8 +81,8 @@ class Controller:
     """Runs a server for each managed Sandbox of a namespace, and writes its status.
 
     It watches, or lists every `poll_interval` seconds where it may not, and keeps to
-    requests that every CustomObjectsApi knows. What it does and writes, `model.reconcile`
-    decides.
+    requests that every CustomObjectsApi knows. `model.reconcile` decides what it does and
+    writes.
 
     Attributes:
         lives: The Sandboxes, by uid.
@@ -104,7 +104,7 @@ class Controller:
         self._addresses = itertools.count(1)
         self._config = config
         self._resources = SandboxResources(config, api)
-        self._selector = f"{manifest.LABEL_APP}={manifest.APP}"  # whoever manages them
+        self._selector = f"{manifest.LABEL_APP}={manifest.APP}"  # of every manager
         self._watch = SandboxWatch(self._resources, self._selector, self)
         self._keeper = keeper
         self._command = command
@@ -124,7 +124,7 @@ class Controller:
             log.error("tasks_stuck", tasks=stuck)
         await self._resources.aclose()
 
-    # The watch tells
+    # Calls of the watch
 
     def synced(self, sandboxes: list[Object], since: float) -> None:
         for sandbox in sandboxes:
@@ -244,7 +244,7 @@ class Controller:
                 self.end(pod)
 
     def _remember(self, life: Life) -> None:
-        """A pod that had failed before this cluster was there is still a pod that has failed."""
+        """Restores the failed pod of a Sandbox that had failed before this cluster started."""
         status = life.sandbox.get("status") or {}
         conditions = {c["type"]: c for c in status.get("conditions") or ()}
         finished = conditions.get("Finished", {})
@@ -260,7 +260,7 @@ class Controller:
         self.pods[life.name] = Pod(state)
 
     async def _make_pass(self, life: Life, pod: Pod | None) -> float | None:
-        """Makes one pass; returns the seconds to the next, should nothing happen before."""
+        """Makes one pass; returns the seconds to the next if nothing happens before."""
         made = model.reconcile(life.sandbox, pod.state if pod else None, time.time())
         if made.create_pod:
             pod = self.pods[life.name] = Pod(model.new_pod(life.sandbox))
@@ -281,17 +281,17 @@ class Controller:
             if not await self._patch(life, "patch_namespaced_custom_object_status", change):
                 return None
         if pod is not None and pod.state == model.new_pod(life.sandbox) and pod.task is None:
-            # Not before: a controller that may not write starts nothing.
+            # Only after the status was written: a controller that may not write starts nothing.
             pod.task = self._tasks.spawn(self._run(pod), f"local-pod:{life.name}")
         return made.wait
 
     async def _patch(self, life: Life, method: str, change: Object) -> bool:
-        """Patches a Sandbox as it was last seen, however long that takes.
+        """Patches a Sandbox if it is unchanged since it was last seen, however long that takes.
 
         Returns:
-            Whether it was still that; else the pass has to be made again.
+            Whether it was unchanged; otherwise the pass has to be made again.
         """
-        # Of the status, a wrong uid is no conflict: it would go to a successor of this name.
+        # By resourceVersion, since a status patch ignores the uid and would reach a successor of this name.
         version = life.sandbox["metadata"]["resourceVersion"]
         metadata = {**change.get("metadata", {}), "resourceVersion": version}
         body = {**change, "metadata": metadata}

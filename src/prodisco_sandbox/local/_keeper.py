@@ -75,7 +75,7 @@ class Keeper:
         """Ends when that process does, even if another one holds a copy of its socket."""
         try:
             descriptor = os.pidfd_open(parent)
-        except (OSError, AttributeError):  # Not everywhere; the end of the socket says it as well.
+        except (OSError, AttributeError):  # Not supported; the end of the socket shows it too.
             pass
         else:
             self._selector.register(descriptor, selectors.EVENT_READ, self._end)
@@ -122,7 +122,7 @@ class Keeper:
     def _obey(self, order: dict[str, Any]) -> None:
         server = self._servers.get(order["server"])
         if order["do"] == "start":
-            if not self._ending:  # Nobody would stop it.
+            if not self._ending:  # Else nobody would stop it.
                 self._start(order)
         elif server is None or server.exit is not None:
             return  # It has ended meanwhile.
@@ -146,7 +146,7 @@ class Keeper:
     def _start(self, order: dict[str, Any]) -> None:
         server = Server(order["server"], self._root / order["server"])
         log = theirs = out = -1
-        # A child that is told to end before it is a server must not miss it.
+        # SIGTERM must not be lost between fork and exec.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             server.directory.mkdir(0o700)
@@ -175,7 +175,7 @@ class Keeper:
             server.output = -1
             return
         if b"\n" in server.said:
-            return  # Read all the same, so that it is never blocked.
+            return  # Read and dropped, so that the server never blocks.
         server.said += data[: MOST_SAID - len(server.said)]
         if len(server.said) == MOST_SAID:
             server.said += b"\n"
@@ -234,7 +234,7 @@ class Keeper:
 
 def _become_server(
     keeper: int, argv: list[str], env: dict[str, str], directory: Path, stdio: tuple[int, ...]
-) -> NoReturn:  # pragma: no cover - nothing of it is left to tell
+) -> NoReturn:  # pragma: no cover - exec ends the measuring
     """Turns the child of a fork into a server."""
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -256,7 +256,7 @@ def _become_server(
 
 def remove(directory: Path) -> bool:
     """Removes a directory and all in it; returns whether it is gone."""
-    if directory.is_symlink():  # Code put it there; what it points to is somebody else's.
+    if directory.is_symlink():  # Code put it there; its target is not ours.
         directory.unlink()
     with contextlib.suppress(OSError, RecursionError):
         remove_tree(directory)
@@ -286,7 +286,7 @@ def main(base: str, parent: str) -> int:
         parent: Process id of the cluster.
     """
     wake = _tree.signal_pipe(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-    # What the cluster's process blocks would be blocked here, and in the servers.
+    # Signals that the cluster's process blocks would be blocked here and in the servers.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _confine.become_subreaper()
     # The environment of the cluster's process is not for code in a sandbox to read.

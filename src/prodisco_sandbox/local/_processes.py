@@ -53,7 +53,7 @@ class Exit:
 
     def __str__(self) -> str:
         if self.status == KILLED:
-            return "The server was killed with SIGKILL"  # Its log knows nothing of it.
+            return "The server was killed with SIGKILL"  # Its log cannot say so.
         how = f"status {self.status}" if self.status >= 0 else f"signal {-self.status}"
         last = self.log.rpartition("\n")[2][:300]
         return f"The server ended with {how}" + (f": {last}" if last else "")
@@ -92,7 +92,7 @@ class ServerProcess:
         self._keeper.order(do="start", server=self._key, argv=list(argv), env=dict(env))
 
     def stop(self) -> None:
-        """Has it end, by itself or by force. Idempotent."""
+        """Asks it to end, and kills it if it does not. Idempotent."""
         self.target = None
         if self.exit is None:
             self._keeper.order(do="stop", server=self._key)
@@ -138,7 +138,7 @@ class Keeper:
         self._ending = False
 
     async def start(self) -> None:
-        """Starts it. Whatever comes of this, `aclose` has to follow.
+        """Starts it. `aclose` must follow, also if this fails or is cancelled.
 
         Raises:
             SandboxUnavailableError: It did not start.
@@ -163,7 +163,7 @@ class Keeper:
             raise SandboxUnavailableError(f"the servers' keeper did not start: {self._lost}")
 
     def _spawn(self, control: socket.socket) -> None:
-        # Not asyncio's: what is cancelled while it starts a process may forget it.
+        # Not asyncio's: a cancellation while it starts a process may lose the process.
         try:
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-I", "-c", _BOOTSTRAP, str(_FILE), str(self._base), str(os.getpid())],
@@ -191,7 +191,7 @@ class Keeper:
             self._writer.write(json.dumps(order).encode() + b"\n")
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        reason = "it ended without a word"
+        reason = "it ended without giving a reason"
         try:
             while line := await reader.readline():
                 report = json.loads(line)
@@ -236,16 +236,16 @@ class Keeper:
             await self._reading
         if self._writer is not None:
             self._writer.close()
-            with contextlib.suppress(OSError):  # Whatever was still to be sent.
+            with contextlib.suppress(OSError):  # The keeper is gone; unsent orders do not matter.
                 await self._writer.wait_closed()
 
     def _reap(self, process: subprocess.Popen[bytes]) -> None:
         try:
             process.wait(END_TIMEOUT)
         except subprocess.TimeoutExpired:
-            log.error("keeper_stuck", pid=process.pid)  # noqa: TRY400 - what counts is said
+            log.error("keeper_stuck", pid=process.pid)  # noqa: TRY400 - the traceback says nothing more
             process.kill()
             process.wait()
-        # Where there is something left, it was killed, and its servers with it.
+        # It leaves files only if it was killed; its servers died with it.
         if self.root is not None and self.root.exists() and not remove(self.root):
             log.error("left_behind", what=f"files that cannot be removed, in {self.root}")

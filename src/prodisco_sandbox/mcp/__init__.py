@@ -14,7 +14,7 @@ try:
     from mcp.server import MCPServer as _MCPServer
 except ImportError as error:
     if error.name is not None and error.name.partition(".")[0] != "mcp":
-        raise  # The SDK is there, and something that it needs is not.
+        raise  # The SDK is installed, but one of its own imports is missing.
     raise ImportError(
         "prodisco_sandbox.mcp needs the official MCP SDK, version 2.3 or newer:"
         " pip install 'prodisco-sandbox[mcp]'",

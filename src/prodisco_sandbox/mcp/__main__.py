@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _run(args: argparse.Namespace) -> None:
-    # Taken first: that the port is in use should be known before sandboxes are started.
+    # Bound first, so that a port in use is reported before sandboxes are started.
     with _listener(args) as listener:
         async with _manager(args) as manager:
             server, tools = make_server(
@@ -160,7 +160,7 @@ def _listener(args: argparse.Namespace) -> Iterator[socket.socket | None]:
 
 @contextlib.asynccontextmanager
 async def _manager(args: argparse.Namespace) -> AsyncIterator[SandboxManager]:
-    """The manager, not started: that is the server's lifespan's to do."""
+    """The manager; the server's lifespan starts it."""
     if args.kubernetes:
         yield SandboxManager(SandboxManagerConfig.from_env(mode="multi"))
         return
@@ -173,7 +173,7 @@ async def _manager(args: argparse.Namespace) -> AsyncIterator[SandboxManager]:
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """Lets ``--server-option --max-output=5`` be one argument, which argparse takes for two options."""
+    """Joins ``--server-option --max-output=5`` to one argument; argparse would read two options."""
     joined: list[str] = []
     for text in argv:
         if joined and joined[-1] == "--server-option":

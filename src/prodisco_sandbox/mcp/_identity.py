@@ -1,4 +1,4 @@
-"""Who asks, and which sandbox that means."""
+"""Identifies a request's caller and session, and so its sandbox."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mcp.server.streamable_http import MCP_SESSION_ID_HEADER
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 
 Policy = Callable[[Context[Any, Any]], str | None]
-"""What a request says: which session it belongs to, or who asks."""
+"""Reads a request's session or caller from its context."""
 
 _KEY = "prodisco_sandbox.session_key"
 _HANDLE_PREFIX = "sbx_"
@@ -47,10 +47,10 @@ def session_key(ctx: Context[Any, Any], principal: Policy = principal) -> str | 
 
     Args:
         ctx: The request.
-        principal: Who asks; the one that `add_sandbox_tools` was given.
+        principal: Identifies the caller; the one that `add_sandbox_tools` was given.
 
     Returns:
-        None where there is no session: then a handle says which sandbox is meant.
+        None where there is no session: then a handle names the sandbox.
     """
     if ctx.request_context.protocol_version not in HANDSHAKE_PROTOCOL_VERSIONS:
         return None
@@ -60,7 +60,7 @@ def session_key(ctx: Context[Any, Any], principal: Policy = principal) -> str | 
     if ctx.request_context.request is None:
         if not connection.has_standalone_channel:
             return None
-        # Not a constant: a transport of somebody's own may serve several connections.
+        # Not a constant: a custom transport may serve several connections.
         key: str = connection.state.setdefault(_KEY, f"connection-{secrets.token_hex(16)}")
         return key
     own, shown = connection.session_id, (ctx.headers or {}).get(MCP_SESSION_ID_HEADER)
@@ -75,7 +75,7 @@ def connection_of(ctx: Context[Any, Any]) -> Connection | None:
     """The connection of a request; None where the SDK does not show it.
 
     The SDK has no public way to it from a tool. Without it every caller is given handles,
-    which is the safe side.
+    which is always safe.
     """
     connection = getattr(ctx.request_context.session, "_connection", None)
     return connection if isinstance(connection, Connection) else None
@@ -90,8 +90,8 @@ def connection_with_key(ctx: Context[Any, Any], key: str) -> Connection | None:
 class Handles:
     """Makes and reads sandbox handles: a random id, and a tag that binds it to a principal.
 
-    A handle needs no table: who cannot make the tag cannot name a sandbox, and a handle
-    of somebody else's is as wrong as one that never was.
+    A handle needs no table: nobody else can make a valid tag, and a handle of another
+    principal is as invalid as an invented one.
 
     Args:
         secret: Makes handles outlive the process, and valid on all that share it; None:
@@ -106,7 +106,7 @@ class Handles:
             secret = secrets.token_bytes(32)
         self._secret = secret.encode() if isinstance(secret, str) else secret
         if len(self._secret) < 16:
-            # Not the value itself.
+            # The message must not hold the secret.
             raise ValueError("handle_secret is too short: give at least 16 random characters")
 
     def make(self, who: str | None) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What the model has to know about the language that the sandboxes run."""
+"""The languages that sandboxes run, as the model is told about them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Language:
-    """A language, and what a server of it is like."""
+    """A language, and the properties of servers that run it."""
 
     name: str
-    """As the model is told."""
+    """The name that the model sees."""
     tags: frozenset[str]
-    """What Markdown fences around its code are marked with."""
+    """The marks of Markdown fences around its code."""
     has_files: bool = True
     """Whether a sandbox keeps files between executions."""
     state: str
-    """What stays between executions, for the tool's description."""
+    """A sentence for the tool's description about state between executions."""
     tests: str
     """How tests are written."""
 
@@ -26,7 +26,7 @@ _PYTHON = (
     " as long as the sandbox lives."
 )
 _PYTHON_TESTS = "`tests` are functions named test_*, with plain assert; what `code` defines is there."
-# The stock server's: every script runs in a VM context within the server's own Node.js process.
+# The stock server: every script runs in a VM context within the server's own Node.js process.
 _NODE = (
     "Each execution is the body of an async function in one VM inside the server: top-level `await` works,"
     " `import` does not, and `require` only loads modules that the server allows. There are no files and no"
@@ -52,7 +52,7 @@ _KNOWN = {
 
 
 def language_of(name: str) -> Language:
-    """What is known about a language, by the first word of its name, such as "Python 3.12"."""
+    """Looks a language up by the first word of its name, such as "Python 3.12"."""
     first = (name.lower().split() or [""])[0].strip(",;:()")
     tags, has_files, state, tests = _KNOWN.get(first, (frozenset({first}), True, _OTHER, ""))
     return Language(name=name, tags=tags, has_files=has_files, state=state, tests=tests)

@@ -16,8 +16,8 @@ def sandbox_lifespan(
 
     The SDK enters a lifespan once for streamable HTTP and stdio, but once for every
     connection over SSE or in memory. They are counted: the first starts the manager, the
-    last shuts it down, for good. Where all connections may come to an end before the
-    server does, enter the manager yourself instead (``async with manager: ...``).
+    last shuts it down, for good. If all connections may end before the server does, enter the
+    manager yourself instead (``async with manager: ...``).
 
     In a lifespan of your own::
 

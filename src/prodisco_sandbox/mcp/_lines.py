@@ -1,7 +1,7 @@
 """Lines of JSON-RPC: which ones the SDK can read, and what to answer to the others.
 
-The SDK drops a line that it cannot read without an answer, and a client that sent a request waits
-for ever. It also puts U+FFFD for what is no UTF-8, and so would run code that nobody has written.
+The SDK drops an unreadable line without an answer, so the client that sent a request waits for
+ever. It also replaces invalid UTF-8 by U+FFFD, and so would run code that nobody has written.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .._grpc.codec import MAX_MESSAGE_BYTES
 MAX_LINE = MAX_MESSAGE_BYTES
 """Bytes of a line: more code than that fits no message to a sandbox."""
 TAIL = 4096
-"""How much of the end of a line that is too long is looked at."""
+"""Bytes at the end of a line that is too long in which an id is looked for."""
 
 _BOM = b"\xef\xbb\xbf"
 # A string, punctuation, a number or word, or the quote of a string that does not end.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\],:]|[^\s{}\[\],:"]++|"', re.DOTALL)
 _NUMBER = re.compile(rb"-?[0-9]{1,30}(\.[0-9]{1,30})?")
-# An id that follows a long `params`, which is where the TypeScript SDK puts it.
+# An id after a long `params`, where the TypeScript SDK puts it.
 _LAST_ID = re.compile(
     rb',\s*"id"\s*:\s*(-?[0-9]{1,30}|"[^"\\]*")\s*(?:,\s*"(?:jsonrpc|method)"\s*:\s*"[^"\\]*"\s*)*\}\s*$'
 )
@@ -37,11 +37,11 @@ _NO_REQUEST = (
 
 
 def check_line(line: bytes) -> tuple[bytes, str, list[bytes]]:
-    """What to do with a line.
+    """Checks a line.
 
     Returns:
-        The line for the SDK, empty if it could not read it; why not; and the answers, one for each
-        request in the line whose id can be read.
+        The line for the SDK, empty if the SDK could not read it; the reason; and the answers, one
+        for each request in the line whose id can be read.
     """
     line = line.strip().removeprefix(_BOM)
     if not line:
@@ -63,7 +63,7 @@ def check_line(line: bytes) -> tuple[bytes, str, list[bytes]]:
         answers = _answers(line, INVALID_REQUEST, f"Invalid request: {_NO_REQUEST}")
         if answers:
             return b"", _NO_REQUEST, answers
-    # White space, since it is JSON; but the SDK would end the line there.
+    # White space in JSON, but the SDK would end the line there.
     return line.replace(b"\r", b" ") + b"\n", "", []
 
 
@@ -100,7 +100,7 @@ def _answer(request_id: bytes, code: int, message: str) -> bytes:
 def _ids(line: bytes) -> Iterator[bytes]:
     """The ids, as JSON, of the requests in a line, which may be broken anywhere, or a batch.
 
-    Not those of answers: the client may have a request of its own with the same id.
+    Ids of answers are left out: the client may have a request of its own with the same id.
     """
     for members in _messages(line):
         value = members.get(b'"id"', b"")
@@ -116,7 +116,7 @@ def _ids(line: bytes) -> Iterator[bytes]:
 
 
 def _messages(line: bytes) -> Iterator[dict[bytes, bytes]]:
-    """The members of each message in a line, with what can be said of broken ones.
+    """The members of each message in a line, as far as broken ones can be read.
 
     Keys and plain values are JSON as it came; other values are empty.
     """

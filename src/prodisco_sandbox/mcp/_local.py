@@ -14,8 +14,8 @@ _SETTINGS = {setting.name: setting for setting in SETTINGS if f"--{setting.name}
 def server_settings(options: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Reads what ``--server-option`` and the server's own variables say; an option beats a variable.
 
-    Variables that say what the cluster itself decides, such as SANDBOX_TCP_PORT, are ignored:
-    they may well be meant for something else.
+    Variables for settings that the cluster itself decides, such as SANDBOX_TCP_PORT, are ignored:
+    they may be meant for another program.
 
     Args:
         options: As they were given: ``--memory-limit-mb=512``, with or without the dashes.

@@ -1,4 +1,4 @@
-"""What the tool returns, and how huge output is cut."""
+"""The tool's result, and how long output is cut."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Summary(_Output):
 
 
 class SandboxOutput(_Output):
-    """What a call of the tool gives; fields without a value are left out."""
+    """The result of a call; fields without a value are left out."""
 
     sandbox: Annotated[str | None, Field(description="Handle: pass it as `sandbox` to come back here")] = None
     note: Annotated[str | None, Field(description="Read this first")] = None
@@ -164,14 +164,14 @@ def read_report(report: TestReport, most_output: int, less: str) -> SandboxOutpu
     summary = report.summary
     clip = Clip(most_output)
     clip.add(report.output)
-    # What failed first, where there are too many.
+    # Failed tests first, where there are too many.
     shown = sorted(report.tests, key=lambda test: test.passed)[:MOST_TESTS]
     tests: list[Test] = []
     room, silent = most_output, 0
     for test in shown:
         error = None if test.error is None else shorten(test.error, MOST_ERROR // 4)
         room -= len(error or "")
-        if error and room < 0 and tests:  # The first is told whatever its length.
+        if error and room < 0 and tests:  # The first error is always told.
             error, silent = None, silent + 1
         tests.append(
             Test(

@@ -8,16 +8,16 @@ from pydantic import Field, WrapValidator
 
 MAX_TIMEOUT_MS = 120_000
 DEFAULT_TIMEOUT_MS = 30_000
-"""What servers of the protocol take where no timeout is given."""
+"""The timeout that servers use where none is given."""
 MIN_TIMEOUT_MS = 1_000
-"""What servers of the protocol make of anything shorter."""
+"""The shortest timeout; servers raise shorter ones to it."""
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 1_000
 MAX_NAME = 255
 """Characters of a name: servers repeat an unknown one in the status of the gRPC call, which holds
 8 KiB, and what is longer comes back as RESOURCE_EXHAUSTED, as if the sandbox were busy."""
 MAX_WITHIN_MS = 2_147_483_000
-"""What an int32 of the protocol holds, in whole seconds."""
+"""The most whole seconds that an int32 of milliseconds holds."""
 
 ABSENT: Any = None
 
@@ -31,9 +31,9 @@ def _field(description: str, **limits: Any) -> Any:
     return Field(description=description, json_schema_extra=_shorten, **limits)
 
 
-# The types and limits are what the model is shown. What it sends instead is read, or refused with a
-# sentence, in _reading.py. Code is plainly `str`: anything else the SDK parses as JSON first, so that
-# the code `[1, 2]` would be a list.
+# Types and limits as the model sees them. _reading.py reads other values that the model sends, or
+# refuses them with a sentence. Code is plain `str`: any other type the SDK parses as JSON first, so
+# the code `[1, 2]` would become a list.
 _AS_SENT = WrapValidator(lambda value, _: value)
 
 Mode = Literal["execute", "stream", "async", "status", "cancel", "list", "test"]

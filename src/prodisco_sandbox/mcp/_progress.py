@@ -15,7 +15,7 @@ log = get_logger("mcp")
 INTERVAL = 0.1
 """Seconds between notifications: many small prints make one message."""
 HEARTBEAT = 10.0
-"""Seconds of silence after which a notification without output shows that the call lives."""
+"""Seconds of silence after which a notification without output shows that the call still runs."""
 FLUSH_TIMEOUT = 1.0
 """How long the last output may take to be sent, in seconds."""
 MOST_TEXT = 4_000
@@ -25,8 +25,8 @@ MOST_TEXT = 4_000
 class Progress:
     """Sends a call's output to the client while the call goes on.
 
-    In a task of its own, since a client that does not read must not hold up the reading
-    from the sandbox. ``progress`` of a notification is the time since the call began, in
+    It has its own task, so that a client that does not read does not hold up reading from
+    the sandbox. ``progress`` of a notification is the time since the call began, in
     seconds; ``message`` is the new output. The SDK sends nothing where the client has not
     asked for progress.
     """
@@ -42,7 +42,7 @@ class Progress:
         self._progress = 0.0
         self._task: asyncio.Task[None] | None = None
         self.doing = "waiting for a sandbox"
-        """What a notification without output says."""
+        """The text of a notification without output."""
 
     def feed(self, text: str) -> None:
         kept = text[: self._room]
@@ -53,7 +53,7 @@ class Progress:
         self._news.set()
 
     async def __aenter__(self) -> Self:
-        # Without a look at the token: a client in the same process needs none.
+        # Without checking for a progress token: a client in the same process needs none.
         self._task = asyncio.create_task(self._run(), name="sandbox-progress")
         self._task.add_done_callback(_ended)
         return self

@@ -1,8 +1,8 @@
-"""What a call means by the arguments that it came with.
+"""Reads the arguments of a call tolerantly.
 
-Models and clients fill what they leave out with zeros and empty values, and write numbers, lists
-and booleans as text. What can only mean one thing is taken for that; all else is refused with a
-sentence that names the parameter and what would be right.
+Models and clients fill unused parameters with zeros and empty values, and write numbers, lists and
+booleans as text. A value that can mean only one thing is accepted; any other is refused with a sentence
+that names the parameter and what would be right.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ _EXAMPLE = '{"mode": "execute", "code": "..."}'
 
 
 class WrongCallError(Exception):
-    """What was sent cannot be read; the message is for the model."""
+    """The arguments cannot be read; the message is for the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """What a call asks for. Parameters that its mode does not use have their defaults."""
+    """A call as it was read. Parameters that its mode does not use have their defaults."""
 
     mode: p.Mode = "execute"
     code: str | None = None
@@ -75,7 +75,7 @@ class Call:
     tests: str = ""
     sandbox: str | None = None
     notes: tuple[str, ...] = ()
-    """What the model should know about how its call was read."""
+    """A note for the model about how its call was read."""
 
     @property
     def timeout(self) -> float | None:
@@ -94,9 +94,9 @@ class Call:
 
 
 def object_arguments(tool: str) -> ServerMiddleware[Any]:
-    """Middleware that lets calls of a tool whose arguments are no object get as far as `read_call`.
+    """Middleware that passes calls whose arguments are no object on to `read_call`.
 
-    The SDK answers such a call with "Invalid request parameters", which helps no model.
+    The SDK would answer them with "Invalid request parameters", which does not help a model.
     """
 
     async def middleware(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
@@ -111,7 +111,7 @@ def object_arguments(tool: str) -> ServerMiddleware[Any]:
 
 
 def foreign_arguments(ctx: Context[Any, Any], tool: str) -> dict[str, Any]:
-    """Arguments of a call that are no parameters, which the SDK does not pass on."""
+    """Arguments of a call with unknown names, which the SDK does not pass on."""
     params = ctx.request_context.params or {}
     if params.get("name") != tool:  # Another tool calls this one.
         return {}
@@ -122,11 +122,11 @@ def read_call(sent: Mapping[str, Any], language: Language) -> Call:
     """Reads the arguments of a call.
 
     Args:
-        sent: As they came, by name, with what is no parameter.
-        language: What code is written in.
+        sent: The arguments as they came, by name, unknown names included.
+        language: The language of code.
 
     Raises:
-        WrongCallError: They have no meaning, or more than one.
+        WrongCallError: An argument has no meaning, or more than one.
     """
     given, unknown = _by_name(_unwrapped(sent))
     mode = _mode(given.pop("mode", None))
@@ -143,7 +143,7 @@ def read_call(sent: Mapping[str, Any], language: Language) -> Call:
         tests = _program("tests", used.get("tests"), language, notes) or ""
         cached = _name("cached", used.get("cached"))
         if cached and not (code or "").strip():
-            code = None  # Models fill what they do not need with empty text; only code may be empty.
+            code = None  # Models fill unused parameters with empty text; only code may be empty.
         call = Call(
             mode=mode,
             code=code,
@@ -165,7 +165,7 @@ def read_call(sent: Mapping[str, Any], language: Language) -> Call:
         )
         _check(call)
     except WrongCallError as error:
-        # What was ignored may be what is missing.
+        # An ignored argument may be the one that is missing.
         raise WrongCallError(" ".join([str(error), *notes])) from None
     return call
 
@@ -199,7 +199,7 @@ def _unwrapped(sent: Mapping[str, Any]) -> Mapping[str, Any]:
         return sent
     inner = sent["arguments"]
     if isinstance(inner, str):
-        with contextlib.suppress(ValueError, RecursionError):  # What is no JSON is refused below.
+        with contextlib.suppress(ValueError, RecursionError):  # Text that is no JSON is refused below.
             inner = json.loads(inner)
     if isinstance(inner, Mapping):
         return inner
@@ -212,7 +212,7 @@ def _unwrapped(sent: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _by_name(sent: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values by parameter, and the names that are none; other spellings of a name are that name."""
+    """Values by parameter, and unknown names; other spellings of a parameter's name are accepted."""
     given = {name: value for name, value in sent.items() if name in PARAMETERS and value is not None}
     unknown = []
     for name, value in sent.items():
@@ -246,7 +246,7 @@ def _about_unknown(names: list[str]) -> str:
 
 
 def _is_blank(value: object) -> bool:
-    """Whether this is what models and clients send for a parameter that they leave out."""
+    """Whether models and clients send this value for a parameter that they do not use."""
     return _bare(value).lower() in _NOTHING if isinstance(value, str) else not value
 
 
@@ -346,9 +346,9 @@ def _wrong_states(value: object) -> WrongCallError:
 
 
 def _program(name: str, value: object, language: Language, notes: list[str]) -> str | None:
-    """Code: as it is, but without a byte order mark or a Markdown fence around all of it."""
+    """Code without a byte order mark or a Markdown fence around all of it."""
     if isinstance(value, int | float) and not isinstance(value, bool) and value and abs(value) < 10**30:
-        value = str(value)  # Who sends the number 42 means the code `42`.
+        value = str(value)  # The number 42 means the code `42`.
     if not isinstance(value, str):
         if _is_blank(value):
             return None

@@ -1,4 +1,4 @@
-"""Which sandbox a call gets, and what it must be told about it."""
+"""Finds the sandbox of a call, and what the call has to be told about it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ._language import Language
 log = get_logger("mcp")
 
 REMEMBERED = 4096
-"""How many sessions are remembered beyond those that there are, to tell a return from a first use."""
+"""Ended sessions that are remembered, to tell a return from a first use."""
 CLEANUP_TIMEOUT = 5.0
-"""How long a cancelled call may go on to clean up behind itself, in seconds."""
+"""Seconds that a cancelled call may take to clean up."""
 
 
 class RefusedError(Exception):
@@ -38,9 +38,9 @@ class Use:
 
     client: SandboxClient
     handle: str | None
-    """What the model needs to come back; None where its session says it."""
+    """The handle with which the model comes back; None where its session identifies the sandbox."""
     note: str | None
-    """What the model must know about the sandbox."""
+    """A note for the model about the sandbox."""
     renew: Callable[[], Awaitable[None]]
     """Takes the session's new client, and the note about it, once the machine of this one was replaced."""
     told: bool = False
@@ -54,7 +54,7 @@ class _Memory:
 
 
 async def _nothing_new() -> None:
-    """A shared client means whoever answers."""
+    """A shared client has no machine of its own that could be replaced."""
 
 
 class Sandboxes:
@@ -63,10 +63,10 @@ class Sandboxes:
     Args:
         manager: Makes and keeps them.
         session_key: The session of a request; None: it needs a handle.
-        principal: Who asks; None: nobody knows.
+        principal: The caller; None: unknown.
         max_per_principal: How many sandboxes a known principal may have.
         handles: Makes and reads handles.
-        language: What the sandboxes run, and so whether they have files.
+        language: The language of the sandboxes, which decides whether they have files.
     """
 
     def __init__(
@@ -91,16 +91,16 @@ class Sandboxes:
 
     @asynccontextmanager
     async def use(self, ctx: Context[Any, Any], handle: str | None, *, make: bool) -> AsyncIterator[Use]:
-        """The sandbox that a call means, kept from being reaped meanwhile.
+        """The sandbox of a call, which is not reaped meanwhile.
 
         Args:
             ctx: The call.
-            handle: What it gave.
+            handle: The handle that it gave.
             make: Whether a call that names no sandbox gets a new one.
 
         Raises:
-            RefusedError: It may not have it.
-            SandboxError: There is none to be had.
+            RefusedError: The call may not use that sandbox.
+            SandboxError: No sandbox could be made.
         """
         if self._shared:
             async with self._manager.session() as client:
@@ -126,7 +126,7 @@ class Sandboxes:
                 yield use
                 if use.told:
                     memory.note, unreachable = None, False
-        except SandboxError:  # There is none; or the manager is closing it already.
+        except SandboxError:  # No sandbox was made, or the manager is closing it already.
             unreachable = False
             raise
         finally:
@@ -165,7 +165,7 @@ class Sandboxes:
     def _recall(self, key: str, sandbox: SandboxRef | None, *, known: bool) -> _Memory:
         memory = self._memories.get(key)
         if memory is None:
-            # Only a handle can be older than what is remembered.
+            # Only handles outlive the memory of their sessions.
             memory = self._memories[key] = _Memory(
                 sandbox, texts.maybe_replaced(self._language) if known else None
             )
@@ -188,8 +188,8 @@ class Sandboxes:
         await self._manager.on_session_closed(key)
 
     async def _abandon(self, key: str) -> None:
-        """Closes a sandbox whose handle nobody got, so that nobody can ever come back to it."""
+        """Closes a sandbox whose handle was not delivered, so that nobody can come back to it."""
         self._memories.pop(key, None)
-        # The close goes on in the manager however long it takes.
+        # The manager goes on closing it after this timeout.
         with anyio.move_on_after(CLEANUP_TIMEOUT, shield=True):
             await self._manager.on_session_closed(key)

@@ -25,9 +25,9 @@ from ._tool import SandboxTools, add_sandbox_tools
 log = logging.getLogger("prodisco_sandbox.mcp")
 
 SETTLE_TIME = 1.0
-"""Seconds after the last call in which everything but a call is still answered: the SDK's
-client fetches the tool's schema to check the first result that it gets, and loses the
-result where it cannot."""
+"""Seconds after the last call in which everything but calls is still answered: the SDK's
+client fetches the tool's schema to check its first result, and loses the result if it
+cannot."""
 CLOSE_TIMEOUT = 3
 """Seconds that connections get to close after that."""
 
@@ -58,8 +58,8 @@ async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_time
             drains.add(asyncio.create_task(drain(), name="drain"))
             return
         stdio.end()
-        leave_signals()  # The next one kills: a client that does not read holds up the SDK's writer.
-        # Where Python's own handler raises, asyncio waits for that writer all the same.
+        leave_signals()  # The next signal kills: a client that does not read blocks the SDK's writer.
+        # Python's own handler would raise, but asyncio would still wait for that writer.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def leave_signals() -> None:
@@ -71,7 +71,7 @@ async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_time
     try:
         await server.run_stdio_async()
     except* BrokenPipeError:
-        # The client went, killed perhaps, with something still to be said to it.
+        # The client is gone, perhaps killed, before its last answers were written.
         log.info("the client does not read any more")
     finally:
         for task in drains:
@@ -93,12 +93,12 @@ async def serve_http(
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     if not allowed_hosts and ipaddress.ip_address(host).is_loopback:
-        # The SDK's own list is for 127.0.0.1 and ::1 only, and refuses names without a port,
+        # The SDK's own list has 127.0.0.1 and ::1 only, and refuses names without a port,
         # which is how clients write port 80.
         local = {name, "127.0.0.1", "localhost", "[::1]"}
         allowed_hosts = [pattern for each in sorted(local) for pattern in (each, f"{each}:*")]
     security = TransportSecuritySettings(
-        # Elsewhere than on loopback any name will do, unless it was said which.
+        # Outside loopback every name is accepted, unless a list was given.
         enable_dns_rebinding_protection=bool(allowed_hosts),
         allowed_hosts=allowed_hosts,
         allowed_origins=[f"{scheme}://{each}" for each in allowed_hosts for scheme in ("https", "http")],
@@ -131,9 +131,9 @@ def add_probes(server: MCPServer[Any], tools: SandboxTools) -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, but it goes on serving after a signal until the calls have ended.
+    """uvicorn, but after a signal it goes on serving until the calls have ended.
 
-    By itself it would cut streaming answers at once. A second signal does not wait.
+    uvicorn alone would cut streaming answers at once. A second signal ends it at once.
     """
 
     def __init__(self, config: uvicorn.Config, tools: SandboxTools, drain_timeout: float) -> None:
@@ -152,7 +152,7 @@ class DrainingServer(uvicorn.Server):
                 self._drain.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not what uvicorn does: to die of the signal again once it has served.
+        # Unlike uvicorn's own, which raises the signal again after serving.
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._begin_drain)
 
@@ -169,5 +169,5 @@ class DrainingServer(uvicorn.Server):
 
 async def _drain(tools: SandboxTools, timeout: float) -> None:
     await tools.drain(timeout)
-    # Also where a call has outlasted it: others may have ended a moment ago.
+    # Also after the drain timed out: other calls may have ended a moment ago.
     await asyncio.sleep(SETTLE_TIME)

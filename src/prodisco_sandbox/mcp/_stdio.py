@@ -19,11 +19,11 @@ _CHUNK = 1 << 16
 
 
 class Stdio(io.RawIOBase):
-    """Standard input for the SDK's reader: only lines that it can read, and an end when told so.
+    """Standard input for the SDK's reader: readable lines only, and an end of file on demand.
 
-    What else the client sends is answered here. The SDK reads in a thread, where nothing can
-    interrupt it: without this, a server on stdio that is told to terminate waits for its client to
-    say one thing more, and so does one whose standard output is broken, deaf to everything.
+    Other lines are answered here. The SDK reads in a thread that cannot be interrupted. Without
+    this class, a server on stdio that is terminated, or whose standard output is broken, would hang
+    until its client sends another line.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Stdio(io.RawIOBase):
         self._news = select.poll()
         self._news.register(self._input, select.POLLIN)
         self._news.register(self._ended, select.POLLIN)
-        # For no event, so that it only shows when nobody reads the other end any more.
+        # For no event: poll still reports when the other end is closed.
         self._news.register(self._output.fileno(), 0)
         self._line = bytearray()  # one that has not ended yet; not more than MAX_LINE of it
         self._tail: bytearray | None = None  # the end of a line that is longer
@@ -42,7 +42,7 @@ class Stdio(io.RawIOBase):
     def install(self) -> None:
         """Becomes ``sys.stdin`` and ``sys.stdout``.
 
-        For tools and child processes descriptor 0 becomes empty, and 1 becomes standard error.
+        Tools and child processes get an empty descriptor 0, and standard error as descriptor 1.
         """
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
@@ -55,7 +55,7 @@ class Stdio(io.RawIOBase):
         sys.stdout = _Stdout(self._output)
 
     def end(self) -> None:
-        """The reader gets an end of file, now and ever after. Idempotent."""
+        """Gives the reader an end of file, for good. Idempotent."""
         os.write(self._end, b"\0")
 
     def readable(self) -> bool:
@@ -105,7 +105,7 @@ class Stdio(io.RawIOBase):
 
 
 class LineWriter(io.RawIOBase):
-    """Standard output for the SDK's writer and for answers of our own: lines come out whole."""
+    """Standard output for the SDK's writer and for our own answers; writes whole lines."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -119,7 +119,7 @@ class LineWriter(io.RawIOBase):
         return True
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
-        """For the SDK: what has no end yet waits for it."""
+        """For the SDK: an unfinished line is kept until its end comes."""
         self._begun += data
         end = self._begun.rfind(b"\n") + 1
         if end:
@@ -129,18 +129,18 @@ class LineWriter(io.RawIOBase):
         return len(data)
 
     def write_lines(self, lines: bytes) -> None:
-        """Writes whole lines, from whatever thread."""
+        """Writes whole lines, from any thread."""
         left = memoryview(lines)
         with self._lock:
             while left:
                 try:
                     left = left[os.write(self._descriptor, left) :]
-                except BlockingIOError:  # Whoever started this has made it so.
+                except BlockingIOError:  # The parent process has made it non-blocking.
                     select.select([], [self._descriptor], [])
 
 
 class _Stdout(io.TextIOWrapper):
-    """Prints to descriptor 1, but its buffer, which the SDK's transport takes, is another one."""
+    """Prints to descriptor 1; its `buffer`, which the SDK's transport uses, writes to the client."""
 
     def __init__(self, buffer: LineWriter) -> None:
         super().__init__(io.FileIO(1, "w", closefd=False), line_buffering=True)

@@ -1,6 +1,6 @@
-"""What the model is told: what happened, and what to do next.
+"""Texts for the model: what happened, and what to do next.
 
-Details of the cluster go to the log instead: who calls a tool need not know them.
+Details of the cluster go to the log: callers of the tool need not know them.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ DRAINING = "The server is shutting down. Nothing was run. Call again in a minute
 
 
 def unknown_handle(language: Language) -> str:
-    """Of a handle that nobody of this caller's has."""
+    """A handle is not one of this caller's."""
     return UNKNOWN_HANDLE if language.has_files else UNKNOWN_HANDLE.partition("; files of")[0] + "."
 
 
 def replaced(language: Language) -> str:
-    """That the sandbox is another one than last time."""
+    """The sandbox is not the one of the last call."""
     return REPLACED if language.has_files else REPLACED.replace("files, cached", "cached")
 
 
 def maybe_replaced(language: Language) -> str:
-    """That the sandbox may be another one than last time."""
+    """The sandbox may not be the one of the last call."""
     if language.has_files:
         return MAYBE_REPLACED
     return MAYBE_REPLACED.partition(" Check")[0] + " Do not rely on cached scripts and executions."
 
 
 def description(language: Language, idle: float) -> str:
-    """Of the tool."""
+    """The tool's description."""
     files = ", and its files are gone then" if language.has_files else ""
     tests = f" {language.tests}" if language.tests else ""
     return f"""\
@@ -121,7 +121,7 @@ def no_sandbox(error: SandboxError) -> str:
             "The sandbox could not be started, and trying again will hardly help. Nothing was run. Tell the"
             " user that the sandbox server's operator has to look into its log."
         )
-    return "The sandbox could not be had. Nothing was run. Try again once."
+    return "No sandbox could be made. Nothing was run. Try again once."
 
 
 def failed_call(error: SandboxError, mode: str, language: Language) -> str:
@@ -166,7 +166,7 @@ def failed_call(error: SandboxError, mode: str, language: Language) -> str:
 
 
 def rest(left_out: int, execution_id: str, offset: int, error_offset: int, language: Language) -> str:
-    """How to get what a cut output lacks."""
+    """How to get the rest of an output that was cut."""
     if not execution_id:
         return f"The output is cut: {left_out:,} more characters are lost. Print less."
     return (
@@ -177,14 +177,14 @@ def rest(left_out: int, execution_id: str, offset: int, error_offset: int, langu
 
 
 def less(language: Language) -> str:
-    """What to do about too much output."""
+    """How to avoid too much output."""
     if language.has_files:
         return "print less, or write to a file and print parts of it"
     return "print less, or in several calls"
 
 
 def lost(language: Language) -> str:
-    """That there is nothing at an offset, since the server keeps no such output."""
+    """There is nothing at an offset, since the server does not keep the output."""
     return (
         "The rest of the output is lost: this sandbox does not keep the output of an execution that was"
         f" returned as it came. Run it again, and {less(language)}."
@@ -192,7 +192,7 @@ def lost(language: Language) -> str:
 
 
 def beyond(offset: int, length: int, error_offset: int, error_length: int) -> str:
-    """That an offset is greater than the output is long."""
+    """An offset is greater than the length of the output."""
     return (
         f"There is nothing there: `output` has {length:,} characters, output_offset is {offset:,};"
         f" `error_output` has {error_length:,}, error_output_offset is {error_offset:,}."

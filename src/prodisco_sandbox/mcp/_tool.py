@@ -61,15 +61,14 @@ def add_sandbox_tools(
         manager: Where the sandboxes come from. `sandbox_lifespan` ties its life to the
             server's.
         name: The tool's name.
-        language: What the sandboxes run. The tool's description says what is known of a
-            server by it: of the reference server for Python, of the stock Node server for
-            TypeScript and JavaScript.
+        language: The language of the sandboxes. The tool's description is that of the reference
+            server for Python, and of the stock Node server for TypeScript and JavaScript.
         session_key: The session of a request, None where it has none: then the model is
-            given a handle. What is returned is the manager's session id as it is, so
+            given a handle. The result is the manager's session id, unchanged, so
             ``manager.get_client(session_key(ctx))`` in a tool of your own is the same
             sandbox. Sessions of the default policy end with their connection; those of
             another, when the manager reaps them.
-        principal: Who asks, None if that is not known. Handles are bound to it.
+        principal: The caller, None if unknown. Handles are bound to it.
         max_per_principal: How many sandboxes a known principal may have at a time; None:
             half of ``max_sessions``, at least one. Callers without authentication cannot
             be told apart, and are not limited.
@@ -78,7 +77,7 @@ def add_sandbox_tools(
             process or to be valid in others; None: random.
 
     Returns:
-        What is needed to shut down gracefully.
+        The tools, for a graceful shutdown.
 
     Raises:
         ValueError: An argument is wrong; the message names it.
@@ -194,7 +193,7 @@ class SandboxTools:
             async with Progress(ctx) as progress, self._sandboxes.use(ctx, call.sandbox, make=make) as use:
                 progress.doing = "running"
                 result = await self._in_sandbox(use, call, progress)
-                # Before the handle counts as told: a caller may go meanwhile.
+                # Before the handle counts as delivered: the caller may leave meanwhile.
                 await progress.flush()
                 use.told = True
                 return result
@@ -254,7 +253,7 @@ class SandboxTools:
                     error=cancelled.message,
                 )
             case "list":
-                # All of them: a server may take the limit for the oldest ones.
+                # Without a limit: a server may keep the oldest ones instead of the newest.
                 found = await client.list_executions(
                     states=[ExecutionState[name] for name in call.states],
                     include_completed_within=call.include_completed_within_ms / 1000,
@@ -284,7 +283,7 @@ class SandboxTools:
                         error_offset += errors.add(chunk.text)
                     progress.feed(chunk.text)
         except asyncio.CancelledError:
-            # Not every server stops the code because nobody listens any more.
+            # Not every server stops the code when its caller leaves.
             await _cancel(client, execution_id)
             raise
         result.execution_id = execution_id or None
@@ -302,7 +301,7 @@ class SandboxTools:
         if call.wait:
             with contextlib.suppress(SandboxTimeoutError):
                 await client.wait_for_execution(call.execution_id, timeout=call.patience)
-        # From the beginning: in which units the server counts is its own affair.
+        # From the beginning: servers count offsets in different units.
         status = await client.get_execution(call.execution_id)
         result = SandboxOutput(execution_id=status.execution_id, state=status.state.name)
         if status.result is not None:
@@ -332,7 +331,7 @@ class SandboxTools:
 
 
 async def _cancel(client: SandboxClient, execution_id: str) -> None:
-    """Stops an execution whose caller has gone."""
+    """Stops an execution whose caller has left."""
     if not execution_id:
         return
     with anyio.move_on_after(CLEANUP_TIMEOUT, shield=True):

@@ -56,19 +56,19 @@ FEATURES = (metadata.QUEUE,)
 _REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 _KILL_TIMEOUT = 15.0
 _LINGER = 0.2
-"""Seconds that connections stay after the last answer, for clients to have read it: a connection
-that is closed under what they send takes with it what they have not read yet."""
+"""Seconds that connections stay open after the last answer, for clients to read it: closing a
+connection on which a client still sends discards what it has not read yet."""
 _FIRST_SPARES = 0.1
-"""Seconds that the first question after its health has the processor to itself."""
+"""Seconds before spares are started, so that the first health check is answered quickly."""
 _LAST_ANSWERS = 1.0
-"""Seconds for the answers of what was killed at the end to get out."""
+"""Seconds for the answers of executions that were killed at the end to be sent."""
 
 
 class Places:
-    """Files and directories of this server; knows which of them it made."""
+    """The server's directories; it removes those that it made."""
 
     def __init__(self, options: Options) -> None:
-        # Held open: code may be able to put something else in their places.
+        # Held open, to recognise them: code may be able to put something else in their places.
         self._made: list[tuple[Path, int]] = []
         try:
             if options.host is None:
@@ -85,8 +85,8 @@ class Places:
             raise OptionsError(f"a directory cannot be made: {error}") from error
         self.workspace = self.workspace.resolve()
         if not options.exit_with_parent:
-            # What was asked for by name outlives the server, unless the server is but a
-            # part of its parent.
+            # Directories that were given by name outlive the server, unless it belongs to its
+            # parent.
             for _, held in self._made[len(kept) :]:
                 os.close(held)
             self._made = kept
@@ -193,9 +193,9 @@ async def _server(service: SandboxService, fence: Fence) -> tuple[grpc.aio.Serve
 
 
 def _reflect(server: grpc.aio.Server, names: list[str]) -> None:
-    """Lets clients ask what is served, where the package for it is installed.
+    """Serves reflection, if grpcio-reflection is installed.
 
-    It is imported when it is first asked for: a start has better things to do.
+    It is imported on the first request, so that it does not delay the start.
     """
     if importlib.util.find_spec("grpc_reflection") is None:
         log.info("no reflection: grpcio-reflection is not installed")

@@ -15,10 +15,10 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
 def check(options: Options) -> str | None:
-    """What is wrong with the server; None where it is well.
+    """The reason why the server is not healthy; None if it is.
 
-    With TLS it is only asked for a handshake: this has no certificate to show, nor a
-    name to verify.
+    With TLS only the handshake is checked: there is no client certificate to show and no
+    server name to verify.
     """
     if options.transport_mode != "insecure":
         return _handshake(options)

@@ -1,7 +1,7 @@
 """What an execution gives up before its code runs.
 
 Runs in the process that is to run the code; standard library only. The steps are system
-calls without a wrapper in the standard library, hence ctypes; the numbers are those of
+calls without a wrapper in the standard library, so they use ctypes; the numbers are those of
 the kernel's headers (linux/prctl.h, linux/landlock.h, linux/capability.h).
 """
 
@@ -28,7 +28,7 @@ _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000
 
 _CAPABILITY_VERSION_3 = 0x20080522
 
-# The same numbers on every architecture that Python runs on today, but for alpha.
+# The same numbers on every architecture except alpha.
 _SYS_LANDLOCK_CREATE_RULESET = 444
 _SYS_LANDLOCK_ADD_RULE = 445
 _SYS_LANDLOCK_RESTRICT_SELF = 446
@@ -142,7 +142,7 @@ def move(source: str, target: str, known: tuple[int, int] | None) -> None:
     except OSError:
         return  # An earlier execution has removed it, or closed it to us.
     try:
-        # What is mounted is what was looked at, whatever is at the path by then.
+        # Mounts the directory that is checked here, even if code replaces it at its path.
         if known == identity(held):
             _mount(f"/proc/self/fd/{held}".encode(), target, None, _MS_BIND, None)
     except FileNotFoundError:
@@ -165,7 +165,7 @@ def landlock_version() -> int:
 
 
 def identity(path: str | os.PathLike[str] | int) -> tuple[int, int]:
-    """What tells a file from one that was put in its place."""
+    """Device and inode: they differ for a file that was put in the place of another."""
     status = os.stat(path)  # noqa: PTH116
     return status.st_dev, status.st_ino
 
@@ -175,9 +175,9 @@ def landlock(
 ) -> None:
     """Confines this process and its descendants for good; needs no_new_privs.
 
-    They write below `writable` only, each of which counts only while it has the `identity`
-    given with it, if any, cannot read the files `hidden`, and cannot trace
-    (hence not see into) processes outside; from `LANDLOCK_SCOPES` on they cannot signal
+    They can write only below `writable` (a path counts only while it has the `identity`
+    given with it, if any), cannot read the files `hidden`, and cannot trace
+    (and so not see into) processes outside; from `LANDLOCK_SCOPES` on they cannot signal
     those either.
     """
     write = _WRITE_FILE | _REMOVE_AND_MAKE

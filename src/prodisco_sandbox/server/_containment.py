@@ -1,4 +1,4 @@
-"""How far an execution is kept in its place on this machine; decided once, at start."""
+"""How executions are confined on this machine; decided once, at start."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Containment:
         self._options = options
         self.workspace = workspace
         self.temporary = temporary
-        # As they are now: where code may write to the directory above, it can put a link in the
-        # place of one, which must not let the next execution out. Held open, for their numbers
-        # to stay theirs.
+        # Their identities at start: code that may write to the directory above can put a link in
+        # the place of one, which must not let the next execution out. Held open, so that their
+        # inode numbers are not used again.
         self._held = {
             path: os.open(path, os.O_PATH | os.O_CLOEXEC)
             for path in dict.fromkeys(self._writable())
@@ -69,7 +69,7 @@ class Containment:
         if hidden := [
             path for path in self._hidden() if any(path.is_relative_to(w) for w in self._writable())
         ]:
-            log.warning("%s lies where executions may write, hence read: keep it elsewhere", hidden[0])
+            log.warning("%s lies where executions may write and so read: keep it elsewhere", hidden[0])
 
     def job(self) -> dict[str, Any]:
         """The fields of a job that confine it."""
@@ -82,7 +82,7 @@ class Containment:
             "reads_environment": self._reads_environment,
             "shared_memory": self.memory.each if self.shared_memory.private else 0,
             "limits": {
-                # The watch over memory moves it; see there.
+                # The memory watch lowers and raises it while the code runs.
                 "RLIMIT_DATA": (self.memory.each, sys.maxsize),
                 # The second one later is SIGKILL, for code that ignores SIGXCPU.
                 "RLIMIT_CPU": (options.cpu_limit, options.cpu_limit + 1),
@@ -111,12 +111,12 @@ class Containment:
 
     @property
     def descriptors(self) -> list[int]:
-        """What `prefix` finds its directories by; the process that it starts must inherit them."""
+        """Of the directories that `prefix` mounts; the process that it starts must inherit them."""
         return list(self._held.values()) if self._options.isolation == "bwrap" else []
 
     @property
     def max_processes(self) -> int:
-        """For an execution's cgroup: what the code may have, and what is ours."""
+        """The limit of an execution's cgroup: the code's processes, and our own."""
         return self._options.max_processes + _SUPERVISORS[self._options.isolation]
 
     @property
@@ -168,7 +168,7 @@ class Containment:
             *("--die-with-parent", "--new-session", "--as-pid-1"),
             *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
             *("--proc", "/proc", "--dev", "/dev", "--size", str(self.memory.each), "--tmpfs", "/dev/shm"),
-            # Before the rest, some of which may lie in it.
+            # Before the others: some of them may lie below it.
             *("--bind", self._source(self.temporary), "/tmp", "--setenv", "TMPDIR", "/tmp"),
         ]
         for path in _readable():
@@ -194,12 +194,12 @@ class Containment:
         return command
 
     def _source(self, path: Path) -> str:
-        """A name for the directory that was there at start, whatever is there now."""
+        """A path to the directory that was there at start, even if code has replaced it."""
         return f"/proc/self/fd/{self._held[path]}" if path in self._held else str(path)
 
 
 def _readable() -> list[Path]:
-    """What of the file system an interpreter and its packages need."""
+    """The paths that an interpreter and its packages need."""
     system = [Path("/usr"), *(Path("/", name) for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"))]
     etc = [
         Path("/etc", name)
@@ -214,7 +214,7 @@ def _readable() -> list[Path]:
 
 
 def _environment(options: Options, workspace: Path, temporary: Path) -> dict[str, str]:
-    """What executions see as their environment; nothing of the server's own."""
+    """The environment of executions; it holds nothing of the server's own."""
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     passed = {name: os.environ[name] for name in options.pass_env if name in os.environ}
     return {

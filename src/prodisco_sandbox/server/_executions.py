@@ -23,7 +23,7 @@ PREVIEW = 100
 """Characters of the code that a list of executions shows."""
 _OVERHEAD = 2048
 _QUEUED_BYTES = 256 << 20
-"""Of code that waits, however few executions it is; one may still pass it."""
+"""Bytes of queued code past which nothing more is queued, even below --max-queued."""
 _ERROR = 65536
 _USAGE_INTERVAL = 0.5
 _SCRIPT = 16_384
@@ -52,7 +52,7 @@ class State(IntEnum):
 
 
 class QueueFullError(Exception):
-    """As many executions are running and waiting as may be."""
+    """The limits on running and queued executions are reached."""
 
 
 class DrainingError(Exception):
@@ -121,7 +121,7 @@ class Execution:
         """Output and error output as they arrive, to the end of the execution."""
         seen = errors_seen = 0
         while True:
-            # Before the texts are read: what is final has all of its output.
+            # Read before the texts: a final execution has all of its output.
             final = self.state.final
             text, errors = self.output.since(seen), self.error_output.since(errors_seen)
             seen, errors_seen = seen + len(text), errors_seen + len(errors)
@@ -134,7 +134,7 @@ class Execution:
 
 
 class Executions:
-    """Runs executions, at most so many at once, first come first served."""
+    """Runs executions, at most `max_concurrent` at once, first come first served."""
 
     def __init__(self, options: Options, processes: Processes, cache: ScriptCache) -> None:
         self._options = options
@@ -229,8 +229,8 @@ class Executions:
     async def _watch_usage(self) -> None:
         """Ends everything that runs when the workspace overflows.
 
-        Where it is over its limit already it must not grow, so that code can still run
-        that makes room.
+        A workspace that is over its limit already may stay as full as it is, so that code
+        which removes files can still run.
         """
         while self._running:
             await asyncio.sleep(_USAGE_INTERVAL)
@@ -240,7 +240,7 @@ class Executions:
             if used > bound + scripts:
                 await self._overflow(bound)
             else:
-                self._used = min(used, bound)  # Without what goes with the executions.
+                self._used = min(used, bound)  # Without the files that go with the executions.
 
     async def _overflow(self, bound: int) -> None:
         text = self._too_much(bound)
@@ -248,14 +248,15 @@ class Executions:
         log.warning("ending %d executions: %s", len(runs), text)
         for run in runs:
             run.stop(State.FAILED, text)
-        if runs:  # None, where they were quicker than this.
+        if runs:  # They may have ended meanwhile.
             await asyncio.wait([run.task for run in runs])
         await self.measure()
 
     async def _grown(self) -> str | None:
-        """What is wrong with a full workspace, for one that may have filled it quicker than the watch looks.
+        """An error if an execution has grown a workspace that was full already; checked when it ends.
 
-        One that was not full is left to the watch, so that not every execution counts its files.
+        It may have ended before the watch looked. A workspace below its limit is left to the
+        watch, so that not every execution counts files.
         """
         bound = self._used
         if bound <= self._options.workspace_limit:
@@ -271,7 +272,7 @@ class Executions:
         )
 
     async def measure(self) -> None:
-        """Takes what is in the workspace now for what may be there."""
+        """Lets the workspace be as full as it is now."""
         self._used = await asyncio.to_thread(self._processes.usage, sys.maxsize)
 
     def _ended(self, run: _Run) -> None:
@@ -285,7 +286,7 @@ class Executions:
         if not self._running:
             try:
                 self._processes.containment.shared_memory.end()
-            except Exception:  # What waits has to start all the same.
+            except Exception:  # Queued executions have to start all the same.
                 log.exception("cleaning up shared memory failed")
         while self._pending and len(self._running) < self._options.max_concurrent:
             self._start(self._pending.pop(next(iter(self._pending))))
@@ -296,7 +297,7 @@ class Executions:
         execution.state, execution.error = state, error
         execution.finished_at_ms = now_ms()
         execution.notify()
-        # Kept: what a text takes grows when it is first sent.
+        # Remembered: Python caches a text's UTF-8 when it is first sent, and the size grows.
         execution.retained = execution.size
         self._retained += execution.retained
         asyncio.get_running_loop().call_later(self._options.retain_for, self._forget, execution.id)
@@ -312,7 +313,7 @@ class Executions:
 
 
 class _Run:
-    """A running execution's task, and the reason for which it is to end early."""
+    """A running execution: its task, and why it has to end early, if it has to."""
 
     def __init__(
         self,
@@ -387,7 +388,7 @@ class _Run:
 
 
 def _script_size(execution: Execution) -> int:
-    """About how many bytes on disk its main module may take, which is ours and not the code's."""
+    """About how many bytes on disk the execution's own script takes, which do not count as the code's."""
     return 4 * (len(execution.source) + len(execution.tests or "")) + _SCRIPT
 
 

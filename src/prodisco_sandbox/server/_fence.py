@@ -18,9 +18,9 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Says in every answer which machine this is, and refuses calls that expect another one.
 
     Args:
-        boot_id: Of this server's life.
+        boot_id: Drawn at each start of the server.
         pod: The pod's name; None: not known, and every expected name is accepted.
-        features: What else the server can, for its answers to say.
+        features: Names of optional behaviour, sent with every answer.
     """
 
     def __init__(self, boot_id: str, pod: str | None, features: Iterable[str] = ()) -> None:
@@ -47,7 +47,7 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return self._announced(handler)
 
     def _unmet(self, metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
-        """What the call expects and this machine is not: the pod, which says more, or the boot id."""
+        """The first expectation of the call that this machine does not meet: pod, then boot id."""
         expected = [(_EXPECTATIONS[key], value) for key, value in metadata if key in _EXPECTATIONS]
         unmet = [kind for kind, value in expected if self._own[kind] not in (None, value)]
         return max(unmet, default=None)
@@ -56,7 +56,7 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def refuse(_: Any, context: Any) -> None:
             await _Announcer(context, self._answer).abort(code, text, trailing)
 
-        # Of this kind, since it is not even read what the client sends.
+        # Stream-stream, so that the refusal does not wait for the client's messages.
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _announced(self, handler: Any) -> Any:
@@ -90,7 +90,7 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 
 class _Announcer:
-    """A call's context that puts this machine's names into the metadata, whoever sends it.
+    """A call's context that adds this machine's names to the metadata, however that is sent.
 
     Into the trailing metadata too: grpc.aio's clients lose the initial metadata of a stream
     that ends before they have read it.

@@ -32,7 +32,7 @@ _READ = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one interpreter is to run.
+    """The work of one interpreter.
 
     Attributes:
         source: Python source text.
@@ -52,8 +52,8 @@ class Outcome:
     Attributes:
         exit: Exit status, minus the number of the signal that killed it, or None where
             it was killed on our order.
-        report: What the code's side had to say about the end; empty on success.
-        lost: The supervisor itself was killed, so that nothing more is known.
+        report: The code's own account of how it failed; empty on success.
+        lost: The supervisor itself was killed, so nothing more is known.
         over: Why it was killed for its memory; None where it was not.
     """
 
@@ -81,13 +81,13 @@ class Processes:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def install(self) -> None:
-        """Takes in orphans of killed supervisors, and hears of every child's end."""
+        """Adopts orphans of killed supervisors, and reaps every child."""
         _confine.become_subreaper()
         _confine.hide_from_same_user()
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
 
     def take(self) -> Interpreter:
-        """An interpreter that has run nothing yet, and waits for its job.
+        """An interpreter that has run nothing yet and waits for its job.
 
         Raises:
             OSError: The system refuses another process or descriptor.
@@ -146,7 +146,7 @@ class Processes:
             undo.pop_all()
         exited = asyncio.get_running_loop().create_future()
         self._exits[process.pid] = exited
-        # The reaper below reaps it; this object must not.
+        # `_reap` reaps it; this object must not.
         process.returncode = 0
         interpreter = Interpreter(self, process.pid, exited, self._prelude, control, status, out, err)
         if cgroup is not None:
@@ -163,18 +163,18 @@ class Processes:
         return cgroup
 
     def _command(self, status: int, cgroup: Cgroup | None) -> list[str]:
-        # -B: isolated, it does not heed the variable. multiprocessing hands both on.
+        # -B, since -I ignores PYTHONDONTWRITEBYTECODE. multiprocessing passes both options on.
         bootstrap = ["-I", "-B", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, "0", "main", str(status)]
         command = [*self.containment.prefix, sys.executable, *bootstrap]
         if cgroup is not None and self.containment.prefix:
-            # Bubblewrap forks at once, and must be in there by then.
+            # Bubblewrap forks at once, and must be in its cgroup before.
             step_in = 'echo $$ >"$0" && exec "$@"'
             command[:0] = ["/bin/sh", "-c", step_in, str(cgroup.path / "cgroup.procs")]
         return command
 
     def _remove_cgroup(self, cgroup: Cgroup) -> None:
         if not cgroup.remove():
-            # Dead processes leave it a little after they have been waited for.
+            # Dead processes leave a cgroup a little after they are reaped.
             asyncio.get_running_loop().call_later(0.1, cgroup.remove)
 
     def _reap(self) -> None:
@@ -196,7 +196,7 @@ class Processes:
         await self.kill_orphans()
 
     async def kill_orphans(self) -> None:
-        """Kills what killed supervisors have left behind, which are now our children."""
+        """Kills processes that killed supervisors left behind: they are our children now."""
         left: list[int] = []
         for _ in range(100):
             self._reap()
@@ -254,8 +254,8 @@ class Interpreter:
             self._control.write(_supervisor.pack(fields))
             with self._processes.memory.watching(self.pid) as watched:
                 await self._exited
-            # What was written before the end is in the pipes; what still holds them open
-            # cannot be a descendant, but may have got them over a socket.
+            # The pipes hold all output by now. A process that still has them open is no
+            # descendant: it got them over a socket.
             await asyncio.wait([pipe.closed for pipe in pipes], timeout=_PIPE_TIMEOUT)
         finally:
             for pipe in pipes:
@@ -331,7 +331,7 @@ class _PipeReader:
 
 
 class _PipeWriter:
-    """Writes to a pipe as it takes it. Whoever reads it may vanish at any time."""
+    """Writes to a pipe without blocking. Its reader may vanish at any time."""
 
     def __init__(self, descriptor: int) -> None:
         self._loop = asyncio.get_running_loop()
@@ -371,7 +371,7 @@ class _PipeWriter:
 
 
 def _pipe(undo: contextlib.ExitStack, theirs: contextlib.ExitStack, ours: str) -> tuple[int, int]:
-    """A pipe, as our end and the child's; which is closed by whom is noted."""
+    """A pipe: our end, which `undo` closes, and the child's, which `theirs` closes."""
     read, write = os.pipe2(os.O_CLOEXEC)
     mine, its = (read, write) if ours == "read" else (write, read)
     undo.callback(os.close, mine)

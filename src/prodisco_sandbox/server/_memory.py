@@ -1,7 +1,7 @@
-"""Memory: how much there is for executions, and the end of those that take more.
+"""Memory limits: how much executions may use, and a watch that kills those that use more.
 
-Counted is memory in use, over all processes of an execution, and not address space, of
-which JavaScript, Java and WebAssembly reserve far more than they ever use.
+Memory in use counts, over all processes of an execution. Address space does not:
+JavaScript, Java and WebAssembly reserve far more of it than they ever use.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _MIB = 1 << 20
 _DEFAULT = 2048 * _MIB
 """For an execution where nothing bounds this server but the machine."""
 SLACK = 16 * _MIB
-"""What an execution may have beyond its limit, so that a single process meets MemoryError first."""
+"""Bytes that an execution may use beyond its limit, so that a single process gets MemoryError first."""
 _SMALL = 32 * _MIB
-"""What uses less is not to blame for a container that is full."""
+"""An execution that uses less is not singled out when the container is full."""
 _RATE = 8 << 30
-"""Bytes per second that are not outrun: two processors fill less."""
+"""Bytes per second that the watch keeps up with: two processors fill less."""
 _SHORTEST, _LONGEST = 0.002, 0.25
 """Seconds between looks."""
 _ENDING = 5.0
-"""Seconds that killed processes are given to be gone."""
+"""Seconds for which the memory of killed processes may still be in use."""
 _STEP = 8 * _MIB
 _KNOWS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")  # noqa: PTH110
 """Whether the kernel lists a process's children; else all processes have to be looked at."""
@@ -42,7 +42,7 @@ _KNOWS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")  # n
 
 @dataclass(frozen=True)
 class Memory:
-    """What executions may use, in bytes.
+    """The limits of executions, in bytes.
 
     Attributes:
         each: An execution.
@@ -59,10 +59,10 @@ class Memory:
 
     @classmethod
     def find(cls, wanted: int | None, proc: Path = Path("/proc"), machine: int | None = None) -> Memory:
-        """Of what this process has, leaves some for the server and divides the rest.
+        """Divides the memory of the container or machine between the server and executions.
 
         Args:
-            wanted: For each execution; None: all that is left.
+            wanted: Limit of each execution; None: all that is left.
             proc: Where proc(5) is mounted.
             machine: Bytes of the machine's memory.
         """
@@ -150,7 +150,7 @@ class Watched:
 
 
 class MemoryWatch:
-    """Looks at the memory of executions, the more often the less is left; kills what takes too much.
+    """Kills executions that use too much memory; looks more often the less is left.
 
     A thread of its own, since the event loop may be busy with somebody's output.
 
@@ -180,7 +180,7 @@ class MemoryWatch:
             self._thread = thread
         with self._lock:
             if not self._watched and self._memory.container:
-                # Files in memory that are there already must not keep code from removing them.
+                # Files in memory from earlier executions must not keep code from removing them.
                 used = self._memory.container.used() + SLACK
                 self._full = max(self._memory.full, min(used, self._memory.container.limit - SLACK // 4))
             self._watched.add(watched)
@@ -196,7 +196,7 @@ class MemoryWatch:
     def _run(self) -> None:
         while True:
             self._busy.wait()
-            # Most executions are over by then.
+            # Most executions end within the first delay.
             delay = min(0.05, self._memory.total / _RATE)
             while self._busy.is_set():
                 time.sleep(delay)
@@ -238,20 +238,20 @@ class MemoryWatch:
         return max(0, min(left, self._memory.each + SLACK - biggest.use))
 
     def _somebody_ends(self) -> bool:
-        """Whether what was killed may still have its memory, for which nobody else is to blame."""
+        """Whether killed processes may still hold memory, for which no other execution is to be killed."""
         with self._lock:
             ending = any(one.over is not None for one in self._watched)
         return ending and time.monotonic() < self._last_kill + _ENDING
 
     def _measure(self, one: Watched) -> None:
-        """Sees what the execution uses, and lets its processes have address space for what is left."""
+        """Measures an execution, and lets its processes reserve what is left of its limit."""
         one.pids = _below(one.supervisor)
         processes = {pid: status for pid in one.pids if (status := _status(pid))}
         anonymous = sum(status["RssAnon"] for status in processes.values())
         shared = sum(status["RssShmem"] for status in processes.values())
         in_files = self._shared_memory_files(one.pids)
         if anonymous + max(shared, in_files) > min(self._memory.each, self._memory.total // 2):
-            # What processes share counts in each; the exact figures take the kernel longer.
+            # Shared pages count in each process here; exact figures take the kernel longer.
             exact = [figures for pid in processes if (figures := _proportional(pid) or _status(pid))]
             anonymous = sum(figures["RssAnon"] for figures in exact)
             shared = sum(figures["RssShmem"] for figures in exact)
@@ -266,7 +266,7 @@ class MemoryWatch:
             common = _device(_confine.SHARED_MEMORY)
             for pid in pids:
                 path = f"/proc/{pid}/root{_confine.SHARED_MEMORY}"
-                # A process that was but just forked still sees that of the machine or pod.
+                # A process that was just forked still sees that of the machine or pod.
                 if _device(path) in (None, common):
                     continue
                 with contextlib.suppress(OSError):
@@ -277,7 +277,7 @@ class MemoryWatch:
     def _kill(self, one: Watched, text: str) -> None:
         one.over = f"killed: {text}"
         self._last_kill = time.monotonic()
-        log.warning("an execution is killed, which uses %d MiB: %s", one.use >> 20, text)
+        log.warning("killing an execution that uses %d MiB: %s", one.use >> 20, text)
         for pid in one.pids:
             _tree.send(pid, signal.SIGKILL)
 
@@ -288,8 +288,8 @@ _WHAT = "which is what --memory-limit-mb or its container leaves it"
 def _allow(one: Watched, pid: int, data: int) -> None:
     """Bounds a process's data so that it gets MemoryError when nothing is left.
 
-    RLIMIT_DATA counts what is writable, used or not: for each thread a whole stack. What
-    code has set itself stays.
+    RLIMIT_DATA counts writable memory, used or not: for each thread a whole stack. A limit
+    that the code has set itself stays.
     """
     with contextlib.suppress(OSError, ValueError):  # ended, or not ours to bound
         soft, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
@@ -320,7 +320,7 @@ def _below(root: int) -> list[int]:
 
 
 def _status(pid: int) -> dict[str, int] | None:
-    """Bytes of anonymous (also in swap) and shared memory in use, and of data; None of what has ended."""
+    """Bytes of anonymous memory (swap included), shared memory and data; None if the process has ended."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123
             found = _figures(file.read(), ("VmData", "VmRSS", "RssAnon", "RssShmem", "VmSwap"))
@@ -328,7 +328,7 @@ def _status(pid: int) -> dict[str, int] | None:
         return None
     if "VmRSS" not in found:
         return None
-    # gVisor does not tell the kinds of memory apart; pages of files count, too, then.
+    # gVisor reports no kinds of memory; then pages of files count too.
     found = {"RssAnon": found["VmRSS"], "RssShmem": 0} | found
     found["RssAnon"] += found.get("VmSwap", 0)
     return found

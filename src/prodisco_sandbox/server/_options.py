@@ -43,7 +43,7 @@ class Options:
     """Only ask a running server with these settings whether it is well."""
     isolation: str
     pod_name: str | None
-    """None: this is no pod, or it was not told its name."""
+    """None: the server runs in no pod, or was not given its name."""
     writable: tuple[Path, ...]
     pass_env: tuple[str, ...]
     grace_period: float
@@ -63,7 +63,7 @@ class Options:
 
     @property
     def socket_target(self) -> str:
-        """The socket as gRPC takes it, which decodes what looks percent-encoded in a path."""
+        """The socket as a gRPC target; gRPC decodes percent-encoding in paths."""
         return "unix:" + quote(os.fsencode(self.socket))
 
 
@@ -169,7 +169,7 @@ SETTINGS = (
 
 
 def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> Options:
-    """Reads the command line, and the environment for what it leaves open.
+    """Reads the command line, and the environment for settings that it does not give.
 
     Raises:
         OptionsError: A setting is wrong, does not exist, or contradicts another.

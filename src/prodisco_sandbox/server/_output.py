@@ -12,7 +12,7 @@ _PART = 4096
 class Output:
     """One output of an execution.
 
-    Bytes are decoded as UTF-8, whatever cannot be being replaced. Offsets count
+    Bytes are decoded as UTF-8, and invalid ones replaced. Offsets count
     characters. Past `limit` characters nothing more is kept, and the text says so.
     """
 

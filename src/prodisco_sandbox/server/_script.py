@@ -21,7 +21,7 @@ else:
     FileFinder, SourceFileLoader = importlib_external.FileFinder, importlib_external.SourceFileLoader
 
 REPORT = 3
-"""The descriptor for what is said about the end of the code."""
+"""The descriptor for the report on how the code ended."""
 MAX_REPORT = 4 << 20
 """Bytes of a report that are read."""
 
@@ -60,7 +60,7 @@ def run(job: dict[str, Any]) -> object:
     return _testing.run(source, tests, REPORT)
 
 
-# What a child that multiprocessing has spawned runs as its main module.
+# The main module of a child that multiprocessing spawns.
 _EXECUTE = """\
 for _name, _text in {parts!r}:
     exec(compile(_text, _name, "exec", dont_inherit=True), """

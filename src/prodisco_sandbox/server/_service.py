@@ -32,9 +32,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _OUTCOMES = ("passed", "failed", "skipped")
 _GONE = "the client went away"
 _NAMED = 100
-"""Characters of a wrong id or name that are repeated: clients refuse a status with a long text."""
+"""Characters of a wrong id or name that an error repeats: clients refuse a long status message."""
 _UNNAMED = 100
-"""Lines of a report, other than tests, that are looked at: there is one, or else code wrote them."""
+"""Lines of a report, other than tests, that are read: the runner writes one, code may have written more."""
 
 
 class SandboxService(NoLanguageServer):
@@ -55,7 +55,7 @@ class SandboxService(NoLanguageServer):
             await _begun(execution, context)
             await execution.finished()
         finally:
-            # Where it has not ended, whoever asked is gone, and nobody will ask again.
+            # If it has not ended, its caller is gone, and nobody else knows its id.
             self._executions.cancel(execution, _GONE)
         result = _result(execution)
         return pb.ExecuteResponse(
@@ -258,7 +258,7 @@ def _test_response(execution: Execution) -> pb.ExecuteTestResponse:
     others = [record for record in records if "name" not in record]
     error = next((shortened(record["error"]) for record in others if record["error"]), None)
     done = any("done" in record for record in others)
-    # A failed test is no error of the run; a crash or a timeout is, after whatever test.
+    # A failed test is no error of the run; a crash or a timeout is.
     if error is None and execution.state != State.COMPLETED and not (done and counts["failed"]):
         error = execution.error
     if error is None and not done:

@@ -95,7 +95,7 @@ def _refusal() -> str | None:
     """Why executions cannot have shared memory of their own here; None where they can."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        # Of threads, whose locks the child would never see released: it takes none.
+        # It warns of threads whose locks the child would never see released; the child takes no lock.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:

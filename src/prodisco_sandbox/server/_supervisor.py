@@ -66,7 +66,7 @@ _READ = 65536
 
 def main(load: Callable[[], dict[str, Any]], codes: list[tuple[str, CodeType]]) -> object:
     status = int(sys.argv[3])
-    # Bubblewrap's, of directories outside: from these ``..`` leads out of its namespace.
+    # Among them may be bubblewrap's, of directories outside: ``..`` of these leads out of its namespace.
     os.closerange(3, status)
     os.closerange(status + 1, os.sysconf("SC_OPEN_MAX"))
     _confine.become_subreaper()
@@ -96,14 +96,14 @@ def _remove(path: str) -> None:
     try:
         os.unlink(path)  # noqa: PTH108
     except OSError:
-        return  # Never made, removed by the code, or closed to us by it: it goes with the server.
+        return  # It was never made, or the code has removed or locked it; then it goes with the server.
 
 
 def _fork(most: int | None) -> int:
     """Forks a child with room for `most` more processes and threads of this user.
 
-    RLIMIT_NPROC counts all of the user's, also those in other containers, which nobody
-    can see from here; so how many there are is found by trying.
+    RLIMIT_NPROC counts all of the user's processes, also those in other containers, which
+    cannot be seen from here; their number is found by trying.
     """
     if most is None:
         return os.fork()
@@ -146,7 +146,7 @@ class _Watch:
             poll.register(descriptor, select.POLLIN)
         while self._exit is None:
             ready = dict(poll.poll())
-            if 0 in ready:  # closed: there is nothing more to be said than "stop"
+            if 0 in ready:  # closed, which means "stop"
                 break
             if self._report_fd in ready and not self._read_report():
                 poll.unregister(self._report_fd)
@@ -194,7 +194,7 @@ def _child(job: dict[str, Any], codes: list[tuple[str, CodeType]], supervisor: i
             _confine.move(source, target, dict(job["writable"]).get(source))
     try:
         os.chdir(job["cwd"])
-    except PermissionError:  # locked by an earlier execution, for good if nobody could come back in
+    except PermissionError:  # locked by an earlier execution
         os.chmod(job["cwd"], 0o700)  # noqa: PTH101
         os.chdir(job["cwd"])
     _confine.set_limits(job["limits"])

@@ -27,8 +27,8 @@ def run(code: str, tests: str, report: int) -> int:
 
     Writes a line of JSON to `report` for every test as it ends, so that those before a
     crash or a timeout are not lost: name, outcome (passed, failed or skipped), error,
-    duration_ms; or, where it does not come to tests, error alone. The last line tells that
-    all of them were run.
+    duration_ms; or error alone, if no test could run. The last line says that all tests
+    were run.
 
     Returns:
         The exit status: 0 where all tests passed or were skipped.
@@ -75,9 +75,9 @@ def run(code: str, tests: str, report: int) -> int:
 
 
 def make_room(error: BaseException) -> None:
-    """Lets there be memory to tell of the want of it.
+    """Raises the memory limit, so that a MemoryError can be reported.
 
-    The server's watch leaves as much between this limit and the end of the process.
+    The server's memory watch leaves this much between the limit and killing the process.
     """
     if isinstance(error, MemoryError):
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -86,7 +86,7 @@ def make_room(error: BaseException) -> None:
 
 
 def _told(text: str) -> str:
-    """The text as it can be told: bounded, and without halves of characters."""
+    """The text as it can be reported: bounded, and without lone surrogates."""
     if len(text) > _ERROR:
         note = f"\n[cut: {len(text):,} characters]"
         text = text[: _ERROR - len(note)] + note
@@ -137,7 +137,7 @@ def _call(function: Callable[[], Any]) -> tuple[str, str | None, float]:
             function()
     except BaseException as error:  # noqa: BLE001
         make_room(error)
-        # unittest's and pytest's; the latter is no Exception.
+        # unittest's and pytest's skips; pytest's is a BaseException.
         if type(error).__name__ in ("SkipTest", "Skipped"):
             outcome, text = "skipped", str(error)
         else:

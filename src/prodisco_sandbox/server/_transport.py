@@ -24,8 +24,8 @@ def credentials(options: Options) -> grpc.ServerCredentials | None:
     """The server's TLS credentials, or None for plaintext.
 
     Raises:
-        OptionsError: A file cannot be read, or is not what it should be. There is no
-            falling back to plaintext.
+        OptionsError: A file cannot be read or has the wrong content. The server never
+            falls back to plaintext.
     """
     if options.transport_mode == "insecure":
         return None
@@ -35,7 +35,7 @@ def credentials(options: Options) -> grpc.ServerCredentials | None:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # Only to find out now, with a reason, what gRPC would say of every handshake.
+        # A bad key or certificate is reported now, with a reason; gRPC would fail every handshake instead.
         context.load_cert_chain(options.tls_cert, options.tls_key)
     except (ssl.SSLError, OSError) as error:
         raise OptionsError(
@@ -74,7 +74,7 @@ def bind(server: grpc.aio.Server, options: Options) -> str:
 
     if options.host is None:
         with _socket_to_itself(options.socket):
-            # Not even for a moment may others connect.
+            # The mode is set before the socket listens, so that no other user can connect in between.
             umask = os.umask(0o177)
             try:
                 add(options.socket_target)
@@ -116,7 +116,7 @@ def _lock(descriptor: int, directory: Path) -> None:
 
 
 def _refuse_live(path: Path) -> None:
-    """Refuses a path that somebody serves, or that is no socket; gRPC replaces a stale one."""
+    """Refuses a path that is served or is no socket; gRPC replaces a stale socket."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Messages that are no protobuf of the expected kind."""
+"""Answers to messages that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ async def streamed(answers: Any) -> AsyncIterator[Any]:
 
 
 class Undecodable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Answers INTERNAL, as the protocol says, to what cannot be decoded.
+    """Answers INTERNAL, as the protocol says, to a message that cannot be decoded.
 
-    Left to itself, gRPC answers UNKNOWN and logs a traceback for every such message.
+    By default gRPC answers UNKNOWN and logs a traceback for every such message.
     """
 
     async def intercept_service(
@@ -31,7 +31,7 @@ class Undecodable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        # Its functions are coroutines here, whatever their types say.
+        # The handler's functions are coroutines; their declared types are those of the synchronous API.
         handler: Any = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler

@@ -9,9 +9,9 @@ from pathlib import Path
 
 _BLOCK = 512
 _LONG = 1024
-"""Bytes of a path from which on it is opened in pieces: the kernel takes 4,096, and walks all of them."""
+"""Bytes from which on a path is opened in pieces: the kernel takes 4,096, and walks each path whole."""
 _PIECES = 200
-"""So many are open at the same time, of all that the server may open; what lies deeper does not count."""
+"""Pieces that are open at the same time, to spare the server's descriptors; deeper files do not count."""
 _ENTRY = 4096
 """Bytes counted for each file and directory as such, so that empty ones are not free."""
 
@@ -19,7 +19,7 @@ _ENTRY = 4096
 def disk_usage(directories: Iterable[Path], enough: int) -> int:
     """Bytes on disk below the directories; counting ends where `enough` is passed.
 
-    What vanishes meanwhile does not count.
+    Files that vanish meanwhile do not count.
     """
     total = 0
     # Open directories, each with the paths from there that are still to be looked at.

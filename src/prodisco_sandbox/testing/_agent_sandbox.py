@@ -1,7 +1,7 @@
-"""What agent-sandbox's controller (0.5.6) decides about a Sandbox, as a pure function.
+"""The decisions of agent-sandbox's controller (0.5.6) about a Sandbox, as a pure function.
 
-`reconcile` is one pass of the controller: from a Sandbox and its pod to what is done to the
-pod and which status is written. `FakeCustomObjectsApi` and `LocalCluster` carry it out, each
+`reconcile` is one pass of the controller: given a Sandbox and its pod, it says what to do to
+the pod and which status to write. `FakeCustomObjectsApi` and `LocalCluster` carry it out, each
 with pods of its own kind. Texts, reasons and the order of conditions are the real ones.
 """
 
@@ -21,7 +21,7 @@ _SELECTOR = "agents.x-k8s.io/sandbox-name-hash"
 EXPIRY_SECONDS = 0.07
 """From SandboxExpired to the deletion, as seen on a cluster."""
 _LEAST_WAIT = 2.0
-"""The controller never plans its look at a shutdownTime nearer than this."""
+"""Seconds until the controller's next pass for a shutdownTime, at least."""
 _FINISHED = {
     "Succeeded": ("PodSucceeded", "Pod completed successfully"),
     "Failed": ("PodFailed", "Pod failed"),
@@ -40,7 +40,7 @@ class Pod:
         ips: status.podIPs.
         ready: Whether its Ready condition is True.
         deleting: Whether it has a deletionTimestamp.
-        message: How it ended, in place of the controller's own words.
+        message: How it ended, instead of the controller's own words.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Pass:
         delete_sandbox: Whether the Sandbox is deleted; then no status is written.
         pod_name: The value of the annotation `POD_NAME`; None: it is taken off.
         status: The whole status to write; None: it stays as it is.
-        wait: Seconds to the next pass, should nothing change before; None: no need.
+        wait: Seconds to the next pass if nothing changes before; None: no pass is needed.
     """
 
     create_pod: bool = False
@@ -98,7 +98,7 @@ def reconcile(
 
     Args:
         sandbox: The Sandbox as it is now.
-        pod: The pod of the name `pod_name`, whoever owns it; None: there is none.
+        pod: The pod of the name `pod_name`, of any owner; None: there is none.
         now: Unix time.
         refusal: What the API server answers to the creation of a pod; empty: it creates it.
         expires: Whether spec.shutdownTime counts.
@@ -128,7 +128,7 @@ def reconcile(
 
 
 def _expired(sandbox: Object, pod: Pod | None, now: float) -> Pass:
-    """The condition first; the rest goes in the pass after, if the time has not moved meanwhile."""
+    """Writes the condition first; the next pass does the rest, unless the time was moved meanwhile."""
     status = sandbox.get("status") or {}
     conditions = Conditions(sandbox, lambda: manifest.lease_time(now, 0))
     marked = conditions.reason("Ready") == "SandboxExpired"
@@ -215,7 +215,7 @@ def _ready(sandbox: Object, pod: Pod | None, error: str) -> tuple[str, str, str]
 
 
 def _changed(sandbox: Object, status: Object) -> Object | None:
-    """The status, if the controller writes it: for a node's name alone it waits for more."""
+    """The status, if the controller writes it: it does not write for a node's name alone."""
     old = sandbox.get("status") or {}
     if status == old:
         return None

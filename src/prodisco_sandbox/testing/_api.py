@@ -75,16 +75,15 @@ class FakeCustomObjectsApi(FakeCluster):
 
     Args:
         versions: The API versions that are served; see `versions`.
-        auto_ready: What becomes of a new Sandbox's pod, and of each that follows it: True
-            makes it ready, a number does so after so many seconds (``math.inf``: never), and
-            a function of the Sandbox says which of these for each one, or returns the status
-            to write, or None to leave it. False: nothing, until the test calls `set_ready` or
-            `set_status`.
+        auto_ready: Whether a new Sandbox's pod, and each that follows it, becomes ready: True
+            at once, a number after so many seconds (``math.inf``: never). A function of the
+            Sandbox returns one of these, or the status to write, or None to leave it. False:
+            nothing happens until the test calls `set_ready` or `set_status`.
         namespaces: The namespaces that exist; None: all.
-        user: Who asks, in the texts of 403 answers.
+        user: The user in the texts of 403 answers.
         now: The wall clock of timestamps and of ``spec.shutdownTime``, in Unix seconds.
-        history: How many changes and requests are remembered; who lags further behind
-            gets 410.
+        history: How many changes and requests are remembered; a watch that lags further
+            behind gets 410.
         bookmark_interval: Seconds between the BOOKMARK events of a watch that allows them;
             one more comes shortly before its end.
         pod_termination: Seconds that a deleted pod takes until it is gone; for the second half
@@ -240,7 +239,7 @@ class FakeCustomObjectsApi(FakeCluster):
         return answer
 
     def _check_served(self, call: Call) -> None:
-        """Authorization comes first: who may not list does not learn what is served."""
+        """Authorization comes first: a caller that may not list does not learn what is served."""
         if call.verb in self._forbidden:
             if call.verb == "discovery":
                 raise _status.discovery_forbidden(self._user, f"/apis/{call.group}/{call.version}")

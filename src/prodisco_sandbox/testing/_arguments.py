@@ -45,7 +45,7 @@ LIST = COMMON | {
 
 
 class Call(NamedTuple):
-    """What a method was called with."""
+    """The arguments of a method call."""
 
     verb: Verb
     group: str
@@ -119,7 +119,7 @@ def revision(kwargs: Mapping[str, Any]) -> int | None:
 
 
 def parsed(text: str) -> Any:
-    """What kubernetes_asyncio makes of the body of a watch that it reads to its end."""
+    """The value that kubernetes_asyncio returns for a watch whose body it reads to its end."""
     try:
         return json.loads(text)
     except ValueError:

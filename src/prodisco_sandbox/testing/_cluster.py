@@ -1,4 +1,4 @@
-"""The test's side of the fake API server: what there is, and what to do to it."""
+"""The test's side of the fake API server: reading and changing its state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._watch import Watch
 
 
 class FakeCluster:
-    """Sandboxes in memory, and all that a test asks of them or does to them.
+    """Sandboxes in memory, with the methods by which a test reads and changes them.
 
     `FakeCustomObjectsApi` is this with the methods of CustomObjectsApi.
     """
@@ -123,7 +123,7 @@ class FakeCluster:
 
         return end
 
-    # What tests change.
+    # Changes by tests
 
     @property
     def versions(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ class _Record:
 
     Attributes:
         expires: Whether its spec.shutdownTime counts: not where the test alone gave it a pod.
-        start: What becomes of the pod that it gets next, if that is decided.
+        start: How the pod that it gets next becomes ready, if that is decided.
         fields: Fields of its status that the test has set, while it has that pod.
         written: The status that the controller wrote last.
     """
@@ -100,7 +100,7 @@ class Controller:
 
     def _created(self, key: Key, uid: str) -> None:
         if key not in self._store.objects:
-            return  # Who heard of it first has deleted it.
+            return  # A listener that was called before has deleted it.
         start = self._decision(key)
         if start is None or start is False:
             return
@@ -127,7 +127,7 @@ class Controller:
         if sandbox is not None and sandbox["metadata"]["uid"] == uid and uid in self._records:
             self.set_status(key, plain(status))
 
-    # What the test does
+    # Changes by the test
 
     def set_status(self, key: Key, status: Object) -> None:
         self._store.set_status(key, status)

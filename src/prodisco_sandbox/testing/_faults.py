@@ -1,4 +1,4 @@
-"""What can go wrong on the way to the API server and back, on demand."""
+"""Faults on the way to the API server and back, on demand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Request(NamedTuple):
     """One call of the API.
 
     Attributes:
-        verb: What it asks for.
+        verb: Such as ``create``.
         name: The object's name; None where the request has none.
         namespace: Empty for discovery.
         version: The API version of its path.
@@ -56,7 +56,7 @@ Latency = float | Callable[[Request], float]
 
 
 class Fault:
-    """One thing that goes wrong, from `Faults.add`. As a context manager it ends with the block.
+    """One fault, from `Faults.add`. As a context manager it ends with the block.
 
     Attributes:
         hits: How many requests it has met.
@@ -160,7 +160,7 @@ class Fault:
         self, loop: asyncio.AbstractEventLoop, until: float, operation: Callable[[], object]
     ) -> None:
         def land() -> None:
-            # Whoever asked has gone: nobody is there to be told of a refusal.
+            # The caller is gone: nobody would see a refusal.
             with contextlib.suppress(ApiException):
                 operation()
 

@@ -40,7 +40,7 @@ def check_content_type(kind: str) -> None:
 
 
 def patched(sandbox: Object, patch: Any, kind: str) -> Any:
-    """What a patch makes of an object, which stays as it is.
+    """The patched copy of an object.
 
     Raises:
         ApiException: 400 or 422, as the API server has it.

@@ -28,7 +28,7 @@ _FIELDS = ("metadata.name", "metadata.namespace")
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """What a list or a watch is about.
+    """The objects that a list or a watch selects.
 
     Attributes:
         namespace: The namespace of the request's path.

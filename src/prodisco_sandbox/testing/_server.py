@@ -1,4 +1,4 @@
-"""FakeSandboxServer: a real gRPC server on loopback that answers what it is told to."""
+"""FakeSandboxServer: a real gRPC server on loopback with scripted answers."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ _OPTIONS = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     # GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, whose string lacks the "recv":
-    # a client's keepalive every 10 s would else be too_many_pings and cut long calls.
+    # without it, a client's keepalive every 10 s would be too_many_pings and cut long calls.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    # A second server on the same port is a mistake, not a twin.
+    # A second server on the same port is an error: the two would share the calls.
     ("grpc.so_reuseport", 0),
 )
 
@@ -83,7 +83,7 @@ class FakeCall:
         rpc: Its name, such as ``"Execute"``; ``"Check"`` is the standard health service's.
         request: The protobuf message that came.
         timeout: Seconds that were left until the client's deadline; None: it set none.
-        outcome: What became of it; "cancelled" by the client, by a broken connection, or
+        outcome: How it ended; "cancelled" by the client, by a broken connection, or
             by the end of the server.
         ended: Set once `outcome` is no longer "running".
     """
@@ -96,7 +96,7 @@ class FakeCall:
 
 
 class FakeSandboxServer:
-    """A scripted sandbox server, for tests of what talks to sandboxes.
+    """A scripted sandbox server, for tests of programs that talk to sandboxes.
 
     ::
 
@@ -106,7 +106,7 @@ class FakeSandboxServer:
                 result = await client.execute("print(6 * 7)")
             assert server.calls[0].request.code == "print(6 * 7)"
 
-    What is not scripted succeeds with little: empty output, no symbols.
+    Calls that are not scripted succeed with an empty result: no output, no symbols.
 
     It needs real sockets and therefore real time: under a virtual clock its calls would
     time out.
@@ -124,10 +124,10 @@ class FakeSandboxServer:
             in `calls`. False: as the stock Node server.
         pod_name: The pod that it is in; None: it was not told.
         queues: Whether it says that code begins with the answer, or with the first chunk:
-            until then what it was asked to run is queued. Needs `fences`.
+            until then the code is queued. Needs `fences`.
 
     Attributes:
-        calls: What it was asked, in the order of arrival.
+        calls: The calls so far, in the order of arrival.
         boot_id: Its boot id; None: without fences, or not started yet.
         fences: As given; counts from the next `start`.
         pod_name: Likewise.
@@ -166,13 +166,13 @@ class FakeSandboxServer:
 
     @property
     def target(self) -> str:
-        """What `SandboxClient` takes; the port is known once the server has started."""
+        """The target for `SandboxClient`; the port is known once the server has started."""
         if self._socket_path is not None:
             return f"unix:{os.fspath(self._socket_path)}"
         return f"127.0.0.1:{self._port}"
 
     def script(self, rpc: str, *answers: Any) -> None:
-        """Says what to answer: one answer per call, the last one from then on.
+        """Sets the answers of a method: one per call, the last one from then on.
 
         An answer is one of
 
@@ -198,7 +198,7 @@ class FakeSandboxServer:
         self._scripts[rpc] = list(answers)
 
     def set_serving(self, serving: bool) -> None:
-        """What the health services say from now on; True at first."""
+        """Sets what the health services answer from now on; True at first."""
         self._serving = serving
 
     async def wait_for_call(self, rpc: str, *, count: int = 1, timeout: float = 60.0) -> FakeCall:
@@ -246,7 +246,7 @@ class FakeSandboxServer:
         server, self._server = self._server, None
         if server is not None:
             await server.stop(grace)
-            # gRPC does not wait for what it runs them in.
+            # gRPC does not wait for the tasks that run them.
             if tasks := self._tasks - {asyncio.current_task()}:
                 await asyncio.wait(tasks, timeout=1)
 
@@ -358,7 +358,7 @@ class FakeSandboxServer:
 
 @contextlib.asynccontextmanager
 async def _items(answer: Any) -> AsyncIterator[AsyncGenerator[Any]]:
-    """What a stream consists of; a generator of the test's is closed in the end."""
+    """The items of a stream; a generator of the test's is closed in the end."""
 
     async def one_by_one() -> AsyncGenerator[Any]:
         single = isinstance(answer, bytes) or not isinstance(answer, Iterable)

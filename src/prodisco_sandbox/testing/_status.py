@@ -1,4 +1,4 @@
-"""What the API server answers when it refuses: Status bodies, as kubernetes_asyncio raises them."""
+"""Refusals of the API server: Status bodies, as kubernetes_asyncio raises them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._cluster.manifest import GROUP, KIND, PLURAL, Object
 RESOURCE = f"{PLURAL}.{GROUP}"
 
 Cause = tuple[str, str, str]
-"""Reason, field and message of one thing that is wrong with an object."""
+"""Reason, field and message of one error in an object."""
 
 _DEFAULTS = {
     400: ("BadRequest", "the server rejected our request for an unknown reason"),
@@ -29,7 +29,7 @@ _DEFAULTS = {
     503: ("ServiceUnavailable", "the server is currently unable to handle the request"),
     504: ("Timeout", "Timeout: request did not complete within requested timeout"),
 }
-# Python's phrases have changed with the RFCs; these are Go's.
+# Go's phrases; those of Python differ between versions.
 _PHRASES = {413: "Request Entity Too Large", 422: "Unprocessable Entity"}
 
 
@@ -137,7 +137,7 @@ def modified(name: str) -> ApiException:
 
 
 def invalid(name: str, causes: Iterable[Cause], kind: str = KIND) -> ApiException:
-    """422 with all that is wrong with an object."""
+    """422 with all errors in an object."""
     found = list(causes)
     texts = [f"{field}: {message}" for _, field, message in found]
     listed = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"

@@ -1,6 +1,6 @@
 """The Sandboxes of a fake API server: versions, history, and what each request does to them.
 
-Synchronous and pure but for the wall clock. Objects are never changed in place, so that
+Synchronous and pure, except for the wall clock. Objects are never changed in place, so that
 answers, history and watches may share them; they are copied where they enter and leave.
 """
 
@@ -28,7 +28,7 @@ EventType = Literal["ADDED", "MODIFIED", "DELETED"]
 LINGERING = "foregroundDeletion"
 """The finalizer of a deletion that waits for something, as a foreground deletion has it."""
 
-# The server's own fields of metadata: what a client writes there is not looked at.
+# Fields of metadata that the server sets: a client's values are ignored.
 _OWN = ("uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds")
 
 
@@ -38,8 +38,8 @@ class Change:
 
     Attributes:
         revision: The resourceVersion of the step.
-        old: The object before; None: it was created.
-        new: The object since; None: it is gone.
+        old: The object before the step; None: it was created.
+        new: The object after it; None: it is gone.
     """
 
     revision: int
@@ -79,7 +79,7 @@ class Store:
 
     def __init__(self, now: Callable[[], float], history: int) -> None:
         self.objects: dict[Key, Object] = {}
-        # Just below 100, so that whoever compares versions as text soon finds out.
+        # Just below 100, so that code which compares versions as text soon fails.
         self.revision = self.compacted = 97
         self.quota: int | None = None
         self.lingers = False

@@ -1,5 +1,5 @@
-"""What the API server checks before it stores a Sandbox: names, labels, and the parts of
-the schema that a mistake is likely to meet."""
+"""The API server's checks of a Sandbox: names, labels, and the parts of the schema that
+mistakes are likely to violate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KEY_RULE = (
 )
 
 _GO_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
-# The way down to what a Sandbox cannot do without.
+# The path to a Sandbox's required fields.
 _REQUIRED = (("spec", dict), ("podTemplate", dict), ("spec", dict), ("containers", list))
 _SPEC = {"service": bool, "shutdownTime": str, "shutdownPolicy": str, "operatingMode": str}
 _STATUS = {"conditions": list, "podIPs": list, "serviceFQDN": str}
@@ -42,7 +42,7 @@ _CONDITION_FIELDS = ("lastTransitionTime", "message", "reason", "status", "type"
 
 @functools.lru_cache(maxsize=256)
 def label_value_error(value: str) -> str | None:
-    """What is wrong with a label value; None: nothing."""
+    """The error in a label value; None if it is valid."""
     if len(value) > 63:
         return f'Invalid value: "{value}": must be no more than 63 characters'
     if value and not _LABEL.fullmatch(value):
@@ -90,7 +90,7 @@ def check_delete_options(options: Any) -> None:
 
 
 def check_patched(body: Any) -> None:
-    """Checks that what a patch has made can still be read as an object.
+    """Checks that a patched object can still be read as one.
 
     Raises:
         ApiException: 422.

@@ -19,7 +19,7 @@ from ._store import Change, shown
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 TIMER_SLACK = 0.001
-"""A loop's timer may fire that much early; what is due by then has come."""
+"""Seconds that a loop's timer may fire early."""
 LAST_BOOKMARK = 2.0
 """Seconds before a watch's end at which the server sends a last bookmark."""
 
@@ -97,7 +97,7 @@ class Content:
 
 
 class Response:
-    """What the API gives with ``_preload_content=False``: as much of aiohttp's
+    """The API's answer with ``_preload_content=False``: as much of aiohttp's
     ClientResponse as clients use, and no exception for any status."""
 
     def __init__(
@@ -186,7 +186,7 @@ class Watch(Response):
         self._plan_bookmark()
 
     def offer(self, change: Change) -> None:
-        """Sends the event that a change is for this watch, if it is one."""
+        """Sends the event of a change, if this watch selects it."""
         if change.revision > self._since and (event := change.seen_by(self.selector)):
             self.send(*event)
 
