@@ -16,7 +16,7 @@ from _patience import PATIENCE, until
 
 from prodisco_sandbox import SandboxFailedError, SandboxManager
 from prodisco_sandbox.errors import SandboxError
-from prodisco_sandbox.local import LocalCluster
+from prodisco_sandbox.local import LocalCluster, _keeper, _processes
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 Object = dict[str, Any]
@@ -36,6 +36,17 @@ async def until_there(path: Path) -> None:
     async with asyncio.timeout(PATIENCE):
         while not path.exists():
             await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def patient_keeper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Servers get so long to end by themselves that no busy machine kills them before."""
+    source = _processes._FILE.read_text()
+    grace = f"\nSTOP_GRACE = {_keeper.STOP_GRACE}\n"
+    assert grace in source
+    keeper = tmp_path.with_name(f"{tmp_path.name}-keeper.py")
+    keeper.write_text(source.replace(grace, f"\nSTOP_GRACE = {PATIENCE}\n"))
+    monkeypatch.setattr(_processes, "_FILE", keeper)
 
 
 # Whole lives, on real servers
@@ -220,6 +231,7 @@ async def test_suspended_before_its_turn_to_start_it_leaves_its_place(tmp_path: 
         await until(lambda: list(cluster.directory.iterdir()) == [])
 
 
+@pytest.mark.usefixtures("patient_keeper")
 @pytest.mark.parametrize(("status", "how"), [(0, "PodSucceeded"), (1, "PodFailed")])
 async def test_a_deleted_pod_is_finished_before_another_one_comes(
     tmp_path: Path, status: int, how: str
@@ -257,6 +269,7 @@ async def test_a_dead_server_stays_dead_until_its_pod_is_deleted(tmp_path: Path)
         await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
 
 
+@pytest.mark.usefixtures("patient_keeper")
 async def test_a_name_waits_for_the_server_that_holds_it(tmp_path: Path) -> None:
     script = STUB.replace("read -r _", f"while ! [ -e {tmp_path}/end ]; do sleep 0.02; done")
     script = script.replace("echo", "trap '' TERM\necho", 1)
