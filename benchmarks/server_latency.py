@@ -1,5 +1,7 @@
 """Start-up time and idle memory of the reference server, and the latency of ``print(1)``.
 
+Times are also given as multiples of what starting and ending a bare interpreter takes.
+
 Run it where nothing else does::
 
     python benchmarks/server_latency.py [--runs N] [-- SERVER OPTIONS]
@@ -82,9 +84,18 @@ async def latencies(target: str, at_once: int, runs: int, pause: float) -> list[
     return found
 
 
-def report(name: str, values: list[float], unit: str) -> None:
-    p95 = statistics.quantiles(values, n=20)[-1]
-    print(f"{name:<44} median {statistics.median(values):7.1f} {unit}   p95 {p95:7.1f} {unit}")
+def bare_interpreter() -> float:
+    """Milliseconds that the least possible Python process takes."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-I", "-c", "pass"], check=True)
+    return (time.perf_counter() - began) * 1000
+
+
+def report(name: str, values: list[float], floor: float) -> None:
+    median, p95 = statistics.median(values), statistics.quantiles(values, n=20)[-1]
+    print(
+        f"{name:<44} median {median:7.1f} ms {median / floor:6.1f}x   p95 {p95:7.1f} ms {p95 / floor:6.1f}x"
+    )
 
 
 def main() -> None:
@@ -93,12 +104,15 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="options of the server, after --")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        bare = [bare_interpreter() for _ in range(given.runs)]
+        floor = statistics.median(bare)
+        report("a bare interpreter", bare, floor)
         starts = []
         for _ in range(STARTS):
             process, target, seconds = start(directory, given.options)
             stop(process)
             starts.append(seconds * 1000)
-        report("start-up, process to serving", starts, "ms")
+        report("start-up, process to serving", starts, floor)
         process, target, _ = start(directory, given.options)
         try:
             asyncio.run(latencies(target, 1, 5, 0))
@@ -109,7 +123,7 @@ def main() -> None:
             for at_once, pause in ((1, 0.2), (1, 0.0), (8, 0.0)):
                 values = asyncio.run(latencies(target, at_once, given.runs, pause))
                 how = "one after another" if not pause else f"every {pause} s"
-                report(f"print(1), {at_once} at once, {how}", values, "ms")
+                report(f"print(1), {at_once} at once, {how}", values, floor)
             print(f"{os.cpu_count()} processors, Python {sys.version.split()[0]}")
         finally:
             stop(process)

@@ -23,6 +23,7 @@ from pydantic import AnyHttpUrl
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.local import LocalCluster
+from prodisco_sandbox.manager import SessionContext
 from prodisco_sandbox.mcp import SandboxTools, add_sandbox_tools, sandbox_lifespan
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 
@@ -45,13 +46,29 @@ ERAS = ("legacy", "2026-07-28")
 """What `Client` takes as mode: the handshake of 2025-11-25 and before, and requests that stand alone."""
 
 
+class Manager(SandboxManager):
+    """Remembers the sessions that the tool has asked for."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._asked: dict[str, None] = {}
+
+    def session(self, session_id: str | None = None) -> SessionContext:
+        self._asked[session_id or ""] = None
+        return super().session(session_id)
+
+    @property
+    def sessions(self) -> list[str]:
+        return [key for key in self._asked if self.has_session(key)]
+
+
 @dataclass
 class Rig:
     """A server with the tool, and what is behind it."""
 
     server: MCPServer[Any]
     tools: SandboxTools
-    manager: SandboxManager
+    manager: Manager
     sandbox: FakeSandboxServer
     api: FakeCustomObjectsApi
 
@@ -71,7 +88,7 @@ async def rig(
         config = SandboxManagerConfig(
             mode="multi", endpoint=lambda _: sandbox.target, **{"max_sessions": 4, **(settings or {})}
         )
-        manager = SandboxManager(config, custom_objects_api=api)
+        manager = Manager(config, custom_objects_api=api)
         server, tools = make_server(manager, auth=auth, **options)
         yield Rig(server, tools, manager, sandbox, api)
         await manager.shutdown()

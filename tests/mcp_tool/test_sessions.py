@@ -233,7 +233,7 @@ async def test_one_caller_cannot_take_all_slots() -> None:
             # A session counts like a handle; it is the same person.
             async with connect(url, "legacy", token="alice") as session:
                 assert "You have 2 sandboxes" in await refused(session, "")
-                for key in list(r.manager._current):
+                for key in r.manager.sessions:
                     await r.manager.on_session_closed(key)
                 await run(session, "")
         assert r.manager.stats().created == 4
@@ -259,7 +259,7 @@ async def test_who_comes_back_after_a_reap_is_told_once_that_the_files_are_gone(
     settings = {"session_idle_timeout": 600.0, "idle_check_interval": 60.0}
     async with rig(settings=settings) as r, Client(r.server, mode=era) as client:
         known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
-        (key,) = r.manager._current
+        (key,) = r.manager.sessions
         put_forward(monkeypatch, 700.0)
         await until(lambda: r.manager.stats().reaped == 1 and not r.api.objects)
         r.sandbox.script("ExecuteTest", NEVER)
@@ -278,7 +278,7 @@ async def test_who_comes_back_after_a_reap_is_told_once_that_the_files_are_gone(
 async def test_an_error_tells_it_too() -> None:
     async with rig() as r, Client(r.server, mode=MODERN) as client:
         handle = (await run(client, ""))["sandbox"]
-        (key,) = r.manager._current
+        (key,) = r.manager.sessions
         await r.manager.on_session_closed(key)
         r.sandbox.script("ExecuteStream", [ExecutionChunk("e1", "result", result=timeout())])
         result = await call(client, "", sandbox=handle)
@@ -297,7 +297,7 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     async with rig(settings={"max_sessions": 1}) as r, Client(r.server, mode=MODERN) as client:
         for _ in range(2):
             handle = (await run(client, ""))["sandbox"]
-            await r.manager.on_session_closed(next(iter(r.manager._current)))
+            await r.manager.on_session_closed(r.manager.sessions[0])
         sandboxes = r.tools._sandboxes
         assert len(sandboxes._memories) == 1, "of handles that may never come back"
         assert "This is a new sandbox" in (await run(client, "", sandbox=handle))["note"]
@@ -520,7 +520,7 @@ async def test_a_call_to_a_machine_that_was_restarted_in_place_is_repeated_with_
         known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
         await r.sandbox.kill()
         await r.sandbox.start()
-        (key,) = r.manager._current
+        (key,) = r.manager.sessions
         await reconnected(await r.manager.get_client(key))
         r.sandbox.calls.clear()
         result = await run(client, "", **arguments, **known)
@@ -565,10 +565,8 @@ async def test_a_first_call_whose_machine_is_replaced_at_once_leaves_no_sandbox_
 async def test_where_there_is_no_new_machine_the_model_hears_that_nothing_was_run() -> None:
     async with rig(settings={"ready_timeout": 1.0}) as r, Client(r.server, mode=MODERN) as client:
         handle = (await run(client, ""))["sandbox"]
-        (key,) = r.manager._current
-        session = r.manager._current[key]
-        assert session.client is not None
-        fence = session.client._connection.fence
+        (key,) = r.manager.sessions
+        fence = (await r.manager.get_client(key))._connection.fence
         assert fence is not None
         fence.boot_id = "0" * 32
         r.sandbox.set_serving(False)
