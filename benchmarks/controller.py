@@ -58,10 +58,11 @@ class _Controller:
         listing = f"{self._base}/{PLURAL}"
         async with self._session.get(listing) as answer:
             version = (await answer.json())["metadata"]["resourceVersion"]
-        while True:
+        for number in itertools.count():
             query = {"watch": "true", "resourceVersion": version}
             async with self._session.get(listing, params=query) as answer:
-                print(json.dumps("watching"), flush=True)
+                if number == 0:  # A later one would be taken for the answer to a command.
+                    print(json.dumps("watching"), flush=True)
                 async for line in answer.content:
                     event = json.loads(line)
                     metadata = event["object"]["metadata"]
