@@ -313,16 +313,16 @@ async def test_the_connection_is_opened_on_first_use_shared_and_closed(
     ):
         await resources.get("x")
     monkeypatch.setenv("KUBECONFIG", str(whole(tmp_path / "config")))  # A failure is not kept.
-    apis = await asyncio.gather(*(resources._api() for _ in range(5)))
+    apis = await asyncio.gather(*(resources.connection.api() for _ in range(5)))
     assert len({id(api) for api in apis}) == 1
-    closed = []
-    close = apis[0].api_client.close
+    client: Any = apis[0].client
+    closed, close = [], client.close
 
     async def note() -> None:
         closed.append(True)
         await close()
 
-    monkeypatch.setattr(apis[0].api_client, "close", note)
+    monkeypatch.setattr(client, "close", note)
     await resources.aclose()
     assert closed == [True]
 

@@ -20,6 +20,7 @@ from prodisco_sandbox import (
     SandboxPermissionError,
     SandboxUnavailableError,
 )
+from prodisco_sandbox._aio.pacing import backoff
 from prodisco_sandbox._cluster.api_errors import (
     AlreadyExistsError,
     ExpiredError,
@@ -30,7 +31,7 @@ from prodisco_sandbox._cluster.api_errors import (
     UnsupportedError,
 )
 from prodisco_sandbox._cluster.manifest import managed_selector, name
-from prodisco_sandbox._cluster.requests import SandboxResources, backoff
+from prodisco_sandbox._cluster.requests import SandboxResources
 from prodisco_sandbox.testing import Watch, api_error, plain_error
 
 pytestmark = pytest.mark.looptime
@@ -363,9 +364,7 @@ class Opened(PlainApi):
         self.closed += 1
 
 
-async def test_a_connection_is_opened_once_and_closed_and_one_that_was_given_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_connection_is_opened_once_and_closed_and_one_that_was_given_is_not() -> None:
     made: list[Opened] = []
 
     async def open_api() -> Opened:
@@ -373,8 +372,7 @@ async def test_a_connection_is_opened_once_and_closed_and_one_that_was_given_is_
         made.append(Opened())
         return made[-1]
 
-    monkeypatch.setattr("prodisco_sandbox._cluster.requests.open_custom_objects_api", open_api)
-    resources = SandboxResources(settings())
+    resources = SandboxResources(settings(), open_api=open_api)
     await asyncio.gather(*(resources.get("x") for _ in range(5)))
     await resources.aclose()
     assert [api.closed for api in made] == [1]
@@ -387,28 +385,22 @@ async def test_a_connection_is_opened_once_and_closed_and_one_that_was_given_is_
     assert len(made) == 1
 
 
-async def test_a_configuration_that_hangs_is_given_up_after_30_seconds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_configuration_that_hangs_is_given_up_after_30_seconds() -> None:
     async def open_api() -> None:
         await asyncio.sleep(3600)
 
-    monkeypatch.setattr("prodisco_sandbox._cluster.requests.open_custom_objects_api", open_api)
-    resources = SandboxResources(settings())
+    resources = SandboxResources(settings(), open_api=open_api)
     with pytest.raises(SandboxUnavailableError, match="not been loaded within 30 s"):
         await resources.create(body())
     assert now() == pytest.approx(30.0, abs=1e-3)
     await resources.aclose()
 
 
-async def test_requests_under_way_when_the_connection_closes_are_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_requests_under_way_when_the_connection_closes_are_told() -> None:
     async def open_api() -> None:
         await asyncio.sleep(3600)
 
-    monkeypatch.setattr("prodisco_sandbox._cluster.requests.open_custom_objects_api", open_api)
-    resources = SandboxResources(settings())
+    resources = SandboxResources(settings(), open_api=open_api)
     asking = asyncio.create_task(resources.get("x"))
     await asyncio.sleep(1)
     await resources.aclose()

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from _patience import PATIENCE
 
-from prodisco_sandbox._aio.tasks import Pace, RequestTurns
+from prodisco_sandbox._aio.pacing import Pace, RequestTurns
 
 
 class Passes:

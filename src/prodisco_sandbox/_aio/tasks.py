@@ -1,15 +1,15 @@
-"""Tasks with an owner: named, kept, and ended together; and how much they do at a time."""
+"""Tasks with an owner: named, kept, and ended together."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from .._log import get_logger
+from .pacing import Pace as Pace
 
 RESTART_PAUSE = 1.0
 END_TIMEOUT = 1.0
@@ -84,80 +84,3 @@ class OwnedTasks:
         if pending:
             _, pending = await asyncio.wait(pending, timeout=END_TIMEOUT)
         return [task.get_name() for task in pending]
-
-
-class Pace:
-    """Lets a few tasks go on in each pass of the event loop, first come first served.
-
-    What hundreds of tasks have to do at the same moment would else be done in one pass,
-    and everything else in the process would stand still meanwhile.
-    """
-
-    def __init__(self, per_pass: int) -> None:
-        self._per_pass = self._left = per_pass
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    async def __call__(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._left:
-            if self._left == self._per_pass:
-                loop.call_soon(self._next_pass)
-            self._left -= 1
-            return
-        turn = loop.create_future()
-        self._waiting.append(turn)
-        await turn
-
-    def _next_pass(self) -> None:
-        self._left = self._per_pass
-        while self._waiting and self._left:
-            turn = self._waiting.popleft()
-            if not turn.done():  # cancelled
-                turn.set_result(None)
-                self._left -= 1
-        if self._left < self._per_pass:
-            asyncio.get_running_loop().call_soon(self._next_pass)
-
-
-class RequestTurns:
-    """Lets so many requests go on at once, first come first served, and new connections one by one.
-
-    Each of these has its TLS handshake, half a millisecond of the loop's time, and those of
-    requests that begin together would be done in one pass.
-
-    Args:
-        most: How many at once.
-        pause: Seconds between two that need a new connection, after the first few: there never
-            were so many at once.
-        kept: Seconds without any request after which connections are taken for closed.
-    """
-
-    FEW = 4
-
-    def __init__(self, most: int, *, pause: float, kept: float) -> None:
-        self._turns = asyncio.Semaphore(most)
-        self._pause, self._kept = pause, kept
-        self._running = self._connections = 0
-        self._ended = self._next = -math.inf
-
-    async def __aenter__(self) -> None:
-        await self._turns.acquire()
-        now = asyncio.get_running_loop().time()
-        if not self._running and now - self._ended > self._kept:
-            self._connections = 0
-        self._running += 1
-        if self._running <= self._connections:
-            return
-        self._connections = self._running
-        self._next = max(self._next, now - self.FEW * self._pause) + self._pause
-        if self._next > now:
-            try:
-                await asyncio.sleep(self._next - now)
-            except BaseException:
-                await self.__aexit__()
-                raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._running -= 1
-        self._ended = asyncio.get_running_loop().time()
-        self._turns.release()

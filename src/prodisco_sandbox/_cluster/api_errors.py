@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .._aio.pacing import backoff
 from ..errors import (
     SandboxCapacityError,
     SandboxConflictError,
@@ -16,7 +17,7 @@ from ..errors import (
     SandboxUnavailableError,
 )
 from . import refusals as _refusals
-from .manifest import GROUP, PLURAL
+from .resource import SANDBOX, Resource
 
 
 class RetryableError(SandboxUnavailableError):
@@ -29,6 +30,10 @@ class RetryableError(SandboxUnavailableError):
 
     ambiguous = True
     retry_after: float | None = None
+
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait before the next try; `attempt` counts the tries that failed before this one."""
+        return backoff(attempt) if self.retry_after is None else self.retry_after
 
 
 class NotFoundError(SandboxError):
@@ -70,11 +75,16 @@ WRITES = ("create", "patch", "delete")
 
 
 def translate(
-    verb: str, namespace: str, code: int, body: object, headers: Mapping[str, str] | None
+    verb: str,
+    namespace: str,
+    code: int,
+    body: object,
+    headers: Mapping[str, str] | None,
+    resource: Resource = SANDBOX,
 ) -> SandboxError:
     """What an HTTP error means. `body` is a Kubernetes Status in JSON, or any text."""
     status, said = _read(code, body)
-    text = f"the API server refused to {verb} a Sandbox in namespace {namespace!r}: {said}"
+    text = f"the API server refused to {verb} a {resource.kind} in namespace {namespace!r}: {said}"
     if _refusals.is_denied(said) and not _refusals.exceeded_quota(said):
         # The webhook chooses the code: one that failed inside says 500.
         if code == 429 or code >= 500:
@@ -85,7 +95,7 @@ def translate(
             why = "the credentials are missing, have expired or were revoked"
             return SandboxPermissionError(f"{text}: {why}", status=code)
         case 403:
-            return _forbidden(verb, said, text, is_status=(status or {}).get("kind") == "Status")
+            return _forbidden(verb, said, text, resource, is_status=(status or {}).get("kind") == "Status")
         case 404 if status is None and body:
             return VersionGoneError(text, status=code)
         case 404 if ((status or {}).get("details") or {}).get("kind") == "namespaces":
@@ -110,11 +120,11 @@ def translate(
     return SandboxFailedError(text, status=code)
 
 
-def _forbidden(verb: str, said: str, text: str, *, is_status: bool) -> SandboxError:
+def _forbidden(verb: str, said: str, text: str, resource: Resource, *, is_status: bool) -> SandboxError:
     """What a 403 means: RBAC, a quota, an admission plugin and proxies all use it."""
     if _refusals.exceeded_quota(said):
         return SandboxCapacityError(text, status=403)
-    if rule := _missing_rule(verb, said):
+    if rule := _missing_rule(verb, said, resource):
         return SandboxPermissionError(f"{text} ({rule})", status=403)
     if _refusals.may_pass(said):
         return retryable(403, text, None, ambiguous=False)
@@ -126,13 +136,14 @@ def _forbidden(verb: str, said: str, text: str, *, is_status: bool) -> SandboxEr
 
 
 def rbac_refused(verb: str, code: int, body: object) -> bool:
-    """Whether RBAC said so, which an API server that starts does to everybody."""
+    """Whether RBAC refused, which it does to everybody while an API server starts."""
     said = _read(code, body)[1]
-    return code == 403 and not _refusals.is_denied(said) and _missing_rule(verb, said) is not None
+    return code == 403 and not _refusals.is_denied(said) and _missing_rule(verb, said, SANDBOX) is not None
 
 
-def _missing_rule(verb: str, said: str) -> str | None:
-    return _refusals.missing_rule("" if said == "HTTP 403" else said, GROUP, PLURAL, verb)
+def _missing_rule(verb: str, said: str, resource: Resource) -> str | None:
+    text = "" if said == "HTTP 403" else said
+    return _refusals.missing_rule(text, resource.group, resource.plural, verb)
 
 
 def _read(code: int, body: object) -> tuple[dict[str, Any] | None, str]:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-import yaml
 from kubernetes_asyncio.client import ApiClient, Configuration, CustomObjectsApi
 from kubernetes_asyncio.client.rest import RESTClientObject
 from kubernetes_asyncio.config import incluster_config
 from kubernetes_asyncio.config.kube_config import ConfigNode, KubeConfigLoader
 
+from .._aio.single_flight import SingleFlight
+from .._log import get_logger
 from ..errors import SandboxUnavailableError
+from .kubeconfig import existing, read_kubeconfig
+from .lenient import CustomObjects
 
+OPEN_TIMEOUT = 30.0
+"""Bound on loading the configuration, which may run a credential plugin."""
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 RETIRED_FOR = 150.0
-"""Seconds after which nothing runs any more on connections with a former client certificate."""
-_NOBODY = "\0"
-_LISTS = ("clusters", "contexts", "users")
+"""Seconds after which no request or watch uses a connection with a former client certificate."""
 
 T = TypeVar("T")
 
@@ -48,8 +52,77 @@ async def open_custom_objects_api() -> Any:
     return CustomObjectsApi(await _in_thread(lambda: OwnClient(configuration, credentials)))
 
 
-class KubeconfigError(Exception):
-    """A kubeconfig that is no use."""
+class Connection:
+    """The API object that requests go to: one that was passed in, or one that is opened on first use.
+
+    Attributes:
+        connects: Whether requests need connections; a stand-in in memory needs none.
+        renewals: How often the credentials have been renewed.
+    """
+
+    def __init__(
+        self, given: Any | None, open_api: Callable[[], Awaitable[Any]], events: Counter[str] | None = None
+    ) -> None:
+        self._log = get_logger("kubernetes", events)
+        self._given = None if given is None else CustomObjects(given)
+        self._open_api = open_api
+        self._open = SingleFlight("kubernetes-config", self._opened)
+        self._renew = SingleFlight("kubernetes-credentials", self._renewed)
+        self.connects = self._given is None or self._given.client is not None
+        self.renewals = 0
+
+    async def api(self) -> CustomObjects:
+        return await self._open() if self._given is None else self._given
+
+    async def renew(self, since: int) -> bool:
+        """Renews the credentials after a 401, unless that has been done meanwhile.
+
+        Args:
+            since: `renewals` when the request was sent.
+
+        Returns:
+            Whether the request may succeed now.
+
+        Raises:
+            SandboxUnavailableError: New credentials could not be loaded.
+        """
+        client = (await self.api()).client
+        if not isinstance(client, OwnClient):  # It was passed in: its own hook is called for each request.
+            configuration = getattr(client, "configuration", None)
+            return getattr(configuration, "refresh_api_key_hook", None) is not None
+        if since == self.renewals:
+            self._renew.forget()
+            await self._renew()
+        return True
+
+    async def aclose(self) -> None:
+        """Ends what is under way, and closes a connection that was opened here."""
+        await self._renew.aclose()
+        opened = await self._open.aclose()
+        if opened is not None and opened.client is not None:
+            await opened.client.close()
+
+    async def _opened(self) -> CustomObjects:
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                return CustomObjects(await self._open_api())
+        except TimeoutError as e:
+            raise SandboxUnavailableError(
+                f"the Kubernetes configuration has not been loaded within {OPEN_TIMEOUT:g} s"
+            ) from e
+
+    async def _renewed(self) -> None:
+        client: Any = (await self.api()).client
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                await client.renew_credentials()
+        except (SandboxUnavailableError, TimeoutError) as e:
+            why = str(e) or f"not within {OPEN_TIMEOUT:g} s"
+            self._log.warning("credentials_not_renewed", reason=why)
+            text = f"the API server refused the credentials, and new ones could not be loaded: {why}"
+            raise SandboxUnavailableError(text, status=401) from e.__cause__ or e
+        self.renewals += 1
+        self._log.info("credentials_renewed")
 
 
 class OwnClient(ApiClient):  # type: ignore[misc]
@@ -148,7 +221,7 @@ class Credentials:
     async def _before_request(
         self, configuration: Configuration, reads_again: Callable[[Configuration], None] | None
     ) -> None:
-        """As kubernetes_asyncio asks for it: reads a token again, or runs the plugin, when it is due."""
+        """Called by kubernetes_asyncio: reads a token again, or runs the plugin, when that is due."""
         try:
             if reads_again is not None:
                 reads_again(configuration)
@@ -171,107 +244,13 @@ def _forget(loader: KubeConfigLoader, files: str) -> bool:
     user = loader._user or {}
     provider = user["auth-provider"].value.get("config") or {} if loader.provider else {}
     renewable = loader.provider == "gcp" or "refresh-token" in provider
-    if not renewable and all(path.is_file() for path in _paths(files)):
+    if not renewable and all(path.is_file() for path in existing(files)):
         return False
     if renewable:
         provider.pop("id-token", None)
         provider.pop("access-token", None)
     loader.__dict__.pop("exec_plugin_expiry", None)
     return True
-
-
-def read_kubeconfig(files: str, context: str | None) -> dict[str, Any]:
-    """Merges kubeconfig files as kubectl does, and checks that the context is whole.
-
-    Args:
-        files: Paths, separated by colons. Files that do not exist are passed over.
-        context: The context to use; None: current-context.
-
-    Returns:
-        The merged file, with that context as current-context.
-
-    Raises:
-        KubeconfigError: The message names the file and what is wrong with it, and holds no secret.
-    """
-    merged: dict[str, Any] = {"current-context": context, **{kind: {} for kind in _LISTS}}
-    paths = _paths(files)
-    if not paths:
-        raise KubeconfigError("there is no kubeconfig file")
-    for path in paths:
-        content = _parsed(path)
-        merged["current-context"] = merged["current-context"] or content.get("current-context")
-        for kind in _LISTS:
-            for item in _items(path, kind, content):
-                # Paths in it are relative to its file.
-                merged[kind].setdefault(item["name"], ConfigNode(f"{path}/{kind}", item, str(path)))
-    where, name = ", ".join(map(str, paths)), merged["current-context"]
-    if not any(merged.values()):
-        raise KubeconfigError(f"{where} is empty: it needs {', '.join(_LISTS)} and current-context")
-    if not name:
-        raise KubeconfigError(f"{where} has no current-context: kubectl config use-context NAME sets it")
-    chosen = _named(merged, "contexts", name, where)
-    cluster = chosen.get("cluster")
-    if not cluster:
-        raise KubeconfigError(f"{where} has a context {name!r} without a cluster")
-    if not isinstance(_named(merged, "clusters", cluster, where).get("server"), str):
-        raise KubeconfigError(f"{where} has a cluster {cluster!r} without a server")
-    if user := chosen.get("user"):
-        _named(merged, "users", user, where)
-    else:  # kubernetes_asyncio has no words for nobody.
-        chosen["user"] = _NOBODY
-        merged["users"][_NOBODY] = {"name": _NOBODY, "user": {}}
-    return {**merged, **{kind: list(merged[kind].values()) for kind in _LISTS}}
-
-
-def _paths(files: str) -> list[Path]:
-    # Asked as kubectl asks: a pipe will do (KUBECONFIG=<(...)).
-    paths = (os.path.expanduser(file) for file in files.split(os.pathsep) if file)  # noqa: PTH111
-    return [Path(path) for path in paths if os.path.exists(path)]  # noqa: PTH110
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except OSError as e:
-        raise KubeconfigError(f"{path} cannot be read: {e.strerror}") from e
-    except (yaml.YAMLError, RecursionError) as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise KubeconfigError(
-            f"{path} is no YAML{line}: {getattr(e, 'problem', None) or type(e).__name__}"
-        ) from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise KubeconfigError(
-            f"{path} holds {type(content).__name__}, not a mapping with {', '.join(_LISTS)}"
-        )
-    return content
-
-
-def _items(path: Path, kind: str, content: dict[str, Any]) -> list[dict[str, Any]]:
-    items = content.get(kind) or []
-    key = kind.removesuffix("s")
-    if not isinstance(items, list):
-        raise KubeconfigError(f"{path} has {kind} that is no list")
-    for item in items:
-        named = isinstance(item, dict) and isinstance(item.get("name"), str)
-        if not named or not isinstance(item.get(key) or {}, dict):
-            raise KubeconfigError(
-                f"{path} has an entry of {kind} without a name, or whose {key} is no mapping"
-            )
-    return items
-
-
-def _named(merged: dict[str, Any], kind: str, name: object, where: str) -> dict[str, Any]:
-    """The entry of that name: its mapping."""
-    if not isinstance(name, str) or name not in merged[kind]:
-        known = ", ".join(map(repr, merged[kind])) or "none"
-        raise KubeconfigError(f"{where} has no {kind.removesuffix('s')} {name!r} (it has {known})")
-    item: dict[str, dict[str, Any]] = merged[kind][name].value
-    key = kind.removesuffix("s")
-    item[key] = item.get(key) or {}
-    return item[key]
 
 
 def _strip(configuration: Configuration) -> None:

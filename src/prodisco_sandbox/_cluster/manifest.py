@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import SandboxManagerConfig, TlsConfig
-from ..errors import SandboxError
 from . import refusals as _refusals
 
 GROUP = "agents.x-k8s.io"
@@ -33,8 +32,6 @@ MANAGED_BY = "mcp-server"
 CACHE_DIR = "/tmp/prodisco-scripts"
 TLS_DIR = "/etc/prodisco/tls"
 
-_DEAD_REASONS = frozenset({"PodFailed", "PodSucceeded"})
-
 Object = dict[str, Any]
 """A Sandbox as the API server returns it."""
 
@@ -48,10 +45,14 @@ def session_hash(session_id: str) -> str:
     return _digest(session_id).hex()[:40]
 
 
+def name_digest(session_id: str, incarnation: int = 0) -> str:
+    """What tells the name of a session's object from others: 32 hex digits."""
+    return hashlib.sha256(_digest(session_id) + incarnation.to_bytes(8, "big")).hexdigest()[:32]
+
+
 def sandbox_name(session_id: str, incarnation: int = 0) -> str:
     """The Sandbox's name: always a valid DNS label, different for different ids."""
-    digest = hashlib.sha256(_digest(session_id) + incarnation.to_bytes(8, "big"))
-    return f"sandbox-{digest.hexdigest()[:32]}"
+    return f"sandbox-{name_digest(session_id, incarnation)}"
 
 
 def _digest(session_id: str) -> bytes:
@@ -77,42 +78,18 @@ def matches(sandbox: Object, selector: str) -> bool:
     return all(found.get(key) == value for key, value in (part.split("=", 1) for part in selector.split(",")))
 
 
-def sandbox_body(
-    config: SandboxManagerConfig, api_version: str, name: str, session: str, lease: str | None = None
-) -> Object:
-    """The Sandbox to create.
-
-    Args:
-        config: Namespace, image, port, TLS and the optional pod template.
-        api_version: ``v1alpha1`` or ``v1beta1``.
-        name: From `sandbox_name`.
-        session: From `session_hash`.
-        lease: From `lease_time`: when the cluster removes it by itself.
-    """
-    labels = {
-        LABEL_APP: APP,
-        LABEL_MANAGED_BY: config.managed_by,
-        LABEL_INSTANCE: config.instance_label,
-        LABEL_SESSION: session,
-    }
-    template = _default_pod_template(config)
-    if config.pod_template_spec is not None:
-        template = copy.deepcopy(config.pod_template_spec)
+def sandbox_spec(config: SandboxManagerConfig, api_version: str, labels: dict[str, str]) -> Object:
+    """The spec of a new Sandbox; `labels` are those of its pod."""
+    template = copy.deepcopy(config.pod_template_spec)
+    if template is None:
+        template = _default_pod_template(config)
     metadata = template["metadata"] = dict(template.get("metadata") or {})
-    metadata["labels"] = {**(metadata.get("labels") or {}), **labels, LABEL_SANDBOX: name}
-    spec: Object = {
+    metadata["labels"] = {**(metadata.get("labels") or {}), **labels}
+    return {
         "podTemplate": template,
         # Since agent-sandbox 0.4.6 there is no Service, hence no serviceFQDN, without it.
         "service": True,
         **({"replicas": 1} if api_version == "v1alpha1" else {"operatingMode": "Running"}),
-    }
-    if lease is not None:
-        spec |= lease_spec(lease)
-    return {
-        "apiVersion": f"{GROUP}/{api_version}",
-        "kind": KIND,
-        "metadata": {"name": name, "namespace": config.namespace, "labels": labels},
-        "spec": spec,
     }
 
 
@@ -184,18 +161,13 @@ def lease_time(now: float, duration: float) -> str:
     return end.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def lease_spec(lease: str) -> Object:
-    """The spec fields of a lease. The default shutdownPolicy, Retain, would keep it."""
-    return {"shutdownTime": lease, "shutdownPolicy": "Delete"}
-
-
-def lease_lapsed(sandbox: Object, now: float) -> bool:
-    """Whether the Sandbox has a shutdownTime that lies before the Unix time `now`."""
-    text = (sandbox.get("spec") or {}).get("shutdownTime")
+def time_lapsed(spec: Object, now: float) -> bool:
+    """Whether a spec has a shutdownTime that lies before the Unix time `now`."""
+    text = spec.get("shutdownTime")
     if not isinstance(text, str):
         return False
     try:
-        # Offset-less times are no RFC 3339; UTC is what the API server would write.
+        # The API server writes UTC; a time without an offset is no RFC 3339.
         time = dt.datetime.fromisoformat(text)
     except ValueError:
         return False
@@ -249,11 +221,8 @@ def pod_ips(sandbox: Object) -> tuple[str, ...]:
 
 def place(sandbox: Object, target: str) -> tuple[object, ...]:
     """Where its status says that its machine is, and since when: what another machine changes."""
-    conditions = (sandbox.get("status") or {}).get("conditions") or ()
-    since = [
-        c.get("lastTransitionTime") for c in conditions if isinstance(c, dict) and c.get("type") == "Ready"
-    ]
-    return (target, pod_ips(sandbox), *since)
+    ready = conditions(sandbox).get("Ready")
+    return (target, pod_ips(sandbox), *(() if ready is None else (ready.get("lastTransitionTime"),)))
 
 
 def holds_volumes(sandbox: Object) -> bool:
@@ -285,14 +254,14 @@ def is_suspended(sandbox: Object, since: int = 0) -> bool:
 
     Started before that, it would report its dying pod as ready (agent-sandbox 0.5.6).
     """
-    conditions = _conditions(sandbox, since)
-    if "Suspended" in conditions:
-        return conditions["Suspended"].get("status") == "True"
+    found = conditions(sandbox, since)
+    if "Suspended" in found:
+        return found["Suspended"].get("status") == "True"
     # Controllers before 0.5 do not say; what they said before the latest patch does not count.
-    return bool(conditions or not since) and not pod_ips(sandbox)
+    return bool(found or not since) and not pod_ips(sandbox)
 
 
-def _conditions(sandbox: Object, since: int) -> dict[Any, Object]:
+def conditions(sandbox: Object, since: int = 0) -> dict[Any, Object]:
     """The conditions by type, without those from before the generation `since`."""
     found = [c for c in (sandbox.get("status") or {}).get("conditions") or () if isinstance(c, dict)]
     return {c.get("type"): c for c in found if not _is_older(c.get("observedGeneration"), since)}
@@ -327,108 +296,80 @@ Phase = Literal["starting", "running", "suspended", "dead", "ending", "never"]
 
 
 @dataclass(frozen=True, slots=True)
-class Readiness:
-    """What a Sandbox says of itself.
+class Machine:
+    """Where the status says that the pod is.
+
+    Attributes:
+        pod: The pod's name.
+        ips: Its addresses.
+        service: The DNS name of its Service, if there is one.
+    """
+
+    pod: str = ""
+    ips: tuple[str, ...] = ()
+    service: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an object says of itself.
 
     Attributes:
         phase: ``"starting"``; ``"running"``: it can be connected to; ``"suspended"``, or about to
             be; ``"dead"``: its pod has come to its end and never runs again, which says nothing
-            of the Sandbox; ``"ending"``: it is being deleted, or its own time is over;
+            of the object; ``"ending"``: it is being deleted, or its own time is over;
             ``"never"``: its spec cannot work.
         target: gRPC target where it is running.
         text: The phase in words, with condition reason and message, for errors.
         refusal: What the controller is told each time it tries to make the pod, if that is
             unlikely to pass: see `refusal`.
+        machine: Its pod.
     """
 
     phase: Phase
     target: str | None
     text: str
     refusal: Refusal | None = None
+    machine: Machine = Machine()
 
 
-def readiness(sandbox: Object, config: SandboxManagerConfig, *, now: float, since: int = 0) -> Readiness:
-    """Reads a Sandbox's status.
-
-    Running means that the endpoint is known and that the Ready condition is True, or
-    that the controller reports no Ready condition at all. A Service alone is not
-    enough: it exists before its pod is ready.
-
-    Args:
-        sandbox: As the API server returns it.
-        config: Where its endpoint is.
-        now: The Unix time: SandboxExpired counts only once its own shutdownTime is past, since
-            another manager may have moved that meanwhile.
-        since: The generation that the reader's own latest patch has made; what the
-            controller observed before that does not count.
-    """
-    if is_deleting(sandbox):
-        return Readiness("ending", None, "it is being deleted")
-    if 0 < generation(sandbox) < since:
-        return Readiness("starting", None, "the latest change of its spec is not seen yet")
-    status = sandbox.get("status") or {}
-    conditions = _conditions(sandbox, since)
-    ready, finished = conditions.get("Ready"), conditions.get("Finished")
-    reason = ready.get("reason") if ready is not None and ready.get("status") == "False" else None
-    if ready is not None and reason == "SandboxExpired" and lease_lapsed(sandbox, now):
-        return Readiness("ending", None, _condition_text(ready))
-    if not is_to_run(sandbox):
-        return Readiness("suspended", None, _condition_text(ready) if ready else "it is suspended")
-    if finished is not None and finished.get("status") == "True":
-        return Readiness("dead", None, _condition_text(finished))
-    if ready is not None and ready.get("status") != "True":
-        text = _condition_text(ready)
-        if reason in _DEAD_REASONS:
-            return Readiness("dead", None, text)
-        if reason == "InvalidConfiguration":
-            return Readiness("never", None, text)
-        return Readiness("starting", None, text, refusal(str(reason), str(ready.get("message") or "")))
-    if ready is None and since and status.get("conditions"):
-        return Readiness("starting", None, "the controller has not seen the latest change of its spec yet")
-    target = endpoint(sandbox, config)
-    if target is None:
-        known = (
-            "no status yet (does agent-sandbox's controller run?)"
-            if not status
-            else "no address in its status yet"
-        )
-        return Readiness("starting", None, known)
-    return Readiness("running", target, "ready" if ready is None else _condition_text(ready))
+def machine(sandbox: Object) -> Machine:
+    service = (sandbox.get("status") or {}).get("serviceFQDN")
+    return Machine(pod_name(sandbox), pod_ips(sandbox), str(service) if service else None)
 
 
-def _condition_text(condition: Object) -> str:
-    text = f"{condition.get('type')}={condition.get('status')}"
-    if condition.get("reason"):
-        text += f", reason {condition['reason']}"
-    if condition.get("message"):
-        text += f": {condition['message']}"
-    return text
+# For callers that know Sandboxes alone.
+
+Readiness = Reading
+
+
+def sandbox_body(
+    config: SandboxManagerConfig, api_version: str, name: str, session: str, lease: str | None = None
+) -> Object:
+    from .resource import SANDBOX
+
+    return SANDBOX.body(config, api_version, name, session, lease)
+
+
+def readiness(sandbox: Object, config: SandboxManagerConfig, *, now: float, since: int = 0) -> Reading:
+    from .resource import SANDBOX
+
+    return SANDBOX.reading(sandbox, config, now=now, since=since)
 
 
 def endpoint(sandbox: Object, config: SandboxManagerConfig) -> str | None:
-    """The gRPC target of a Sandbox as `config.endpoint` wants it; None if not known yet.
+    from .resource import endpoint
 
-    "auto" prefers the pod IP: a headless Service is selected by a 32-bit hash of the
-    name, so that two Sandboxes can share one, and its DNS lags. Where TLS verifies the
-    host, only the Service has a name that a certificate can carry.
-    """
-    if callable(config.endpoint):
-        try:
-            target: object = config.endpoint(sandbox)
-        except Exception as e:
-            raise SandboxError(f"the function that is the setting endpoint failed: {e!r}") from e
-        if target is None or isinstance(target, str):
-            return target
-        raise SandboxError(f"the setting endpoint returned {target!r}: it must be a gRPC target or None")
-    status = sandbox.get("status") or {}
-    ips, fqdn = pod_ips(sandbox), status.get("serviceFQDN")
-    named = config.tls is not None and config.tls.server_name is None
-    if config.endpoint == "pod-ip" or (config.endpoint == "auto" and ips and not named):
-        if not ips:
-            return None
-        host = f"[{ips[0]}]" if ":" in ips[0] else ips[0]
-    elif fqdn:
-        host = str(fqdn)
-    else:
-        return None
-    return f"{host}:{config.sandbox_port}"
+    return endpoint(sandbox, machine(sandbox), config)
+
+
+def lease_spec(lease: str) -> Object:
+    from .resource import SANDBOX
+
+    return SANDBOX.deadline_spec(lease)
+
+
+def lease_lapsed(sandbox: Object, now: float) -> bool:
+    from .resource import SANDBOX
+
+    return SANDBOX.lapsed(sandbox, now)

@@ -15,7 +15,7 @@ from .._aio.tasks import OwnedTasks
 from .._cluster import manifest
 from .._cluster.api_errors import NotFoundError, PreconditionError
 from .._cluster.manifest import Object
-from .._cluster.requests import MERGE_PATCH, SandboxResources
+from .._cluster.requests import SandboxResources
 from .._cluster.watch import SandboxWatch
 from .._log import get_logger
 from ..config import SandboxManagerConfig
@@ -273,19 +273,19 @@ class Controller:
         annotations = life.sandbox["metadata"].get("annotations") or {}
         if annotations.get(model.POD_NAME) != made.pod_name:
             change: Object = {"metadata": {"annotations": {model.POD_NAME: made.pod_name}}}
-            if not await self._patch(life, "patch_namespaced_custom_object", change):
+            if not await self._patch(life, change):
                 return None
         if made.status is not None:
             old = life.sandbox.get("status") or {}
             change = {"status": {**dict.fromkeys(old), **made.status}}
-            if not await self._patch(life, "patch_namespaced_custom_object_status", change):
+            if not await self._patch(life, change, status=True):
                 return None
         if pod is not None and pod.state == model.new_pod(life.sandbox) and pod.task is None:
             # Only after the status was written: a controller that may not write starts nothing.
             pod.task = self._tasks.spawn(self._run(pod), f"local-pod:{life.name}")
         return made.wait
 
-    async def _patch(self, life: Life, method: str, change: Object) -> bool:
+    async def _patch(self, life: Life, change: Object, *, status: bool = False) -> bool:
         """Patches a Sandbox if it is unchanged since it was last seen, however long that takes.
 
         Returns:
@@ -296,9 +296,7 @@ class Controller:
         metadata = {**change.get("metadata", {}), "resourceVersion": version}
         body = {**change, "metadata": metadata}
         try:
-            found = await self._resources._call(
-                "patch", method, life.name, body, deadline=math.inf, _content_type=MERGE_PATCH
-            )
+            found = await self._resources.patch(life.name, body, math.inf, status=status)
         except NotFoundError:  # Deleted; the watch will tell.
             return False
         except PreconditionError:
@@ -306,6 +304,6 @@ class Controller:
             if found is not None and manifest.uid(found) == life.uid:
                 self.changed(found)
             return False
-        if isinstance(found, dict):
+        if found is not None:
             life.sandbox = found
         return True
