@@ -32,6 +32,7 @@ from prodisco_sandbox._cluster.api_errors import (
 )
 from prodisco_sandbox._cluster.manifest import managed_selector, name
 from prodisco_sandbox._cluster.requests import SandboxResources
+from prodisco_sandbox._cluster.watch import SandboxWatch
 from prodisco_sandbox.testing import Watch, api_error, plain_error
 
 pytestmark = pytest.mark.looptime
@@ -338,6 +339,25 @@ async def test_an_api_that_answers_a_watch_with_a_list_cannot_watch() -> None:
 
     with pytest.raises(UnsupportedError, match="does not stream"):
         await anext(SandboxResources(settings(), Deaf()).watch("a=b", ""))
+
+
+async def test_a_watch_that_is_refused_for_days_is_still_asked_for_every_five_minutes() -> None:
+    class Listener:
+        def synced(self, sandboxes: list[Any], since: float) -> None: ...
+        def changed(self, sandbox: Any) -> None: ...
+        def deleted(self, sandbox: Any) -> None: ...
+        def down(self) -> None: ...
+
+    async with cluster() as (api, resources):
+        api.faults.add("list", error=405)
+        watching = asyncio.create_task(SandboxWatch(resources, "a=b", Listener()).run())
+        await asyncio.sleep(4 * 24 * 3600)
+        watching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await watching
+        tries = [request.time for request in api.requests if request.verb == "list"]
+        assert len(tries) > 1_100
+        assert all(299 < later - earlier < 301 for earlier, later in itertools.pairwise(tries[10:]))
 
 
 async def test_leaving_a_watch_closes_its_connection() -> None:

@@ -1,4 +1,4 @@
-"""One watch for all Sandboxes of a manager: list, then follow, for ever."""
+"""One watch for all objects of a manager: list, then follow, for ever."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from .._aio.pacing import backoff
 from .._log import get_logger
 from ..errors import SandboxError, SandboxPermissionError
 from . import manifest
 from .api_errors import ExpiredError, UnsupportedError
 from .manifest import Object
-from .requests import SandboxResources, backoff
+from .requests import SandboxResources
 
 REFUSED_FIRST, REFUSED_MOST = 10.0, 300.0
 """A watch that was refused is tried again after 10 s, doubling to 300 s."""
@@ -23,25 +24,29 @@ WARN_AT = 3
 
 
 class WatchListener(Protocol):
-    """Whom a `SandboxWatch` tells; all calls are synchronous."""
+    """Receives what a `SandboxWatch` finds; all calls are synchronous."""
 
     def synced(self, sandboxes: list[Object], since: float) -> None:
-        """All Sandboxes of ours, from a list asked for at `since` (loop's clock)."""
+        """All objects that match, from a list asked for at `since` (loop's clock)."""
 
     def changed(self, sandbox: Object) -> None:
-        """A Sandbox was added or modified."""
+        """An object was added or modified."""
 
     def deleted(self, sandbox: Object) -> None:
-        """A Sandbox is gone, or is no longer ours."""
+        """An object is gone, or no longer matches."""
 
     def down(self) -> None:
-        """There is no watch for the time being: read for yourself."""
+        """The watch is refused or impossible: objects have to be read instead."""
 
 
 class SandboxWatch:
-    """Follows the Sandboxes that match a label selector.
+    """Follows the objects that match a label selector.
 
-    Its first list can be a wider one, `survey`: a selector, and who is told what was found.
+    Args:
+        resources: The kind of object, and how to ask for it.
+        selector: Label selector.
+        listener: Receives the events.
+        survey: A wider selector for the first list, and a callback for all that it finds.
 
     Attributes:
         active: Whether events can be relied upon: they come, or will once a broken
@@ -71,7 +76,7 @@ class SandboxWatch:
 
     @property
     def current(self) -> bool:
-        """Whether nothing escapes it now: it has read a list, and no fault has come since the last event."""
+        """Whether it misses nothing now: it has read a list, and no fault has come since the last event."""
         return self.active and not self._failures and self._listed
 
     @property
@@ -80,21 +85,21 @@ class SandboxWatch:
         return self._next_survey is None
 
     async def run(self) -> None:
-        """Watches until it is cancelled, or until it turns out that the API cannot watch."""
+        """Watches until it is cancelled, or until it turns out that the API object cannot watch."""
         self.tried.clear()
         self._next_survey = self._survey
         while True:
             try:
                 await self._lineage()
             except ExpiredError:
-                # The version is too old to go on from: a fresh list tells what was missed.
-                # The pause keeps a server that says so every time from being hammered.
+                # A fresh list shows what was missed; the pause spares a server that always says so.
                 await self._pause("expired")
             except (SandboxPermissionError, UnsupportedError) as e:
                 self._refuse(e)
                 if isinstance(e, UnsupportedError) and e.status is None:
                     return  # not the server's answer, but an API object that cannot stream
-                await asyncio.sleep(min(REFUSED_MOST, REFUSED_FIRST * 2.0 ** (self._refusals - 1)))
+                pause = backoff(self._refusals - 1, first=REFUSED_FIRST, most=REFUSED_MOST, jitter=0.0)
+                await asyncio.sleep(pause)
             except SandboxError as e:
                 await self._pause(str(e))
 
@@ -103,14 +108,7 @@ class SandboxWatch:
         since = asyncio.get_running_loop().time()
         self._listed = False
         try:
-            if self._next_survey is None:
-                sandboxes, self._version = await self._resources.list(self._selector)
-            else:
-                selector, tell = self._next_survey
-                found, self._version = await self._resources.list(selector)
-                self._next_survey = None
-                tell(found)
-                sandboxes = [sandbox for sandbox in found if manifest.matches(sandbox, self._selector)]
+            sandboxes = await self._list()
         finally:
             self.tried.set()
         self._listed = True
@@ -123,6 +121,15 @@ class SandboxWatch:
             except SandboxError as e:
                 await self._pause(str(e))
 
+    async def _list(self) -> list[Object]:
+        selector, tell = self._next_survey or (self._selector, None)
+        found, self._version = await self._resources.list(selector)
+        if tell is None:
+            return found
+        self._next_survey = None
+        tell(found)
+        return [sandbox for sandbox in found if manifest.matches(sandbox, self._selector)]
+
     async def _follow(self) -> None:
         """One watch request, until the server ends it."""
         loop = asyncio.get_running_loop()
@@ -133,13 +140,13 @@ class SandboxWatch:
                     self._works()
                     continue
                 self._failures = 0
-                self._version = (sandbox.get("metadata") or {}).get("resourceVersion") or self._version
+                self._version = manifest.resource_version(sandbox) or self._version
                 if kind in ("ADDED", "MODIFIED"):
                     self._listener.changed(sandbox)
                 elif kind == "DELETED":
                     self._listener.deleted(sandbox)
         if loop.time() - begun < 1.0:
-            # A server that ends watches at once, for whatever reason, is not asked in a tight loop.
+            # Asking a server that ends every watch at once again and again would be a tight loop.
             await self._pause("ended at once")
 
     def _works(self) -> None:
@@ -158,7 +165,7 @@ class SandboxWatch:
     async def _pause(self, reason: str) -> None:
         self._failures += 1
         pause = backoff(self._failures - 1)
-        # Once is nothing; then nobody hears of deaths, and who waits for a sandbox waits in vain.
+        # One failure is routine; repeated ones hide deaths and readiness, so warn.
         level = logging.WARNING if self._failures == WARN_AT else logging.INFO
         self._log.log(level, "watch_broken", reason=reason, attempt=self._failures, pause=round(pause, 3))
         await asyncio.sleep(pause)
