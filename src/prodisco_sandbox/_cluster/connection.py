@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -212,7 +214,7 @@ class Credentials:
             merged = await asyncio.to_thread(read_kubeconfig, files, self._context)
             # Another current-context may be another cluster.
             self._context = merged["current-context"]
-            loader = KubeConfigLoader(
+            loader = _Loader(
                 ConfigNode("kubeconfig", merged), active_context=self._context, config_base_path=None
             )
         await loader.load_and_set(configuration)
@@ -232,6 +234,23 @@ class Credentials:
         except Exception as e:
             raise SandboxUnavailableError(f"the Kubernetes credentials cannot be renewed: {e}") from e
         _strip(configuration)
+
+
+class _Loader(KubeConfigLoader):  # type: ignore[misc]
+    """Ends the credential plugin when its caller is cancelled; kubernetes_asyncio would let it run on."""
+
+    async def load_from_exec_plugin(self) -> bool:
+        try:
+            return bool(await super().load_from_exec_plugin())
+        except BaseException as e:
+            # The process is in a local variable of kubernetes_asyncio's, and nowhere else.
+            for frame, _ in traceback.walk_tb(e.__traceback__):
+                for value in frame.f_locals.values():
+                    if isinstance(value, asyncio.subprocess.Process) and value.returncode is None:
+                        with contextlib.suppress(ProcessLookupError):
+                            value.kill()
+                        await value.wait()
+            raise
 
 
 def _forget(loader: KubeConfigLoader, files: str) -> bool:
