@@ -39,14 +39,12 @@ async def until_there(path: Path) -> None:
 
 
 @pytest.fixture
-def patient_keeper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def patient_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers get so long to end by themselves that no busy machine kills them before."""
-    source = _processes._FILE.read_text()
-    grace = f"\nSTOP_GRACE = {_keeper.STOP_GRACE}\n"
-    assert grace in source
-    keeper = tmp_path.with_name(f"{tmp_path.name}-keeper.py")
-    keeper.write_text(source.replace(grace, f"\nSTOP_GRACE = {PATIENCE}\n"))
-    monkeypatch.setattr(_processes, "_FILE", keeper)
+    assert hasattr(_keeper, "STOP_GRACE")
+    before, main, after = _processes._BOOTSTRAP.partition("sys.exit(keeper.main")
+    assert main
+    monkeypatch.setattr(_processes, "_BOOTSTRAP", f"{before}keeper.STOP_GRACE = {PATIENCE}\n{main}{after}")
 
 
 # Whole lives, on real servers
@@ -173,8 +171,8 @@ async def test_the_shutdown_time_is_honoured_and_can_be_put_off(tmp_path: Path) 
         def left(name: str) -> float:
             """Seconds until the controller ends it."""
             assert cluster._controller is not None
-            (life,) = (life for life in cluster._controller.lives.values() if life.name == name)
-            return (life.wakes_at or 0.0) - asyncio.get_running_loop().time()
+            (worker,) = (w for w in cluster._controller.workers.values() if w.name == name)
+            return (worker.wakes_at or 0.0) - asyncio.get_running_loop().time()
 
         # In time that passes while they start, and in time that does not.
         await create(cluster, "deleted", shutdownTime=in_seconds(0.4), shutdownPolicy="Delete")

@@ -368,7 +368,7 @@ def test_a_keeper_whose_cluster_vanishes_without_having_listened(tmp_path: Path)
             {"do": "start", "server": "1", "argv": argv, "env": {}},
         ]
         ours.sendall(b"".join(json.dumps(order).encode() + b"\n" for order in orders))
-        while b"said" not in ours.recv(1000, socket.MSG_PEEK):
+        while b"first_line" not in ours.recv(1000, socket.MSG_PEEK):
             pass
         ours.close()
         assert process.wait(PATIENCE) == 0
@@ -449,7 +449,7 @@ async def test_what_is_left_behind_is_logged(
     monkeypatch.setattr(_processes, "END_TIMEOUT", 0.1)
     monkeypatch.setattr(_processes, "remove", lambda _: False)
     async with LocalCluster(directory=tmp_path) as cluster:
-        cluster._keeper._hear({"event": "left", "what": "a file"})
+        cluster._keeper._on_report({"event": "left", "what": "a file"})
         os.kill(keeper_of(tmp_path), signal.SIGSTOP)  # So that it is killed, and removes nothing.
     assert "what='a file'" in caplog.text
     assert f"what='files that cannot be removed, in {cluster.directory}'" in caplog.text

@@ -58,8 +58,8 @@ class Pod:
             self.task.cancel()
 
 
-class Life:
-    """One Sandbox while it is there.
+class Worker:
+    """The work on one Sandbox, until it is deleted.
 
     Attributes:
         sandbox: As it was last seen.
@@ -85,7 +85,7 @@ class Controller:
     writes.
 
     Attributes:
-        lives: The Sandboxes, by uid.
+        workers: One for each Sandbox, by its uid.
         pods: By name, which is the Sandbox's; one may outlive its Sandbox for a moment.
     """
 
@@ -99,7 +99,7 @@ class Controller:
         max_starting: int,
         poll_interval: float,
     ) -> None:
-        self.lives: dict[str, Life] = {}
+        self.workers: dict[str, Worker] = {}
         self.pods: dict[str, Pod] = {}
         self._addresses = itertools.count(1)
         self._config = config
@@ -110,7 +110,7 @@ class Controller:
         self._command = command
         self._starting = asyncio.Semaphore(max_starting)
         self._poll_interval = poll_interval
-        self._blind = asyncio.Event()
+        self._unwatched = asyncio.Event()
         self._tasks = OwnedTasks()
 
     def start(self) -> None:
@@ -130,46 +130,46 @@ class Controller:
         for sandbox in sandboxes:
             self.changed(sandbox)
         listed = {manifest.uid(sandbox) for sandbox in sandboxes}
-        for life in list(self.lives.values()):
-            if life.uid not in listed and life.seen_at < since:
-                self.deleted(life.sandbox)
+        for worker in list(self.workers.values()):
+            if worker.uid not in listed and worker.seen_at < since:
+                self.deleted(worker.sandbox)
 
     def changed(self, sandbox: Object) -> None:
         if manifest.is_deleting(sandbox):
             self.deleted(sandbox)
             return
-        life = self.lives.get(str(manifest.uid(sandbox)))
-        if life is None:
-            life = Life(sandbox)
-            self.lives[life.uid] = life
-            life.task = self._tasks.spawn(self._live(life), f"local:{life.name}")
-        life.sandbox = sandbox
-        life.seen_at = self._now()
-        life.changed.set()
+        worker = self.workers.get(str(manifest.uid(sandbox)))
+        if worker is None:
+            worker = Worker(sandbox)
+            self.workers[worker.uid] = worker
+            worker.task = self._tasks.spawn(self._work(worker), f"local:{worker.name}")
+        worker.sandbox = sandbox
+        worker.seen_at = self._now()
+        worker.changed.set()
 
     def deleted(self, sandbox: Object) -> None:
-        life = self.lives.pop(str(manifest.uid(sandbox)), None)
-        if life is None:
+        worker = self.workers.pop(str(manifest.uid(sandbox)), None)
+        if worker is None:
             return
-        if life.task is not None:
-            life.task.cancel()
-        if (pod := self.pod_of(life.uid, life.name)) is not None:
+        if worker.task is not None:
+            worker.task.cancel()
+        if (pod := self.pod_of(worker.uid, worker.name)) is not None:
             self.end(pod)
 
     def down(self) -> None:
-        self._blind.set()
+        self._unwatched.set()
 
     async def _poll(self) -> None:
         """Lists, while there is no watch."""
         while True:
-            await self._blind.wait()
+            await self._unwatched.wait()
             since = self._now()
             try:
                 self.synced((await self._resources.list(self._selector))[0], since)
             except SandboxError as e:
                 log.info("list_failed", reason=str(e))
             if self._watch.active:
-                self._blind.clear()
+                self._unwatched.clear()
             else:
                 await asyncio.sleep(self._poll_interval)
 
@@ -184,7 +184,7 @@ class Controller:
         """Deletes a pod, as kubectl does."""
         pod.delete()
         if pod.has_ended:
-            self._told(pod)
+            self._pod_changed(pod)
 
     async def _run(self, pod: Pod) -> None:
         async with self._starting:
@@ -205,105 +205,105 @@ class Controller:
 
     def _set(self, pod: Pod, **fields: Any) -> None:
         pod.state = replace(pod.state, **fields)
-        self._told(pod)
+        self._pod_changed(pod)
 
-    def _told(self, pod: Pod) -> None:
+    def _pod_changed(self, pod: Pod) -> None:
         """Lets the controller look at a pod; one that has ended and has no Sandbox is gone."""
-        if pod.state.deleting and pod.has_ended and pod.state.owner[1] not in self.lives:
+        if pod.state.deleting and pod.has_ended and pod.state.owner[1] not in self.workers:
             self._forget(pod)
-        for life in self.lives.values():
-            if life.name == pod.state.name:
-                life.changed.set()
+        for worker in self.workers.values():
+            if worker.name == pod.state.name:
+                worker.changed.set()
 
     def _forget(self, pod: Pod) -> None:
         if self.pods.get(pod.state.name) is pod:
             del self.pods[pod.state.name]
 
-    # A Sandbox's life
+    # A Sandbox's worker
 
-    async def _live(self, life: Life) -> None:
+    async def _work(self, worker: Worker) -> None:
         """Keeps one Sandbox; ended by cancellation, when it is deleted."""
-        self._remember(life)
+        self._restore_pod(worker)
         try:
             while True:
-                life.changed.clear()
-                pod = self.pods.get(life.name)
-                wait = await self._make_pass(life, pod)
+                worker.changed.clear()
+                pod = self.pods.get(worker.name)
+                wait = await self._make_pass(worker, pod)
                 if pod is not None and pod.state.deleting and pod.has_ended:
                     self._forget(pod)  # Now that its end has been seen.
                     continue
-                life.wakes_at = None if wait is None else self._now() + wait
+                worker.wakes_at = None if wait is None else self._now() + wait
                 try:
-                    async with asyncio.timeout_at(life.wakes_at):
-                        await life.changed.wait()
+                    async with asyncio.timeout_at(worker.wakes_at):
+                        await worker.changed.wait()
                 except TimeoutError:
                     continue
         except SandboxError as e:
-            log.error("sandbox_abandoned", sandbox=life.name, reason=str(e))  # noqa: TRY400
-            if (pod := self.pod_of(life.uid, life.name)) is not None:
+            log.error("sandbox_abandoned", sandbox=worker.name, reason=str(e))  # noqa: TRY400
+            if (pod := self.pod_of(worker.uid, worker.name)) is not None:
                 self.end(pod)
 
-    def _remember(self, life: Life) -> None:
+    def _restore_pod(self, worker: Worker) -> None:
         """Restores the failed pod of a Sandbox that had failed before this cluster started."""
-        status = life.sandbox.get("status") or {}
+        status = worker.sandbox.get("status") or {}
         conditions = {c["type"]: c for c in status.get("conditions") or ()}
         finished = conditions.get("Finished", {})
-        if finished.get("status") != "True" or life.name in self.pods:
+        if finished.get("status") != "True" or worker.name in self.pods:
             return
         state = replace(
-            model.new_pod(life.sandbox),
+            model.new_pod(worker.sandbox),
             phase="Succeeded" if finished.get("reason") == "PodSucceeded" else "Failed",
             node=status.get("nodeName", ""),
             ips=tuple(status.get("podIPs") or ()),
             message=finished.get("message", ""),
         )
-        self.pods[life.name] = Pod(state)
+        self.pods[worker.name] = Pod(state)
 
-    async def _make_pass(self, life: Life, pod: Pod | None) -> float | None:
+    async def _make_pass(self, worker: Worker, pod: Pod | None) -> float | None:
         """Makes one pass; returns the seconds to the next if nothing happens before."""
-        made = model.reconcile(life.sandbox, pod.state if pod else None, time.time())
+        made = model.reconcile(worker.sandbox, pod.state if pod else None, time.time())
         if made.create_pod:
-            pod = self.pods[life.name] = Pod(model.new_pod(life.sandbox))
+            pod = self.pods[worker.name] = Pod(model.new_pod(worker.sandbox))
         if made.delete_pod and pod is not None:
             pod.delete()
         if made.delete_sandbox:
-            log.info("sandbox_expired", sandbox=life.name)
-            await self._resources.delete(life.name, life.uid, math.inf)
+            log.info("sandbox_expired", sandbox=worker.name)
+            await self._resources.delete(worker.name, worker.uid, math.inf)
             return None
-        annotations = life.sandbox["metadata"].get("annotations") or {}
+        annotations = worker.sandbox["metadata"].get("annotations") or {}
         if annotations.get(model.POD_NAME) != made.pod_name:
             change: Object = {"metadata": {"annotations": {model.POD_NAME: made.pod_name}}}
-            if not await self._patch(life, change):
+            if not await self._patch(worker, change):
                 return None
         if made.status is not None:
-            old = life.sandbox.get("status") or {}
+            old = worker.sandbox.get("status") or {}
             change = {"status": {**dict.fromkeys(old), **made.status}}
-            if not await self._patch(life, change, status=True):
+            if not await self._patch(worker, change, status=True):
                 return None
-        if pod is not None and pod.state == model.new_pod(life.sandbox) and pod.task is None:
+        if pod is not None and pod.state == model.new_pod(worker.sandbox) and pod.task is None:
             # Only after the status was written: a controller that may not write starts nothing.
-            pod.task = self._tasks.spawn(self._run(pod), f"local-pod:{life.name}")
+            pod.task = self._tasks.spawn(self._run(pod), f"local-pod:{worker.name}")
         return made.wait
 
-    async def _patch(self, life: Life, change: Object, *, status: bool = False) -> bool:
+    async def _patch(self, worker: Worker, change: Object, *, status: bool = False) -> bool:
         """Patches a Sandbox if it is unchanged since it was last seen, however long that takes.
 
         Returns:
             Whether it was unchanged; otherwise the pass has to be made again.
         """
         # By resourceVersion, since a status patch ignores the uid and would reach a successor of this name.
-        version = life.sandbox["metadata"]["resourceVersion"]
+        version = worker.sandbox["metadata"]["resourceVersion"]
         metadata = {**change.get("metadata", {}), "resourceVersion": version}
         body = {**change, "metadata": metadata}
         try:
-            found = await self._resources.patch(life.name, body, math.inf, status=status)
+            found = await self._resources.patch(worker.name, body, math.inf, status=status)
         except NotFoundError:  # Deleted; the watch will tell.
             return False
         except PreconditionError:
-            found = await self._resources.get(life.name, math.inf)
-            if found is not None and manifest.uid(found) == life.uid:
+            found = await self._resources.get(worker.name, math.inf)
+            if found is not None and manifest.uid(found) == worker.uid:
                 self.changed(found)
             return False
         if found is not None:
-            life.sandbox = found
+            worker.sandbox = found
         return True

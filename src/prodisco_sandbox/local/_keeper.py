@@ -36,7 +36,7 @@ LOG = "server.log"
 LOG_TAIL = 2000
 """Bytes of a dead server's log that are reported."""
 
-MOST_SAID = 4096
+MAX_FIRST_LINE = 4096
 """Bytes of a server's first line that are reported."""
 
 _LOOK_AGAIN = 0.02
@@ -52,7 +52,7 @@ class Server:
         self.pid = 0
         self.input = -1
         self.output = -1
-        self.said = b""
+        self.first_line = b""
         self.kill_at: float | None = None
         self.exit: int | None = None
 
@@ -84,7 +84,7 @@ class Keeper:
 
     def run(self) -> None:
         """Returns when the cluster is gone and no server is left."""
-        self.tell(event="ready", root=str(self._root))
+        self.report(event="ready", root=str(self._root))
         while self._servers or not self._ending:
             for key, _ in self._selector.select(self._pause()):
                 key.data()
@@ -92,7 +92,7 @@ class Keeper:
             self._kill_overdue()
             self._clear_away()
 
-    def tell(self, **report: object) -> None:
+    def report(self, **report: object) -> None:
         try:
             self._control.sendall(json.dumps(report).encode() + b"\n")
         except OSError:
@@ -117,9 +117,9 @@ class Keeper:
             return
         *lines, self._orders = (self._orders + data).split(b"\n")
         for line in lines:
-            self._obey(json.loads(line))
+            self._carry_out(json.loads(line))
 
-    def _obey(self, order: dict[str, Any]) -> None:
+    def _carry_out(self, order: dict[str, Any]) -> None:
         server = self._servers.get(order["server"])
         if order["do"] == "start":
             if not self._ending:  # Else nobody would stop it.
@@ -159,7 +159,7 @@ class Keeper:
             if server.pid == 0:
                 _become_server(keeper, order["argv"], order["env"], server.directory, (theirs, out, log))
         except OSError as e:
-            self._bury(server, 127, f"it could not be started: {e}")
+            self._finish(server, 127, f"it could not be started: {e}")
             return
         finally:
             _close(log, theirs, out)
@@ -174,14 +174,14 @@ class Keeper:
             _close(server.output)
             server.output = -1
             return
-        if b"\n" in server.said:
+        if b"\n" in server.first_line:
             return  # Read and dropped, so that the server never blocks.
-        server.said += data[: MOST_SAID - len(server.said)]
-        if len(server.said) == MOST_SAID:
-            server.said += b"\n"
-        line, newline, _ = server.said.partition(b"\n")
+        server.first_line += data[: MAX_FIRST_LINE - len(server.first_line)]
+        if len(server.first_line) == MAX_FIRST_LINE:
+            server.first_line += b"\n"
+        line, newline, _ = server.first_line.partition(b"\n")
         if newline:
-            self.tell(event="said", server=server.key, line=line.decode("utf-8", "replace"))
+            self.report(event="first_line", server=server.key, line=line.decode("utf-8", "replace"))
 
     def _stop(self, server: Server) -> None:
         """Asks the server to end, and gives it a moment."""
@@ -217,19 +217,19 @@ class Keeper:
             self._give_up_at = self._give_up_at or now + KILL_GRACE
             if now < self._give_up_at:
                 return
-            self.tell(event="left", what=f"processes that SIGKILL does not end: {sorted(orphans)}")
+            self.report(event="left", what=f"processes that SIGKILL does not end: {sorted(orphans)}")
         self._give_up_at = None
         for server in dead:
             del self._servers[server.key]
             if server.output >= 0:
                 self._selector.unregister(server.output)
-            self._bury(server, server.exit or 0, _tail(server.directory / LOG))
+            self._finish(server, server.exit or 0, _tail(server.directory / LOG))
 
-    def _bury(self, server: Server, status: int, log: str) -> None:
+    def _finish(self, server: Server, status: int, log: str) -> None:
         _close(server.input, server.output)
         if not remove(server.directory):
-            self.tell(event="left", what=f"files that cannot be removed, in {server.directory}")
-        self.tell(event="ended", server=server.key, exit=status, log=log)
+            self.report(event="left", what=f"files that cannot be removed, in {server.directory}")
+        self.report(event="ended", server=server.key, exit=status, log=log)
 
 
 def _become_server(

@@ -35,7 +35,8 @@ here = os.path.dirname(sys.argv[1])
 for name, path in (("prodisco_sandbox", os.path.dirname(here)), ("prodisco_sandbox.local", here)):
     sys.modules[name] = type(sys)(name)
     sys.modules[name].__path__ = [path]
-sys.exit(importlib.import_module("prodisco_sandbox.local._keeper").main(*sys.argv[2:]))
+keeper = importlib.import_module("prodisco_sandbox.local._keeper")
+sys.exit(keeper.main(*sys.argv[2:]))
 """
 
 
@@ -89,26 +90,26 @@ class ServerProcess:
 
     def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
         """Starts it, in its directory, with standard error in ``server.log`` there. Once."""
-        self._keeper.order(do="start", server=self._key, argv=list(argv), env=dict(env))
+        self._keeper.send(do="start", server=self._key, argv=list(argv), env=dict(env))
 
     def stop(self) -> None:
         """Asks it to end, and kills it if it does not. Idempotent."""
         self.target = None
         if self.exit is None:
-            self._keeper.order(do="stop", server=self._key)
+            self._keeper.send(do="stop", server=self._key)
 
     def kill(self) -> None:
         """Kills it with SIGKILL."""
         if self.exit is None:
-            self._keeper.order(do="kill", server=self._key)
+            self._keeper.send(do="kill", server=self._key)
 
-    def said(self, line: str) -> None:
+    def on_first_line(self, line: str) -> None:
         prefix, _, target = line.partition("listening on ")
         if target and not prefix:
             self.target = target.strip()
             self._settled.set()
 
-    def gone(self, status: int, text: str) -> None:
+    def on_end(self, status: int, text: str) -> None:
         self.target = None
         self.exit = Exit(status, text)
         self._settled.set()
@@ -183,10 +184,10 @@ class Keeper:
         if self._lost is None:
             self._servers[key] = server
         else:
-            server.gone(KILLED, self._lost)
+            server.on_end(KILLED, self._lost)
         return server
 
-    def order(self, **order: object) -> None:
+    def send(self, **order: object) -> None:
         if self._lost is None and self._writer is not None and not self._ending:
             self._writer.write(json.dumps(order).encode() + b"\n")
 
@@ -198,27 +199,27 @@ class Keeper:
                 if report["event"] == "broken":
                     reason = report["text"]
                 else:
-                    self._hear(report)
+                    self._on_report(report)
         except OSError as e:
             reason = str(e)
         finally:
             self._lost = f"the process that keeps the servers is gone: {reason}"
             self._ready.set()
             for server in self._servers.values():
-                server.gone(KILLED, self._lost)
+                server.on_end(KILLED, self._lost)
             self._servers.clear()
             if not self._ending:
                 log.error("keeper_lost", reason=reason)
 
-    def _hear(self, report: dict[str, Any]) -> None:
+    def _on_report(self, report: dict[str, Any]) -> None:
         match report["event"]:
             case "ready":
                 self.root = Path(report["root"])
                 self._ready.set()
-            case "said":
-                self._servers[report["server"]].said(report["line"])
+            case "first_line":
+                self._servers[report["server"]].on_first_line(report["line"])
             case "ended":
-                self._servers.pop(report["server"]).gone(report["exit"], report["log"])
+                self._servers.pop(report["server"]).on_end(report["exit"], report["log"])
             case "left":
                 log.error("left_behind", what=report["what"])
 
