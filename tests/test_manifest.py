@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prodisco_sandbox import SandboxManagerConfig, TlsConfig
-from prodisco_sandbox._cluster import manifest
+from prodisco_sandbox._cluster import manifest, resource
 from prodisco_sandbox._cluster.manifest import Object
 
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -544,7 +544,7 @@ def test_is_suspended(found: Object, since: int, suspended: bool) -> None:
     ],
 )
 def test_refusal(reason: str, message: str, refusal: str | None) -> None:
-    assert manifest.refusal(reason, message) == refusal
+    assert resource.refusal(reason, message) == refusal
 
 
 @pytest.mark.parametrize(("template", "seconds"), [(None, 5.0), ({"spec": {}}, 30.0)])
@@ -580,11 +580,13 @@ NO_NAME, NAMED = TlsConfig(secret_name="keys"), TlsConfig(secret_name="keys", se
 )
 def test_endpoint(endpoint: Any, tls: TlsConfig | None, status: dict[str, Any], target: str | None) -> None:
     config = multi(endpoint=endpoint, tls=tls)
-    assert manifest.endpoint(sandbox(**status), config) == target
+    found = sandbox(**status)
+    assert resource.endpoint(found, manifest.machine(found), config) == target
     seen = manifest.readiness(sandbox(READY, **status), config, now=NOW)
     assert (seen.phase, seen.target) == ("starting" if target is None else "running", target)
 
 
 def test_port_is_the_setting() -> None:
     config = multi(sandbox_port=6000)
-    assert manifest.endpoint(sandbox(podIPs=["10.0.0.1"]), config) == "10.0.0.1:6000"
+    found = sandbox(podIPs=["10.0.0.1"])
+    assert resource.endpoint(found, manifest.machine(found), config) == "10.0.0.1:6000"

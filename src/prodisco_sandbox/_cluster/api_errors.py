@@ -17,7 +17,8 @@ from ..errors import (
     SandboxUnavailableError,
 )
 from . import refusals as _refusals
-from .resource import SANDBOX, Resource
+from .manifest import SANDBOX
+from .resource import Resource
 
 
 class RetryableError(SandboxUnavailableError):

@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from . import manifest
+from . import metadata
 from .api_errors import UnsupportedError
-from .manifest import Object
+from .metadata import Object
 
 
 class CustomObjects:
@@ -55,14 +55,14 @@ class CustomObjects:
 
 def created(answer: Any) -> Object | None:
     """The object that a create returned; None where it has no uid, or there is none."""
-    return answer if isinstance(answer, dict) and manifest.uid(answer) else None
+    return answer if isinstance(answer, dict) and metadata.uid(answer) else None
 
 
 def page(answer: Object, selector: str) -> tuple[list[Object], str, str | None]:
     """Items, resourceVersion and continue token of a list; a plain fake ignores the selector."""
-    items = [item for item in answer.get("items") or () if manifest.matches(item, selector)]
-    metadata = answer.get("metadata") or {}
-    return items, str(metadata.get("resourceVersion") or ""), metadata.get("continue") or None
+    items = [item for item in answer.get("items") or () if metadata.matches(item, selector)]
+    about = answer.get("metadata") or {}
+    return items, str(about.get("resourceVersion") or ""), about.get("continue") or None
 
 
 def served(answer: Any) -> set[str] | None:

@@ -39,8 +39,9 @@ from .api_errors import (
 )
 from .connection import Connection, open_custom_objects_api
 from .grace import STARTING_SERVER, StartupGrace
-from .manifest import Object
-from .resource import SANDBOX, Resource
+from .manifest import SANDBOX
+from .metadata import Object
+from .resource import Resource
 
 REQUEST_TIMEOUT = 10.0
 """Bound on one request: kubernetes_asyncio itself has none."""

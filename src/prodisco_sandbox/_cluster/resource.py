@@ -1,4 +1,4 @@
-"""The object that a session has in the cluster, as a value: of which kind, and how it is written and read.
+"""The object of a session as a value: of which kind, how it is written, and how it is read.
 
 Another kind is another `Resource`: requests and the watch take one, and know nothing of its fields.
 """
@@ -11,8 +11,70 @@ from typing import Literal
 
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError
-from . import manifest
-from .manifest import Machine, Object, Reading
+from . import metadata
+from . import refusals as _refusals
+from .metadata import Object
+
+Refusal = Literal["permanent", "quota", "occupied"]
+
+
+def refusal(reason: str, message: str) -> Refusal | None:
+    """What a Ready condition that is False says of the pod's creation, if that is unlikely to pass.
+
+    Returns:
+        ``"permanent"``, ``"quota"`` (an exceeded ResourceQuota) or ``"occupied"``: the pod or
+        Service of an earlier Sandbox of that name is not gone yet.
+    """
+    if reason == "MultiplePods":
+        return "permanent"
+    if reason not in ("ReconcilerError", "DependenciesNotReady"):
+        return None
+    if " is owned by " in message:
+        return "occupied"
+    if _refusals.permanent_refusal(message):
+        return "permanent"
+    return "quota" if _refusals.exceeded_quota(message) else None
+
+
+Phase = Literal["starting", "running", "suspended", "dead", "ending", "never"]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where the status says that the pod is.
+
+    Attributes:
+        pod: The pod's name.
+        ips: Its addresses.
+        service: The DNS name of its Service, if there is one.
+    """
+
+    pod: str = ""
+    ips: tuple[str, ...] = ()
+    service: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an object says of itself.
+
+    Attributes:
+        phase: ``"starting"``; ``"running"``: it can be connected to; ``"suspended"``, or about to
+            be; ``"dead"``: its pod has come to its end and never runs again, which says nothing
+            of the object; ``"ending"``: it is being deleted, or its own time is over;
+            ``"never"``: its spec cannot work.
+        target: gRPC target where it is running.
+        text: The phase in words, with condition reason and message, for errors.
+        refusal: What the controller is told each time it tries to make the pod, if that is
+            unlikely to pass: see `refusal`.
+        machine: Its pod.
+    """
+
+    phase: Phase
+    target: str | None
+    text: str
+    refusal: Refusal | None = None
+    machine: Machine = Machine()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +92,7 @@ class Resource:
         machine: Where its status says that the pod is.
         lifecycle: The field of its spec that holds the deadline; None: the spec itself.
         mode_spec: The spec fields that start or suspend it; None: it cannot be suspended.
+        is_to_run: Whether its spec does not say that it is to be suspended.
         never: Reasons of Ready=False that no time mends.
         dead: Reasons of Ready=False that say that the pod has come to its end.
         expired: The reason once the deadline is past.
@@ -44,13 +107,14 @@ class Resource:
     machine: Callable[[Object], Machine]
     lifecycle: str | None = None
     mode_spec: Callable[[Object, Literal["Running", "Suspended"]], Object] | None = None
+    is_to_run: Callable[[Object], bool] = lambda _: True
     never: frozenset[str]
     dead: frozenset[str] = frozenset()
     expired: str
 
     def name(self, session_id: str, incarnation: int = 0) -> str:
         """Always a valid DNS label, different for different ids."""
-        return f"{self.name_prefix}-{manifest.name_digest(session_id, incarnation)}"
+        return f"{self.name_prefix}-{metadata.name_digest(session_id, incarnation)}"
 
     def body(
         self,
@@ -66,16 +130,16 @@ class Resource:
             config: Namespace, image, port, TLS and the optional pod template.
             api_version: One of `versions`.
             name: From `name`.
-            session: From `manifest.session_hash`.
-            lease: From `manifest.lease_time`: when the cluster itself deletes the object.
+            session: From `metadata.session_hash`.
+            lease: From `metadata.lease_time`: when the cluster itself deletes the object.
         """
         labels = {
-            manifest.LABEL_APP: manifest.APP,
-            manifest.LABEL_MANAGED_BY: config.managed_by,
-            manifest.LABEL_INSTANCE: config.instance_label,
-            manifest.LABEL_SESSION: session,
+            metadata.LABEL_APP: metadata.APP,
+            metadata.LABEL_MANAGED_BY: config.managed_by,
+            metadata.LABEL_INSTANCE: config.instance_label,
+            metadata.LABEL_SESSION: session,
         }
-        spec = self.spec(config, api_version, {**labels, manifest.LABEL_SANDBOX: name})
+        spec = self.spec(config, api_version, {**labels, metadata.LABEL_SANDBOX: name})
         return {
             "apiVersion": f"{self.group}/{api_version}",
             "kind": self.kind,
@@ -94,7 +158,7 @@ class Resource:
     def lapsed(self, obj: Object, now: float) -> bool:
         """Whether its deadline lies before the Unix time `now`."""
         spec = obj.get("spec") or {}
-        return manifest.time_lapsed(spec if self.lifecycle is None else spec.get(self.lifecycle) or {}, now)
+        return metadata.time_lapsed(spec if self.lifecycle is None else spec.get(self.lifecycle) or {}, now)
 
     def reading(self, obj: Object, config: SandboxManagerConfig, *, now: float, since: int = 0) -> Reading:
         """What the object says of itself.
@@ -113,21 +177,21 @@ class Resource:
         """
         machine = self.machine(obj)
 
-        def reads(phase: manifest.Phase, text: str, refusal: manifest.Refusal | None = None) -> Reading:
+        def reads(phase: Phase, text: str, refusal: Refusal | None = None) -> Reading:
             return Reading(phase, None, text, refusal, machine)
 
-        if manifest.is_deleting(obj):
+        if metadata.is_deleting(obj):
             return reads("ending", "it is being deleted")
-        if 0 < manifest.generation(obj) < since:
+        if 0 < metadata.generation(obj) < since:
             return reads("starting", "the latest change of its spec is not seen yet")
         status = obj.get("status") or {}
-        conditions = manifest.conditions(obj, since)
+        conditions = metadata.conditions(obj, since)
         ready, finished = conditions.get("Ready"), conditions.get("Finished")
         text = "ready" if ready is None else _described(ready)
         reason = ready.get("reason") if ready is not None and ready.get("status") == "False" else None
         if reason == self.expired and self.lapsed(obj, now):
             return reads("ending", text)
-        if not manifest.is_to_run(obj):
+        if not self.is_to_run(obj):
             return reads("suspended", text if ready else "it is suspended")
         if finished is not None and finished.get("status") == "True":
             return reads("dead", _described(finished))
@@ -137,7 +201,7 @@ class Resource:
             return reads("never", text)
         if ready is not None and ready.get("status") != "True":
             message = str(ready.get("message") or "")
-            return reads("starting", text, manifest.refusal(str(reason), message))
+            return reads("starting", text, refusal(str(reason), message))
         if ready is None and since and status.get("conditions"):
             return reads("starting", "the controller has not seen the latest change of its spec yet")
         target = endpoint(obj, machine, config)
@@ -179,19 +243,3 @@ def endpoint(obj: Object, machine: Machine, config: SandboxManagerConfig) -> str
     if host is None:
         return None
     return f"[{host}]:{config.sandbox_port}" if ":" in host else f"{host}:{config.sandbox_port}"
-
-
-SANDBOX = Resource(
-    group=manifest.GROUP,
-    plural=manifest.PLURAL,
-    kind=manifest.KIND,
-    versions=manifest.API_VERSIONS,
-    name_prefix="sandbox",
-    spec=manifest.sandbox_spec,
-    machine=manifest.machine,
-    mode_spec=manifest.mode_spec,
-    never=frozenset({"InvalidConfiguration"}),
-    dead=frozenset({"PodFailed", "PodSucceeded"}),
-    expired="SandboxExpired",
-)
-"""agent-sandbox's Sandbox, which holds its pod's template itself."""

@@ -11,9 +11,9 @@ from typing import Protocol
 from .._aio.pacing import backoff
 from .._log import get_logger
 from ..errors import SandboxError, SandboxPermissionError
-from . import manifest
+from . import metadata
 from .api_errors import ExpiredError, UnsupportedError
-from .manifest import Object
+from .metadata import Object
 from .requests import SandboxResources
 
 REFUSED_FIRST, REFUSED_MOST = 10.0, 300.0
@@ -128,7 +128,7 @@ class SandboxWatch:
             return found
         self._next_survey = None
         tell(found)
-        return [sandbox for sandbox in found if manifest.matches(sandbox, self._selector)]
+        return [sandbox for sandbox in found if metadata.matches(sandbox, self._selector)]
 
     async def _follow(self) -> None:
         """One watch request, until the server ends it."""
@@ -140,7 +140,7 @@ class SandboxWatch:
                     self._works()
                     continue
                 self._failures = 0
-                self._version = manifest.resource_version(sandbox) or self._version
+                self._version = metadata.resource_version(sandbox) or self._version
                 if kind in ("ADDED", "MODIFIED"):
                     self._listener.changed(sandbox)
                 elif kind == "DELETED":

@@ -1,0 +1,126 @@
+"""What all kinds of objects have in common: names, labels, deadlines, metadata, conditions.
+
+Pure functions over plain dicts.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from typing import Any
+
+LABEL_APP = "app"
+LABEL_MANAGED_BY = "prodisco.dev/managed-by"
+LABEL_INSTANCE = "prodisco.dev/instance"
+LABEL_SESSION = "prodisco.dev/session"
+LABEL_SANDBOX = "prodisco.dev/sandbox"
+APP = "sandbox-server"
+MANAGED_BY = "mcp-server"
+
+Object = dict[str, Any]
+"""An object as the API server returns it."""
+
+
+def session_hash(session_id: str) -> str:
+    """The session's label value: 40 hex digits of the SHA-256 of its id.
+
+    A label value holds 63 characters. The id itself never leaves the process: MCP
+    session ids are as good as credentials.
+    """
+    return _digest(session_id).hex()[:40]
+
+
+def name_digest(session_id: str, incarnation: int = 0) -> str:
+    """What tells the name of a session's object from others: 32 hex digits."""
+    return hashlib.sha256(_digest(session_id) + incarnation.to_bytes(8, "big")).hexdigest()[:32]
+
+
+def _digest(session_id: str) -> bytes:
+    # Text from elsewhere may hold lone surrogates, which plain UTF-8 refuses.
+    return hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).digest()
+
+
+def managed_selector(
+    instance: str | None = None, session: str | None = None, *, managed_by: str = MANAGED_BY
+) -> str:
+    """Label selector of the managed objects, of one instance or session if given."""
+    parts = [f"{LABEL_MANAGED_BY}={managed_by}"]
+    if instance is not None:
+        parts.append(f"{LABEL_INSTANCE}={instance}")
+    if session is not None:
+        parts.append(f"{LABEL_SESSION}={session}")
+    return ",".join(parts)
+
+
+def matches(obj: Object, selector: str) -> bool:
+    """Whether the labels fit an equality selector."""
+    found = labels(obj)
+    return all(found.get(key) == value for key, value in (part.split("=", 1) for part in selector.split(",")))
+
+
+def labels(obj: Object) -> dict[str, str]:
+    return (obj.get("metadata") or {}).get("labels") or {}
+
+
+def instance(obj: Object) -> str | None:
+    """The manager that owns it."""
+    return labels(obj).get(LABEL_INSTANCE)
+
+
+def uid(obj: Object) -> str | None:
+    value = (obj.get("metadata") or {}).get("uid")
+    return value if isinstance(value, str) else None
+
+
+def resource_version(obj: Object) -> str | None:
+    return (obj.get("metadata") or {}).get("resourceVersion")
+
+
+def name(obj: Object) -> str:
+    return str((obj.get("metadata") or {}).get("name"))
+
+
+def is_of(obj: Object, session: str, instance: str | None = None, *, managed_by: str = MANAGED_BY) -> bool:
+    """Whether `managed_selector` of this session, and of this instance if given, finds it."""
+    found = labels(obj)
+    managed = found.get(LABEL_MANAGED_BY) == managed_by and found.get(LABEL_SESSION) == session
+    return managed and (instance is None or found.get(LABEL_INSTANCE) == instance)
+
+
+def is_deleting(obj: Object) -> bool:
+    return bool((obj.get("metadata") or {}).get("deletionTimestamp"))
+
+
+def generation(obj: Object | None) -> int:
+    """How often its spec has changed; 0 where the API does not count."""
+    value = ((obj or {}).get("metadata") or {}).get("generation")
+    return value if isinstance(value, int) else 0
+
+
+def conditions(obj: Object, since: int = 0) -> dict[Any, Object]:
+    """The conditions by type, without those from before the generation `since`."""
+    found = [c for c in (obj.get("status") or {}).get("conditions") or () if isinstance(c, dict)]
+    return {c.get("type"): c for c in found if not _is_older(c.get("observedGeneration"), since)}
+
+
+def _is_older(observed: object, since: int) -> bool:
+    return isinstance(observed, int) and observed < since
+
+
+def lease_time(now: float, duration: float) -> str:
+    """RFC 3339 time `duration` seconds after the Unix time `now`, in whole seconds."""
+    end = dt.datetime.fromtimestamp(now + duration, dt.UTC)
+    return end.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def time_lapsed(spec: Object, now: float) -> bool:
+    """Whether a spec has a shutdownTime that lies before the Unix time `now`."""
+    text = spec.get("shutdownTime")
+    if not isinstance(text, str):
+        return False
+    try:
+        # The API server writes UTC; a time without an offset is no RFC 3339.
+        time = dt.datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return (time if time.tzinfo else time.replace(tzinfo=dt.UTC)).timestamp() < now
