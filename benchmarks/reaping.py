@@ -29,7 +29,7 @@ async def run(setting: Setting) -> list[Figure]:
             for session in engine.table.current.values():
                 # Used by calls of its client alone, so that the reaper has to ask each client.
                 session.last_used -= 10_000
-                session.client._connection._last_used = asyncio.get_running_loop().time()
+                session.client._connection.usage._last_used = asyncio.get_running_loop().time()
             longest.append(await _tick(engine))
         assert manager.stats().ready == count
     what = f"a reaper tick over {count:,} sessions"
@@ -94,7 +94,7 @@ async def _reaped(setting: Setting, names: list[str]) -> list[Figure]:
                 for session in engine.table.current.values():
                     session.last_used -= 2_000
                     # "Never" is 0.0, which the clock of a machine just booted is not far from.
-                    session.client._connection._last_used -= 2_000
+                    session.client._connection.usage._last_used -= 2_000
                 begun = time.perf_counter()
                 while contender.manager.stats().ready or contender.manager.stats().closing:
                     await asyncio.sleep(0.05)

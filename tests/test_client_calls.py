@@ -12,6 +12,7 @@ import pytest
 from _patience import PATIENCE, put_forward
 
 from prodisco_sandbox._grpc import channel as _channel
+from prodisco_sandbox._grpc.usage import Usage
 from prodisco_sandbox.client import SandboxClient
 from prodisco_sandbox.config import TlsConfig
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
@@ -387,8 +388,8 @@ async def test_a_call_after_a_fork_is_an_error(
         with pytest.raises(SandboxError, match=r"was first used in process \d+, before a fork"):
             await client.execute(code="x")
         await client.close()  # Must not touch the parent's channel.
-    assert client._connection._channel is not None
-    assert str(client._connection._channel.get_state()) != "ChannelConnectivity.SHUTDOWN"
+    assert client._connection.channel.grpc_channel is not None
+    assert str(client._connection.channel.grpc_channel.get_state()) != "ChannelConnectivity.SHUTDOWN"
 
 
 def test_making_a_client_needs_no_loop_and_closing_an_unused_one_does_nothing() -> None:
@@ -531,12 +532,12 @@ async def test_the_end_of_the_callers_own_patience_is_not_suspicious(
 
 @pytest.mark.looptime
 async def test_an_execution_that_expires_after_a_later_use_does_not_set_the_clock_back() -> None:
-    connection = _channel.Connection("localhost:1", None)
-    connection._check_loop()
-    connection.execution_started("e", 5.0)
+    usage = Usage(asyncio.get_running_loop().time)
+    usage.start_execution("e", 5.0)
     await asyncio.sleep(20)
-    connection._touch()  # A call has ended.
-    assert (connection.in_flight, connection.last_used) == (0, 20.0)
+    with usage.call():
+        pass
+    assert (usage.in_flight, usage.last_used) == (0, 20.0)
 
 
 async def test_an_asynchronous_execution_counts_for_its_timeout_and_the_margin(
@@ -547,5 +548,5 @@ async def test_an_asynchronous_execution_counts_for_its_timeout_and_the_margin(
         loop = asyncio.get_running_loop()
         begun = loop.time()
         await client.execute_async(code="x", timeout=3.0)
-        [deadline] = client._connection._executions.values()
+        [deadline] = client._connection.usage._deadlines.values()
         assert begun + 10 <= deadline <= loop.time() + 10

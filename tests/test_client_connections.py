@@ -14,7 +14,6 @@ from _patience import PATIENCE, until
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._grpc import channel as _channel
-from prodisco_sandbox._grpc import execution_call as _execution_call
 from prodisco_sandbox.client import SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
 from prodisco_sandbox.proto import sandbox_pb2 as pb
@@ -246,6 +245,12 @@ FASTER = 100
 """Not more: gRPC sends no two pings within a second."""
 
 
+def _unasked(client: SandboxClient) -> SandboxClient:
+    """A client that asks for no health meanwhile: answers would make up for pings."""
+    client._connection.beat = PATIENCE
+    return client
+
+
 async def test_a_silent_stream_outlives_the_pings_that_a_server_allows_by_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -254,7 +259,6 @@ async def test_a_silent_stream_outlives_the_pings_that_a_server_allows_by_defaul
     options = {**dict(_channel._OPTIONS), "grpc.keepalive_time_ms": keepalive // FASTER}
     options["grpc.http2.max_pings_without_data"] = 0  # Else the third comes after a minute.
     monkeypatch.setattr(_channel, "_OPTIONS", tuple(options.items()))
-    monkeypatch.setattr(_execution_call, "BEAT", PATIENCE)  # Answers would make up for pings.
 
     async def silent(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         await context.write(pb.ExecuteChunk(execution_id="e", output="some\n"))
@@ -274,7 +278,7 @@ async def test_a_silent_stream_outlives_the_pings_that_a_server_allows_by_defaul
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with (
-        SandboxClient(f"127.0.0.1:{port}") as client,
+        _unasked(SandboxClient(f"127.0.0.1:{port}")) as client,
         client.execute_stream(code="x", timeout=PATIENCE) as stream,
     ):
         assert isinstance(await anext(stream), ExecutionChunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -92,7 +93,7 @@ async def reached(call: Call, client: SandboxClient) -> Any:
 
 async def broken(client: SandboxClient) -> None:
     """Waits until the channel has noticed that its connection is broken."""
-    channel = client._connection._channel
+    channel = client._connection.channel.grpc_channel
     assert channel is not None
     async with asyncio.timeout(PATIENCE):
         while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
@@ -235,6 +236,61 @@ async def test_a_server_without_fences_is_accepted(health: Any) -> None:
             assert (await reached(CALLS["execute"], meant.client)).success
             assert meant.looks == 1, "before the call on the new connection, not before each"
             assert meant.reasons == []
+
+
+class Proxy:
+    """Answers every call over HTTP/2 by one status, as a proxy does that has no server behind it."""
+
+    HEADERS, SETTINGS = 0x1, 0x4
+    END_STREAM, END_HEADERS, ACK = 0x1, 0x4, 0x1
+
+    def __init__(self, status: int) -> None:
+        # A field of HPACK: ":status", by its index in the static table, and the value.
+        self._status = b"\x08\x03" + str(status).encode()
+        self.calls = 0
+        self.tasks: set[Any] = set()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.tasks.add(asyncio.current_task())
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readexactly(len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))
+            writer.write(self._frame(self.SETTINGS))
+            while True:
+                head = await reader.readexactly(9)
+                await reader.readexactly(int.from_bytes(head[:3], "big"))
+                kind, flags, stream = head[3], head[4], head[5:]
+                if kind == self.HEADERS:
+                    self.calls += 1
+                    flags = self.END_STREAM | self.END_HEADERS
+                    writer.write(self._frame(self.HEADERS, flags, stream, self._status))
+                elif kind == self.SETTINGS and not flags:
+                    writer.write(self._frame(self.SETTINGS, self.ACK))
+        writer.close()
+
+    def _frame(self, kind: int, flags: int = 0, stream: bytes = bytes(4), payload: bytes = b"") -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream + payload
+
+
+@pytest.mark.parametrize(
+    ("http", "status"), [(401, "UNAUTHENTICATED"), (403, "PERMISSION_DENIED"), (404, "UNIMPLEMENTED")]
+)
+@pytest.mark.parametrize("name", ["execute", "execute_async", "get_execution", "health_check"])
+async def test_what_a_proxy_answers_is_no_other_machine(
+    server: FakeSandboxServer, meant: Meant, name: str, http: int, status: str
+) -> None:
+    await meant.client.execute("1")
+    await server.kill()
+    proxy = Proxy(http)
+    port = int(server.target.rpartition(":")[2])
+    async with await asyncio.start_server(proxy.answer, "127.0.0.1", port):
+        with pytest.raises(SandboxError) as caught:
+            await reached(CALLS[name], meant.client)
+    await meant.client.close()
+    await asyncio.wait(proxy.tasks)
+    assert proxy.calls
+    assert caught.value.status == status
+    assert not isinstance(caught.value, SandboxReplacedError)
+    assert meant.reasons == []
 
 
 async def test_an_error_of_the_look_comes_out_as_it_is() -> None:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc.aio
 import pytest
 from _patience import PATIENCE, put_forward, until
 
@@ -33,16 +34,16 @@ def asked(server: FakeSandboxServer) -> list[str]:
     return [call.rpc for call in server.calls]
 
 
-def count_channels(client: SandboxClient, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """When a channel was made, from now on."""
-    made: list[float] = []
-    connect = client._connection._connect
+def count_channels(monkeypatch: pytest.MonkeyPatch) -> list[grpc.aio.Channel]:
+    """The channels that are made from now on."""
+    made: list[grpc.aio.Channel] = []
+    make = grpc.aio.insecure_channel
 
-    def counted(*args: Any) -> None:
-        made.append(asyncio.get_running_loop().time())
-        connect(*args)
+    def counted(*args: Any, **options: Any) -> grpc.aio.Channel:
+        made.append(make(*args, **options))
+        return made[-1]
 
-    monkeypatch.setattr(client._connection, "_connect", counted)
+    monkeypatch.setattr(grpc.aio, "insecure_channel", counted)
     return made
 
 
@@ -141,7 +142,7 @@ async def test_a_check_that_fails_otherwise_does_not_fall_back(
 async def test_waiting_for_a_healthy_server_is_one_call(
     server: FakeSandboxServer, client: SandboxClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = count_channels(client, monkeypatch)
+    made = count_channels(monkeypatch)
     assert await client.wait_for_healthy(PATIENCE)
     assert client.health_error is None
     assert await client.wait_for_healthy(PATIENCE)
@@ -151,7 +152,7 @@ async def test_waiting_for_a_healthy_server_is_one_call(
 async def test_waiting_asks_again_soon_until_the_server_is_healthy(
     server: FakeSandboxServer, client: SandboxClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = count_channels(client, monkeypatch)
+    made = count_channels(monkeypatch)
     server.script(
         "Check", HealthStatus(False), FakeStatus("INTERNAL"), HealthStatus(False), HealthStatus(True)
     )
@@ -242,7 +243,7 @@ async def test_a_server_that_comes_up_is_noticed_at_once(monkeypatch: pytest.Mon
     async with FakeSandboxServer() as server:
         await server.kill()
         async with SandboxClient(server.target) as client:
-            made = count_channels(client, monkeypatch)
+            made = count_channels(monkeypatch)
             waiting = asyncio.create_task(client.wait_for_healthy(PATIENCE))
             async with asyncio.timeout(PATIENCE):
                 while len(made) < 4:  # Each attempt connects at once, whatever gRPC's backoff.
@@ -260,20 +261,20 @@ async def test_a_channel_with_a_call_on_it_is_not_replaced(
     connection = client._connection
     task = asyncio.create_task(client.execute(code="x"))
     await server.wait_for_call("Execute")
-    channel = connection._channel
+    channel = connection.channel.grpc_channel
     # As if the connection were lost: what counts is that the channel is in use.
     monkeypatch.setattr(type(channel), "get_state", lambda self: None)
     await connection.renew()
-    assert connection._channel is channel
+    assert connection.channel.grpc_channel is channel
     task.cancel()
     await asyncio.wait([task])
     async with client.execute_stream(code="x"):
         await connection.renew()
-        assert connection._channel is channel
+        assert connection.channel.grpc_channel is channel
     await connection.renew()
     await connection.renew()
     assert (await client.health_check()).healthy
-    assert connection._channel is not channel
+    assert connection.channel.grpc_channel is not channel
 
 
 async def test_a_server_that_is_restarted_is_reached_within_a_second(

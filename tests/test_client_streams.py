@@ -163,9 +163,9 @@ def test_a_stream_may_be_dropped_after_its_loop_is_closed() -> None:
         stream = runner.run(main())
     connection = stream._connection
     del stream
-    assert connection.in_flight == 0
+    assert connection.usage.in_flight == 0
     asyncio.run(connection.close())
-    assert connection.closed
+    assert connection.channel.closed
 
 
 # Keeping one

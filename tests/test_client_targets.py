@@ -148,7 +148,7 @@ def test_the_environment_names_the_target(
 ) -> None:
     client = SandboxClient.from_env(environ, **options)
     assert client.target == target
-    assert client._connection._tls is None
+    assert client._connection.channel.tls is None
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_wrong_environment_is_named(environ: dict[str, str], options: dict[str
 def test_the_environment_says_how_to_speak_tls(
     environ: dict[str, str], options: dict[str, Any], tls: TlsConfig | None
 ) -> None:
-    assert SandboxClient.from_env(environ, **options)._connection._tls == tls
+    assert SandboxClient.from_env(environ, **options)._connection.channel.tls == tls
 
 
 def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +375,8 @@ async def test_the_tls_files_are_read_once(certs: Certificates, tmp_path: Path) 
         ca.unlink()
         await server.kill()
         waiting = asyncio.create_task(client.wait_for_healthy(PATIENCE))
-        channel = client._connection._channel
-        await until(lambda: client._connection._channel not in (None, channel))  # It is made anew.
+        channel = client._connection.channel
+        old = channel.grpc_channel
+        await until(lambda: channel.grpc_channel not in (None, old))  # It is made anew.
         await server.start()
         assert await waiting

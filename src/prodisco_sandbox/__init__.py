@@ -11,41 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .client import ExecutionStream, SandboxClient
     from .config import SandboxManagerConfig, TlsConfig
-    from .errors import (
-        SandboxCapacityError,
-        SandboxConflictError,
-        SandboxError,
-        SandboxFailedError,
-        SandboxManagerClosedError,
-        SandboxPermissionError,
-        SandboxReplacedError,
-        SandboxTimeoutError,
-        SandboxUnavailableError,
-    )
+    from .errors import *
     from .manager import SandboxManager, SandboxManagerStats
-    from .results import (
-        CacheEntry,
-        CancelResult,
-        ExecutionChunk,
-        ExecutionInfo,
-        ExecutionOutcome,
-        ExecutionResult,
-        ExecutionState,
-        ExecutionStatus,
-        HealthStatus,
-        LspDocumentSymbol,
-        LspHover,
-        LspLocation,
-        LspRange,
-        LspSymbolInfo,
-        LspSymbolKind,
-        LspWorkspaceSymbols,
-        SandboxRef,
-        StartedExecution,
-        TestReport,
-        TestResult,
-        TestSummary,
-    )
+    from .results import *
 
 __all__ = [
     "SandboxClient",

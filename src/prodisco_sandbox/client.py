@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
+from . import results as r
 from ._checks import integer
 from ._grpc import codec as m
-from ._grpc.channel import Connection
+from ._grpc.connection import Connection
 from ._grpc.fence import Fence
 from ._grpc.health import wait_for_healthy
 from ._grpc.stream import ExecutionStream as ExecutionStream
@@ -18,28 +19,11 @@ from ._targets import target_from_env
 from .config import TlsConfig
 from .errors import SandboxError, SandboxTimeoutError
 from .proto import sandbox_pb2 as pb
-from .results import (
-    CacheEntry,
-    CancelResult,
-    ExecutionInfo,
-    ExecutionResult,
-    ExecutionState,
-    ExecutionStatus,
-    HealthStatus,
-    LspDocumentSymbol,
-    LspHover,
-    LspLocation,
-    LspWorkspaceSymbols,
-    SandboxRef,
-    StartedExecution,
-    TestReport,
-)
 
-_T = TypeVar("_T")
-_Found = TypeVar("_Found", ExecutionStatus, CancelResult)
+_Found = TypeVar("_Found", r.ExecutionStatus, r.CancelResult)
 
-# What the protocol's servers do with an execution's timeout.
-_DEFAULT_TIMEOUT, _LEAST_TIMEOUT, _GREATEST_TIMEOUT = 30.0, 1.0, 120.0
+# How the protocol's servers treat an execution's timeout.
+_DEFAULT_TIMEOUT, _LEAST_TIMEOUT = 30.0, 1.0
 
 
 class _Options(TypedDict, total=False):
@@ -99,6 +83,8 @@ class SandboxClient:
             mode.
     """
 
+    _greatest_timeout = 120.0  # of an execution, on the protocol's servers
+
     def __init__(
         self,
         target: str,
@@ -109,7 +95,7 @@ class SandboxClient:
     ) -> None:
         if tls is not None and not isinstance(tls, TlsConfig):
             raise ValueError(f"tls is {tls!r}: it must be a TlsConfig or None")
-        self.sandbox: SandboxRef | None = None
+        self.sandbox: r.SandboxRef | None = None
         self._connection = Connection(target, tls)
         self._call_timeout = m.call_seconds("call_timeout", call_timeout)
         self._margin = m.call_seconds("deadline_margin", deadline_margin)
@@ -142,7 +128,8 @@ class SandboxClient:
         return cls(target, **options)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.target} {'closed' if self._connection.closed else 'open'}>"
+        state = "closed" if self._connection.channel.closed else "open"
+        return f"<{type(self).__name__} {self.target} {state}>"
 
     @property
     def target(self) -> str:
@@ -156,7 +143,7 @@ class SandboxClient:
         An asynchronous execution counts until a call of this client shows that it has
         ended, at most until its timeout and the margin have passed.
         """
-        return self._connection.in_flight
+        return self._connection.usage.in_flight
 
     @property
     def last_used(self) -> float:
@@ -165,7 +152,7 @@ class SandboxClient:
         Health checks are no use. For an asynchronous execution that nobody asked about
         again it is the moment when it stopped counting as in flight.
         """
-        return self._connection.last_used
+        return self._connection.usage.last_used
 
     @property
     def on_suspect(self) -> Callable[[], None] | None:
@@ -231,7 +218,7 @@ class SandboxClient:
         """The same as `close`."""
         await self.close()
 
-    async def health_check(self, *, timeout: float = 5.0) -> HealthStatus:
+    async def health_check(self, *, timeout: float = 5.0) -> r.HealthStatus:
         """Asks once whether the server is healthy.
 
         Asks ``grpc.health.v1.Health/Check``, and the server's own ``HealthCheck`` where
@@ -263,7 +250,7 @@ class SandboxClient:
 
     async def execute(
         self, code: str | None = None, *, cached: str | None = None, timeout: float | None = None
-    ) -> ExecutionResult:
+    ) -> r.ExecutionResult:
         """Runs code to its end and returns the whole output.
 
         Args:
@@ -273,7 +260,8 @@ class SandboxClient:
                 Servers may clamp it, to 1 to 120.
         """
         request = m.execute_request(code, cached, timeout)
-        return m.read_result(await self._connection.wait("Execute", request, self._deadline(timeout)))
+        answer = await self._connection.wait("Execute", request, self._deadline(timeout))
+        return m.read(r.ExecutionResult, answer)
 
     def execute_stream(
         self, code: str | None = None, *, cached: str | None = None, timeout: float | None = None
@@ -290,7 +278,7 @@ class SandboxClient:
 
     async def execute_async(
         self, code: str | None = None, *, cached: str | None = None, timeout: float | None = None
-    ) -> StartedExecution:
+    ) -> r.StartedExecution:
         """Starts code and returns at once; arguments as for `execute`.
 
         Raises:
@@ -298,16 +286,15 @@ class SandboxClient:
                 unknown cached script.
         """
         request = m.execute_request(code, cached, timeout)
-        started = await self._use("ExecuteAsync", request, m.read_started)
+        started = m.read(r.StartedExecution, await self._call("ExecuteAsync", request))
         if not started.state.is_final:
-            queued = started.state is ExecutionState.PENDING
-            limit = self._deadline(timeout)
-            self._connection.execution_started(started.execution_id, limit, queued=queued)
+            queued = started.state is r.ExecutionState.PENDING
+            self._connection.count_execution(started.execution_id, self._deadline(timeout), queued=queued)
         return started
 
     async def get_execution(
         self, execution_id: str, *, wait: bool = False, output_offset: int = 0, timeout: float | None = None
-    ) -> ExecutionStatus:
+    ) -> r.ExecutionStatus:
         """State and buffered output of an execution.
 
         Args:
@@ -325,9 +312,16 @@ class SandboxClient:
         )
         if timeout is not None:
             m.call_seconds("timeout", timeout)
-        return await self._ask("GetExecution", request, m.read_status, timeout)
+        if wait:
+            limit = self._longest if timeout is None else None
+            answer = self._connection.wait("GetExecution", request, limit, timeout)
+        else:
+            answer = self._call("GetExecution", request, timeout)
+        return await self._noted(execution_id, r.ExecutionStatus, answer)
 
-    async def wait_for_execution(self, execution_id: str, *, timeout: float | None = None) -> ExecutionStatus:
+    async def wait_for_execution(
+        self, execution_id: str, *, timeout: float | None = None
+    ) -> r.ExecutionStatus:
         """Waits for the end of an execution; ``result`` of what it returns is set.
 
         Args:
@@ -349,11 +343,11 @@ class SandboxClient:
                 raise SandboxTimeoutError(text, status=error.status) from error
             if status.state.is_final:
                 return status
-            if timeout is None and status.state is ExecutionState.PENDING:
+            if timeout is None and status.state is r.ExecutionState.PENDING:
                 deadline = loop.time() + patience
             # A server that cuts long polls short must not be asked in a busy loop.
             await asyncio.sleep(min(0.1, max(0.0, deadline - loop.time())))
-            if self._connection.closed:
+            if self._connection.channel.closed:
                 raise self._connection.closed_under("GetExecution")
             left = deadline - loop.time()
             if left < 1e-6:  # The loop wakes up to a clock tick early.
@@ -362,14 +356,14 @@ class SandboxClient:
                 )
             remaining = None if timeout is None else left
 
-    async def cancel_execution(self, execution_id: str) -> CancelResult:
+    async def cancel_execution(self, execution_id: str) -> r.CancelResult:
         """Cancels a running execution. Idempotent; some servers' scripts go on for a while."""
         request = pb.CancelExecutionRequest(execution_id=m.text("execution_id", execution_id))
-        return await self._ask("CancelExecution", request, m.read_cancel)
+        return await self._noted(execution_id, r.CancelResult, self._call("CancelExecution", request))
 
     async def list_executions(
-        self, *, states: Iterable[ExecutionState] = (), limit: int = 0, include_completed_within: float = 0.0
-    ) -> tuple[ExecutionInfo, ...]:
+        self, *, states: Iterable[r.ExecutionState] = (), limit: int = 0, include_completed_within: float = 0
+    ) -> tuple[r.ExecutionInfo, ...]:
         """Running and recently finished executions; plain `execute` calls are not listed.
 
         Args:
@@ -380,21 +374,21 @@ class SandboxClient:
         """
         if not isinstance(states, Iterable):
             raise ValueError(f"states is {states!r}: it must be an iterable of ExecutionState")  # noqa: TRY004
+        since = m.call_seconds("include_completed_within", include_completed_within, zero=True)
         request = pb.ListExecutionsRequest(
             states=[integer("states", state) for state in states],  # type: ignore[misc]
             limit=integer("limit", limit),
-            include_completed_within_ms=round(
-                m.call_seconds("include_completed_within", include_completed_within, zero=True) * 1000
-            ),
+            include_completed_within_ms=round(since * 1000),
         )
-        executions = await self._use("ListExecutions", request, m.read_executions)
+        answer = await self._call("ListExecutions", request)
+        executions = m.read_all(r.ExecutionInfo, answer.executions)
         for info in executions:
             self._note_state(info.execution_id, info.state)
         return executions
 
     async def execute_test(
         self, *, tests: str, code: str | None = None, timeout: float | None = None
-    ) -> TestReport:
+    ) -> r.TestReport:
         """Runs code together with its tests.
 
         Args:
@@ -407,84 +401,77 @@ class SandboxClient:
             tests=m.text("tests", tests, empty=True),
             timeout_ms=m.timeout_ms(timeout),
         )
-        return m.read_report(await self._connection.wait("ExecuteTest", request, self._deadline(timeout)))
+        answer = await self._connection.wait("ExecuteTest", request, self._deadline(timeout))
+        return m.read(r.TestReport, answer)
 
-    async def list_cache(self, *, filter: str | None = None) -> tuple[CacheEntry, ...]:  # noqa: A002
+    async def list_cache(self, *, filter: str | None = None) -> tuple[r.CacheEntry, ...]:  # noqa: A002
         """The scripts that the server keeps because they succeeded; `filter` is its affair."""
         request = pb.ListCacheRequest(filter=None if filter is None else m.text("filter", filter, empty=True))
-        return await self._use("ListCache", request, m.read_cache)
+        return m.read_all(r.CacheEntry, (await self._call("ListCache", request)).entries)
 
     async def clear_cache(self) -> int:
         """Empties the server's cache; returns how many scripts it held. Idempotent."""
-        return await self._use("ClearCache", pb.ClearCacheRequest(), m.read_deleted_count)
+        count: int = (await self._call("ClearCache", pb.ClearCacheRequest())).deleted_count
+        return count
 
     # The language server. Lines count from 1, characters from 0.
 
-    async def lsp_workspace_symbol(self, query: str, *, limit: int | None = None) -> LspWorkspaceSymbols:
+    async def lsp_workspace_symbol(self, query: str, *, limit: int | None = None) -> r.LspWorkspaceSymbols:
         """Symbols by name; `limit`: at most so many, None: the server's default."""
         request = pb.LspWorkspaceSymbolRequest(
             query=m.text("query", query, empty=True),
             limit=None if limit is None else integer("limit", limit, least=1),
         )
-        return await self._use("LspWorkspaceSymbol", request, m.read_workspace_symbols)
+        return m.read(r.LspWorkspaceSymbols, await self._call("LspWorkspaceSymbol", request))
 
-    async def lsp_hover(self, file_path: str, line: int, character: int) -> LspHover:
+    async def lsp_hover(self, file_path: str, line: int, character: int) -> r.LspHover:
         """Type and documentation at a position."""
         request = pb.LspPositionRequest(**m.position(file_path, line, character))
-        return await self._use("LspHover", request, m.read_hover)
+        return m.read(r.LspHover, await self._call("LspHover", request))
 
     async def lsp_go_to_definition(
         self, file_path: str, line: int, character: int
-    ) -> tuple[LspLocation, ...]:
+    ) -> tuple[r.LspLocation, ...]:
         """Where the symbol at a position is defined."""
         request = pb.LspPositionRequest(**m.position(file_path, line, character))
-        return await self._use("LspGoToDefinition", request, m.read_locations)
+        return m.read_all(r.LspLocation, (await self._call("LspGoToDefinition", request)).locations)
 
     async def lsp_find_references(
         self, file_path: str, line: int, character: int, *, include_declaration: bool = False
-    ) -> tuple[LspLocation, ...]:
+    ) -> tuple[r.LspLocation, ...]:
         """Where the symbol at a position is used."""
-        request = pb.LspReferencesRequest(
-            **m.position(file_path, line, character), include_declaration=bool(include_declaration)
-        )
-        return await self._use("LspFindReferences", request, m.read_locations)
+        position = m.position(file_path, line, character)
+        request = pb.LspReferencesRequest(**position, include_declaration=bool(include_declaration))
+        return m.read_all(r.LspLocation, (await self._call("LspFindReferences", request)).locations)
 
-    async def lsp_document_symbol(self, file_path: str) -> tuple[LspDocumentSymbol, ...]:
+    async def lsp_document_symbol(self, file_path: str) -> tuple[r.LspDocumentSymbol, ...]:
         """The outline of a file."""
         request = pb.LspDocumentRequest(file_path=m.text("file_path", file_path))
-        return await self._use("LspDocumentSymbol", request, m.read_document_symbols)
+        return m.read_all(r.LspDocumentSymbol, (await self._call("LspDocumentSymbol", request)).symbols)
 
-    async def _use(
-        self, rpc: str, request: Any, read: Callable[[Any], _T], timeout: float | None = None
-    ) -> _T:
-        return read(await self._connection.use(rpc, request, timeout or self._call_timeout))
+    async def _call(self, rpc: str, request: Any, timeout: float | None = None) -> Any:
+        return await self._connection.use(rpc, request, timeout or self._call_timeout)
 
-    async def _ask(
-        self, rpc: str, request: Any, read: Callable[[Any], _Found], timeout: float | None = None
-    ) -> _Found:
-        """A use about one execution, that shows whether it counts any longer."""
+    async def _noted(self, execution_id: str, kind: type[_Found], answer: Awaitable[Any]) -> _Found:
+        """Reads an answer about one execution, and notes whether that still counts as in flight."""
         try:
-            if getattr(request, "wait", False):
-                limit = self._longest if timeout is None else None
-                found = read(await self._connection.wait(rpc, request, limit, timeout))
-            else:
-                found = await self._use(rpc, request, read, timeout)
+            found = m.read(kind, await answer)
         except SandboxError as error:
             if error.status == "NOT_FOUND":
-                self._connection.execution_ended(request.execution_id)
+                self._connection.usage.end_execution(execution_id)
             raise
-        self._note_state(request.execution_id, found.state)
+        self._note_state(execution_id, found.state)
         return found
+
+    def _note_state(self, execution_id: str, state: r.ExecutionState) -> None:
+        if state.is_final:
+            self._connection.usage.end_execution(execution_id)
 
     @property
     def _longest(self) -> float:
-        """What any execution has, from its begin."""
-        return _GREATEST_TIMEOUT + self._margin
+        """The time that any execution has, from its begin."""
+        return self._greatest_timeout + self._margin
 
     def _deadline(self, timeout: float | None) -> float:
         # Not clamped from above: a server is free to allow more than the stock one.
         return max(timeout or _DEFAULT_TIMEOUT, _LEAST_TIMEOUT) + self._margin
-
-    def _note_state(self, execution_id: str, state: ExecutionState) -> None:
-        if state.is_final:
-            self._connection.execution_ended(execution_id)

@@ -205,7 +205,7 @@ async def test_a_machine_without_fences_in_the_place_of_one_with_is_another() ->
 
 async def broken(client: SandboxClient) -> None:
     """Waits until the channel has noticed that its connection is broken."""
-    channel = client._connection._channel
+    channel = client._connection.channel.grpc_channel
     assert channel is not None
     async with asyncio.timeout(PATIENCE):
         while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:

@@ -532,7 +532,7 @@ async def test_a_call_to_a_machine_that_was_restarted_in_place_is_repeated_with_
 
 async def reconnected(client: SandboxClient) -> None:
     """Waits until the channel has noticed that its old connection is broken."""
-    channel = client._connection._channel
+    channel = client._connection.channel.grpc_channel
     assert channel is not None
     async with asyncio.timeout(PATIENCE):
         while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:

@@ -17,7 +17,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._grpc.codec import about_size
+from prodisco_sandbox._grpc.failures import about_size
 from prodisco_sandbox.config import SandboxManagerConfig
 from prodisco_sandbox.mcp import _texts
 from prodisco_sandbox.mcp._language import Language, language_of

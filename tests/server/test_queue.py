@@ -14,8 +14,6 @@ import pytest
 from _patience import PATIENCE, until
 
 from prodisco_sandbox import SandboxClient
-from prodisco_sandbox._grpc import channel as _channel
-from prodisco_sandbox._grpc import execution_call as _execution_call
 from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.results import ExecutionState
@@ -104,13 +102,6 @@ async def test_a_queued_asynchronous_execution_is_in_flight(client: SandboxClien
 # Servers that are gone or stuck
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_channel, _execution_call):
-        monkeypatch.setattr(module, "BEAT", 0.5)
-    monkeypatch.setattr(_channel, "PATIENCE", (0.5, 1.0))
-
-
 WAITS: dict[str, Callable[[SandboxClient], Awaitable[Any]]] = {
     "execute": lambda c: c.execute(code=SLEEP, timeout=60),
     "execute_stream": lambda c: anext(c.execute_stream(code=SLEEP, timeout=60)),
@@ -121,11 +112,12 @@ WAITS: dict[str, Callable[[SandboxClient], Awaitable[Any]]] = {
 @pytest.mark.parametrize("queued", [False, True], ids=["running", "queued"])
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stuck", "gone"])
 async def test_a_server_that_is_stuck_or_gone_is_noticed(
-    tmp_path: Path, quick: None, name: str, queued: bool, number: signal.Signals
+    tmp_path: Path, name: str, queued: bool, number: signal.Signals
 ) -> None:
     with running(tmp_path, "--max-concurrent", "1") as server:
         suspected: list[bool] = []
         async with SandboxClient(server.target) as client:
+            client._connection.beat = 1.0
             client.on_suspect = lambda: suspected.append(True)
             if queued:
                 await client.execute_async(code=SLEEP, timeout=60)
@@ -145,9 +137,10 @@ async def test_a_server_that_is_stuck_or_gone_is_noticed(
             assert suspected
 
 
-async def test_a_busy_server_is_not_stuck(one_by_one: Server, quick: None) -> None:
+async def test_a_busy_server_is_not_stuck(one_by_one: Server) -> None:
     suspected: list[bool] = []
     async with SandboxClient(one_by_one.target, deadline_margin=PATIENCE) as client:
+        client._connection.beat = 1.0
         client.on_suspect = lambda: suspected.append(True)
         blocker = await client.execute_async(code="while True: pass", timeout=60)
         waiting = [asyncio.ensure_future(client.execute(code="1")) for _ in range(30)]

@@ -1,182 +1,77 @@
-"""Messages of the wire: requests that are checked, and answers as the dataclasses of `results`."""
+"""Messages of the wire: requests that are checked, and answers read into `results`."""
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from enum import IntEnum
+from functools import cache, partial
+from types import NoneType
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from .._checks import INT32_MAX, integer, seconds
 from ..errors import SandboxError
 from ..proto import sandbox_pb2 as pb
-from ..results import (
-    CacheEntry,
-    CancelResult,
-    ExecutionChunk,
-    ExecutionInfo,
-    ExecutionOutcome,
-    ExecutionResult,
-    ExecutionState,
-    ExecutionStatus,
-    LspDocumentSymbol,
-    LspHover,
-    LspLocation,
-    LspRange,
-    LspSymbolInfo,
-    LspSymbolKind,
-    LspWorkspaceSymbols,
-    StartedExecution,
-    TestReport,
-    TestResult,
-    TestSummary,
-)
+from ..results import ExecutionChunk, ExecutionOutcome
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
+_T = TypeVar("_T")
 
-def read_cache_entry(message: pb.CacheEntry) -> CacheEntry:
-    return CacheEntry(message.name, message.description, message.created_at_ms, message.content_hash)
-
-
-def read_cache(message: pb.ListCacheResponse) -> tuple[CacheEntry, ...]:
-    return tuple(map(read_cache_entry, message.entries))
+# Answers
 
 
-def read_deleted_count(message: pb.ClearCacheResponse) -> int:
-    return message.deleted_count
+def read(kind: Callable[..., _T], message: Any) -> _T:
+    """Reads a message into a dataclass whose fields have the names of its fields.
+
+    A field of type ``X | None`` has explicit presence: it is None where the message lacks it.
+    """
+    return kind(*[get(message) for get in _getters(kind)])
 
 
-def read_result(message: pb.ExecuteResponse) -> ExecutionResult:
-    return ExecutionResult(
-        message.success,
-        message.output,
-        message.error if message.HasField("error") else None,
-        message.execution_time_ms,
-        read_cache_entry(message.cached) if message.HasField("cached") else None,
-    )
+def read_all(kind: Callable[..., _T], messages: Iterable[Any]) -> tuple[_T, ...]:
+    return tuple(read(kind, message) for message in messages)
 
 
-def read_outcome(message: pb.ExecuteResult) -> ExecutionOutcome:
-    return ExecutionOutcome(
-        message.success,
-        ExecutionState(message.state),
-        message.error if message.HasField("error") else None,
-        message.execution_time_ms,
-        read_cache_entry(message.cached) if message.HasField("cached") else None,
-    )
+@cache
+def _getters(kind: Any) -> tuple[Callable[[Any], Any], ...]:
+    types = get_type_hints(kind)
+    return tuple(_getter(field.name, types[field.name]) for field in fields(kind))
+
+
+def _getter(name: str, type_: Any) -> Callable[[Any], Any]:
+    inner, *others = get_args(type_) or (type_,)  # X, X | None or tuple[X, ...]
+    convert: Callable[[Any], Any] | None = None
+    if is_dataclass(inner):
+        convert = partial(read, cast(Any, inner))
+    elif issubclass(inner, IntEnum):
+        convert = inner
+
+    def get(message: Any) -> Any:
+        if optional and not message.HasField(name):
+            return None
+        value = getattr(message, name)
+        if repeated:
+            return tuple(map(convert, value)) if convert else tuple(value)
+        return convert(value) if convert else value
+
+    optional, repeated = NoneType in others, Ellipsis in others
+    return get
 
 
 def read_chunk(message: pb.ExecuteChunk) -> ExecutionChunk | None:
     """None where the chunk is of a kind that this version does not know."""
     kind = message.WhichOneof("chunk")
-    if kind == "output":
-        return ExecutionChunk(message.execution_id, kind, message.output, None, message.timestamp_ms)
-    if kind == "error_output":
-        return ExecutionChunk(message.execution_id, kind, message.error_output, None, message.timestamp_ms)
+    if kind is None:
+        return None
     if kind == "result":
-        outcome = read_outcome(message.result)
-        return ExecutionChunk(message.execution_id, kind, "", outcome, message.timestamp_ms)
-    return None
+        text, result = "", read(ExecutionOutcome, message.result)
+    else:
+        text, result = getattr(message, kind), None
+    return ExecutionChunk(message.execution_id, kind, text, result, message.timestamp_ms)
 
 
-def read_started(message: pb.ExecuteAsyncResponse) -> StartedExecution:
-    return StartedExecution(message.execution_id, ExecutionState(message.state))
-
-
-def read_status(message: pb.GetExecutionResponse) -> ExecutionStatus:
-    return ExecutionStatus(
-        message.execution_id,
-        ExecutionState(message.state),
-        message.output,
-        message.error_output,
-        message.output_length,
-        message.error_output_length,
-        read_outcome(message.result) if message.HasField("result") else None,
-    )
-
-
-def read_cancel(message: pb.CancelExecutionResponse) -> CancelResult:
-    text = message.message if message.HasField("message") else None
-    return CancelResult(message.success, ExecutionState(message.state), text)
-
-
-def read_executions(message: pb.ListExecutionsResponse) -> tuple[ExecutionInfo, ...]:
-    return tuple(
-        ExecutionInfo(
-            info.execution_id,
-            ExecutionState(info.state),
-            info.started_at_ms,
-            info.finished_at_ms if info.HasField("finished_at_ms") else None,
-            info.code_preview,
-            info.is_cached,
-            info.cached_name if info.HasField("cached_name") else None,
-        )
-        for info in message.executions
-    )
-
-
-def read_report(message: pb.ExecuteTestResponse) -> TestReport:
-    summary = message.summary
-    return TestReport(
-        message.success,
-        TestSummary(summary.total, summary.passed, summary.failed, summary.skipped),
-        tuple(
-            TestResult(
-                test.name, test.passed, test.error if test.HasField("error") else None, test.duration_ms
-            )
-            for test in message.tests
-        ),
-        message.output,
-        message.execution_time_ms,
-        message.error if message.HasField("error") else None,
-    )
-
-
-def read_range(message: pb.LspRange) -> LspRange:
-    return LspRange(message.start_line, message.start_character, message.end_line, message.end_character)
-
-
-def read_location(message: pb.LspLocation) -> LspLocation:
-    return LspLocation(message.uri, read_range(message.range))
-
-
-def read_locations(message: pb.LspLocationsResponse) -> tuple[LspLocation, ...]:
-    return tuple(map(read_location, message.locations))
-
-
-def read_workspace_symbols(message: pb.LspWorkspaceSymbolResponse) -> LspWorkspaceSymbols:
-    symbols = tuple(
-        LspSymbolInfo(
-            symbol.name,
-            LspSymbolKind(symbol.kind),
-            symbol.library,
-            symbol.container_name,
-            read_location(symbol.location),
-        )
-        for symbol in message.symbols
-    )
-    return LspWorkspaceSymbols(symbols, message.total_matches)
-
-
-def read_hover(message: pb.LspHoverResponse) -> LspHover:
-    return LspHover(message.contents, read_range(message.range) if message.HasField("range") else None)
-
-
-def read_document_symbol(message: pb.LspDocumentSymbol) -> LspDocumentSymbol:
-    return LspDocumentSymbol(
-        message.name,
-        LspSymbolKind(message.kind),
-        message.detail,
-        read_range(message.range),
-        read_range(message.selection_range),
-        tuple(map(read_document_symbol, message.children)),
-    )
-
-
-def read_document_symbols(message: pb.LspDocumentSymbolResponse) -> tuple[LspDocumentSymbol, ...]:
-    return tuple(map(read_document_symbol, message.symbols))
-
-
-# Arguments
+# Requests
 
 
 def call_seconds(name: str, value: object, *, zero: bool = False) -> float:
@@ -192,8 +87,8 @@ def text(name: str, value: object, *, empty: bool = False) -> str:
     """Checks a string that UTF-8 can encode and a message can hold.
 
     Raises:
-        SandboxError: No message can. gRPC itself says so of what is a little too long, but
-            of what it cannot even encode (2 GiB) it sends an empty message.
+        SandboxError: No message can hold it. gRPC refuses a message that is a little too long, but
+            in place of one that it cannot encode (2 GiB) it sends an empty message.
     """
     if not isinstance(value, str) or not (value or empty):
         raise ValueError(f"{name} is {value!r}: it must be a {'' if empty else 'non-empty '}string")
@@ -206,29 +101,6 @@ def text(name: str, value: object, *, empty: bool = False) -> str:
         except UnicodeEncodeError as error:
             raise ValueError(f"{name} cannot be encoded as UTF-8: {error.reason}") from None
     return value
-
-
-# C-core's and Node's words, Go's, and Java's.
-_SIZES = re.compile(r"larger than max \((?P<size>\d+) vs\.? (?P<limit>\d+)\)")
-_JAVA_SIZES = re.compile(r"exceeds maximum size (?P<limit>\d+): (?P<size>\d+)")
-
-
-def about_size(details: str) -> str | None:
-    """What a RESOURCE_EXHAUSTED says that is about the size of a message; None where it is not.
-
-    Servers have limits of their own, of 4 MiB by default, and refuse a larger request
-    before anything runs. An answer is only ever over this client's limit.
-    """
-    found = _SIZES.search(details) or _JAVA_SIZES.search(details)
-    if found is None:
-        return None
-    size, limit = int(found["size"]), int(found["limit"])
-    if limit == MAX_MESSAGE_BYTES and "SERVER: " not in details:
-        return f"a message is over the size limit of {MAX_MESSAGE_BYTES >> 20} MiB: {details}"
-    return (
-        f"a request of {size:,} bytes is over the size limit of {limit / (1 << 20):.3g} MiB of this server's"
-        " messages: nothing was run"
-    )
 
 
 def execute_request(code: str | None, cached: str | None, timeout: float | None) -> pb.ExecuteRequest:

@@ -12,12 +12,8 @@ import grpc.aio
 from ..errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 
 if TYPE_CHECKING:
-    from .channel import Connection
+    from .connection import Connection
 
-BEAT = 5.0
-"""Seconds without a word from the server after which it is asked for its health."""
-PATIENCE = (1.0, 2.0, 4.0)
-"""Seconds for its answer, and how often it is asked before that counts as a miss."""
 MISSES = 2
 """Misses in a row that make a server stuck."""
 
@@ -32,9 +28,9 @@ class ExecutionCall:
     counts from the call. The time that the caller spends between two messages does not
     count, unless it is as long as the code's time: then nobody reads any more.
 
-    While the server is silent it has to answer health checks. A queue is no reason not to:
-    one that says when code begins is given up after some of them. Others, which code may
-    keep from answering, have until the code's time is over.
+    While the server is silent it has to answer health checks. One that says when code begins
+    can answer them however full its queue is, so it is given up after some misses. Code may keep
+    other servers from answering: they have until the code's time is over.
 
     Args:
         connection: What the call was made with.
@@ -43,6 +39,11 @@ class ExecutionCall:
             something refers to it, its channel goes on connecting, even a closed one.
         limit: Seconds for the code, margin included; None: the call has a deadline that says
             nothing of the server.
+
+    Attributes:
+        is_use: Whether it counts as a use of its own.
+        has_ended: Whether its end is noted.
+        minder: The task that ends it when it is time.
     """
 
     def __init__(self, connection: Connection, rpc: str, call: Any, limit: float | None) -> None:
@@ -50,8 +51,7 @@ class ExecutionCall:
         self.rpc = rpc
         self._call = call
         self._limit = limit
-        self.is_use = False
-        """Whether it counts as a use of its own."""
+        self.is_use = self.has_ended = False
         self._failure: SandboxError | None = None
         loop = asyncio.get_running_loop()
         self._made_at = self._paused_at = loop.time()
@@ -71,30 +71,7 @@ class ExecutionCall:
             if self._failure is not None:
                 raise self._failure.copy_for_waiter()
             return None
-        loop = asyncio.get_running_loop()
-        self._paused += loop.time() - self._paused_at
-        self._reading = True
-        cancellations = _cancellations()
-        try:
-            message = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            self.end()
-            code = error.code()
-            failure = self._connection.failure(self.rpc, error, (grpc.StatusCode.UNAVAILABLE,))
-            late = code is grpc.StatusCode.DEADLINE_EXCEEDED and self._limit is not None
-            if late and not await self._connection.answers():
-                self._connection.suspect()
-            # Without gRPC's frames, which refer to the call.
-            raise failure from error.with_traceback(None)
-        except asyncio.CancelledError as error:
-            self.end()
-            if self._failure is not None and _cancellations() == cancellations:
-                raise self._failure.copy_for_waiter() from None
-            error.__traceback__ = None
-            raise
-        finally:
-            self._reading = False
-            self._paused_at = loop.time()
+        message = await self._read_call()
         if message is _EOF or message is None:
             self.end()
             if message is None:
@@ -108,6 +85,31 @@ class ExecutionCall:
             self._connection.verify(self.rpc, await self._call.initial_metadata())
         return message
 
+    async def _read_call(self) -> Any:
+        loop = asyncio.get_running_loop()
+        self._paused += loop.time() - self._paused_at
+        self._reading = True
+        cancellations = _cancellations()
+        try:
+            return await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            self.end()
+            failure = self._connection.failure(self.rpc, error, ("UNAVAILABLE",))
+            late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self._limit is not None
+            if late and not await self._connection.answers():
+                self._connection.suspect()
+            # Without gRPC's frames, which refer to the call.
+            raise failure from error.with_traceback(None)
+        except asyncio.CancelledError as error:
+            self.end()
+            if self._failure is not None and _cancellations() == cancellations:
+                raise self._failure.copy_for_waiter() from None
+            error.__traceback__ = None
+            raise
+        finally:
+            self._reading = False
+            self._paused_at = loop.time()
+
     def end(self, failure: SandboxError | None = None) -> None:
         """Cancels the call if it has not ended; `failure` is what its reader gets."""
         call, self._call = self._call, None
@@ -116,11 +118,10 @@ class ExecutionCall:
             call.cancel()
             self._connection.call_ended(self)
 
-    async def begun(self) -> bool:
-        """Waits until the code begins; returns False if the call ends before. Safe to cancel."""
+    async def begun(self) -> None:
+        """Waits until the code begins, or the call ends. Safe to cancel."""
         if self._call is not None:
             await self._call.initial_metadata()
-        return self._call is not None and not self._call.done()
 
     async def _mind(self, call: Any) -> None:
         await self._watch(call.initial_metadata, call)

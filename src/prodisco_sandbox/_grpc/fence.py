@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from ..errors import SandboxReplacedError
 from ..proto import metadata as names
 
 Metadata = Iterable[Any]
 """Pairs. `dict` of a grpc.aio.Metadata fails with grpcio 1.74, `dict` of its iterator does not."""
+
+_OTHERS = {"pod": "another pod", "boot": "a server that started anew"}
+_CODES = "ABORTED ALREADY_EXISTS DATA_LOSS FAILED_PRECONDITION INVALID_ARGUMENT NOT_FOUND OK OUT_OF_RANGE"
+_FROM_HANDLERS = frozenset(_CODES.split())
+"""Statuses that only the code of a server gives. gRPC itself, or a proxy (its 401, 403 and 404 become
+UNAUTHENTICATED, PERMISSION_DENIED and UNIMPLEMENTED), may give each of the others."""
 
 
 class Fence:
@@ -44,27 +51,37 @@ class Fence:
         pod = (names.EXPECT_POD, self._pod)
         return (pod,) if self.boot_id is None else (pod, (names.EXPECT_BOOT, self.boot_id))
 
-    def refusal(self, trailing: Metadata) -> str | None:
-        """How the machine that refused a call differs; None: it is another failure."""
-        refusals = {"pod": "another pod", "boot": "a server that started anew"}
-        return refusals.get(dict(iter(trailing)).get(names.FENCE, ""))
-
-    def is_met(self, metadata: Metadata, *, ok: bool) -> bool:
-        """Whether an answer comes from the machine that is meant; the first one pins it.
+    def judge(self, call: str, status: str, *metadata: Metadata) -> SandboxReplacedError | None:
+        """The error of an answer from another machine, None for the right one's; the first pins it.
 
         Args:
-            metadata: The answer's.
-            ok: Whether the call succeeded: otherwise something on the way may have answered.
+            call: The call, as ``RPC on TARGET``.
+            status: The name of the answer's status.
+            metadata: The answer's, initial and trailing.
         """
-        boot_id = dict(iter(metadata)).get(names.BOOT_ID)
+        said = dict(pair for each in metadata for pair in each)
+        if other := _OTHERS.get(said.get(names.FENCE, "")):
+            self._give_up(other)
+            return self.refusal(call, status)
+        boot_id = said.get(names.BOOT_ID)
+        if boot_id is None and status not in _FROM_HANDLERS:
+            return None
         if not self.pinned:
-            self.pinned = ok or boot_id is not None
-            self.boot_id = boot_id
-            return True
-        return boot_id == self.boot_id
+            self.pinned, self.boot_id = status == "OK" or boot_id is not None, boot_id
+        if not self.pinned or boot_id == self.boot_id:
+            return None
+        self._give_up("a server without fences")
+        return SandboxReplacedError(
+            f"{call}: the machine was replaced ({self.broken}): the call ran there", ran=True
+        )
 
-    def give_up(self, reason: str) -> None:
-        """Another machine answers: no further call is sent."""
+    def refusal(self, call: str, status: str | None = None) -> SandboxReplacedError:
+        """The error of a call that another machine has refused, or that was not sent to it."""
+        text = f"{call}: the machine was replaced ({self.broken}): nothing was run"
+        return SandboxReplacedError(text, status=status)
+
+    def _give_up(self, other: str) -> None:
+        """Notes that another machine answers: no further call is sent."""
         if self.broken is None:
-            self.broken = reason
-            self._on_other(reason)
+            self.broken = f"{other} answers in its place"
+            self._on_other(self.broken)

@@ -5,29 +5,34 @@ from __future__ import annotations
 import asyncio
 
 from ..errors import SandboxError, SandboxReplacedError, SandboxTimeoutError, SandboxUnavailableError
-from . import codec as m
-from .channel import Connection
+from .codec import call_seconds
+from .connection import Connection
 
 
 async def wait_for_healthy(connection: Connection, timeout: float) -> bool:
-    """See `SandboxClient.wait_for_healthy`. Why not is in the connection's `health_error`, at any moment."""
+    """See `SandboxClient.wait_for_healthy`; `Connection.health_error` says at any moment why not."""
     connection.health_error = None
     if isinstance(timeout, int | float) and not timeout >= 1e-9:  # type: ignore[redundant-expr]
         return False
     try:
-        async with asyncio.timeout(m.call_seconds("timeout", timeout)):
+        async with asyncio.timeout(call_seconds("timeout", timeout)):
             await _until_healthy(connection)
-    except TimeoutError:
-        silence = SandboxTimeoutError(f"no answer from {connection.target}")
-        connection.health_error = connection.health_error or silence  # type: ignore[redundant-expr]
     except SandboxError as error:
         connection.health_error = error
+    except TimeoutError:
+        if connection.health_error is None:
+            connection.health_error = SandboxTimeoutError(f"no answer from {connection.target}")
     else:
         connection.health_error = None
     return connection.health_error is None
 
 
 async def _until_healthy(connection: Connection) -> None:
+    """Returns once the server is healthy.
+
+    Raises:
+        SandboxError: Waiting cannot help: another machine answers, or the fault is on this side.
+    """
     pause, patience = 0.01, 1.0
     while True:
         try:
@@ -37,7 +42,6 @@ async def _until_healthy(connection: Connection) -> None:
                 f"{connection.target} answers that it is unhealthy"
             )
         except SandboxError as error:
-            # Not the other side's doing, or the doing of another machine, for good.
             if error.status is None or isinstance(error, SandboxReplacedError):
                 raise
             connection.health_error = error

@@ -10,8 +10,8 @@ from typing import Self
 from ..errors import SandboxError
 from ..proto import sandbox_pb2 as pb
 from ..results import ExecutionChunk
-from .channel import Connection
 from .codec import read_chunk
+from .connection import Connection
 from .execution_call import ExecutionCall
 
 
@@ -31,18 +31,6 @@ class ExecutionStream:
     but only later where a variable still holds it. Can be iterated once, by one task at
     a time; after its end or an error it is exhausted.
     """
-
-    __slots__ = (
-        "__weakref__",
-        "_call",
-        "_complete",
-        "_connection",
-        "_finalizer",
-        "_over",
-        "_reading",
-        "_request",
-        "_timeout",
-    )
 
     def __init__(self, connection: Connection, request: pb.ExecuteRequest, timeout: float) -> None:
         self._connection = connection
@@ -65,22 +53,19 @@ class ExecutionStream:
         self._claim()
         try:
             while not self._over:
-                try:
-                    message = await (self._call or await self._start()).read()
-                except BaseException:
-                    self._finish()
-                    raise
+                message = await (self._call or await self._start()).read()
                 if message is None:
                     self._finish()
                     if not self._complete:
                         raise SandboxError(
                             f"ExecuteStream on {self._connection.target}: ended without a result"
                         )
-                    break
-                chunk = read_chunk(message)
-                if chunk is not None:
+                elif (chunk := read_chunk(message)) is not None:
                     self._complete = self._complete or chunk.kind == "result"
                     return chunk
+        except BaseException:
+            self._finish()
+            raise
         finally:
             self._reading = False
         raise StopAsyncIteration
