@@ -71,12 +71,12 @@ def _levels() -> Iterator[None]:
         *(
             (
                 ["--local", f"--server-option={option}"],
-                f"{option.partition('=')[0]} is the program's own to set",
+                f"the program itself sets {option.partition('=')[0]}",
             )
             for option in ("--socket=/tmp/s", "--port=1", "--workspace=/tmp", "--tls-cert=/c", "--pod-name=p")
         ),
-        (["--local", "--server-option=--check"], "--check is the program's own"),
-        (["--local", "--server-option=--help"], "--help is the program's own"),
+        (["--local", "--server-option=--check"], "the program itself sets --check"),
+        (["--local", "--server-option=--help"], "the program itself sets --help"),
     ],
 )
 def test_wrong_arguments_are_refused(

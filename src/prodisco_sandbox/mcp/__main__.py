@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         " localhost:*; may be repeated; default: local names where --host is loopback, else any",
     )
     parser.add_argument(
-        "--language", help="what the sandboxes run, for the model; default: Python, on Kubernetes TypeScript"
+        "--language",
+        help="language of the sandboxes, for the model; default: Python, on Kubernetes TypeScript",
     )
     parser.add_argument(
         "--drain-timeout",

@@ -38,7 +38,7 @@ def server_settings(options: Sequence[str], environ: Mapping[str, str]) -> tuple
         option = text if text.startswith("-") else f"--{text}"
         name = option.partition("=")[0]
         if name in OWN_OPTIONS:
-            raise ValueError(f"--server-option={text}: {name} is the program's own to set")
+            raise ValueError(f"--server-option={text}: the program itself sets {name}")
         if name.removeprefix("--") not in _SETTINGS or not name.startswith("--"):
             known = ", ".join(f"--{known}" for known in _SETTINGS)
             raise ValueError(

@@ -120,7 +120,7 @@ class Places:
         for path, held in reversed(self._made):
             try:
                 if path.is_symlink() or identity(path) != identity(held):
-                    log.warning("%s is not what was made there; it is left alone", path)
+                    log.warning("%s was replaced meanwhile; it is not removed", path)
                     continue
                 remove_tree(path)
             except (OSError, RecursionError) as error:
@@ -136,7 +136,7 @@ async def serve(options: Options) -> None:
         OptionsError: A setting cannot be carried out here.
     """
     if sys.platform != "linux":
-        raise OptionsError(f"this is {sys.platform}: the server contains what it runs by means of Linux")
+        raise OptionsError(f"the server needs Linux, not {sys.platform}: its kernel confines the code")
     stop = _Stop()
     stop.on_signals()
     places = Places(options)

@@ -149,7 +149,7 @@ class ScriptCache:
             data = file.read(self._limit + 1)
         digest = hashlib.sha256(data).hexdigest()
         if not name.endswith(f"-{digest[:12]}"):
-            log.warning("cached script %s is not what was cached; it is ignored", name)
+            log.warning("cached script %s does not match its hash; it is ignored", name)
             return None, ""
         try:
             text = data.decode()

@@ -204,7 +204,7 @@ class MemoryWatch:
                 try:
                     left = self.look()
                 except Exception:  # The only watch there is must not end.
-                    log.exception("looking at the memory of executions failed")
+                    log.exception("measuring the memory of executions failed")
                     left = self._memory.total
                 took = time.monotonic() - began
                 delay = min(max(left / _RATE, _SHORTEST, 5 * took), _LONGEST)

@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="serve nothing: ask the server that has these settings whether it is well; exit with 0 or 1",
+        help="serve nothing: check the running server that has these settings; exit with 0 or 1",
     )
     return parser
 

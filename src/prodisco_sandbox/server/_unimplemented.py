@@ -43,6 +43,6 @@ class NoLanguageServer(sandbox_pb2_grpc.SandboxServiceServicer):
 
 async def _refuse(context: Context) -> NoReturn:
     await context.abort(
-        grpc.StatusCode.UNIMPLEMENTED, "this server has no language server: it runs code, and that is all"
+        grpc.StatusCode.UNIMPLEMENTED, "this server only runs code: it has no language server"
     )
     raise AssertionError("abort returned")
