@@ -220,10 +220,16 @@ class ApiServer:
         def served() -> bool:
             groups = json.loads(self.get("/apis"))["groups"]
             versions = {v["version"] for g in groups if g["name"] == group for v in g["versions"]}
-            if versions != wanted:
+            return versions == wanted and all(listed(f"/apis/{group}/{version}") for version in wanted)
+
+        def listed(version: str) -> bool:
+            plural = spec["names"]["plural"]
+            if self.status(f"{version}/namespaces/default/{plural}") != 200:
                 return False
-            plural = f"namespaces/default/{spec['names']['plural']}"
-            return all(self.status(f"/apis/{group}/{version}/{plural}") == 200 for version in wanted)
+            # The discovery of a version follows on its own.
+            if self.status(version) != 200:
+                return False
+            return plural in {resource["name"] for resource in json.loads(self.get(version))["resources"]}
 
         wait(f"{crd} in {', '.join(sorted(wanted))}", served, 60)
 
