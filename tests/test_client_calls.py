@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from _patience import PATIENCE, put_forward
+from _streams import END, SOME, ended
 
 from prodisco_sandbox._grpc import channel as _channel
 from prodisco_sandbox._grpc.usage import Usage
@@ -18,18 +19,13 @@ from prodisco_sandbox.config import TlsConfig
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 from prodisco_sandbox.results import (
     CancelResult,
-    ExecutionChunk,
     ExecutionInfo,
-    ExecutionOutcome,
     ExecutionResult,
     ExecutionState,
     ExecutionStatus,
     StartedExecution,
 )
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
-
-SOME = ExecutionChunk("e-1", "output", "some\n")
-END = ExecutionChunk("e-1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
 
 
 @pytest.fixture
@@ -42,14 +38,6 @@ async def server() -> AsyncIterator[FakeSandboxServer]:
 async def client(server: FakeSandboxServer) -> AsyncIterator[SandboxClient]:
     async with SandboxClient(server.target, call_timeout=PATIENCE, deadline_margin=0.05) as client:
         yield client
-
-
-async def ended(server: FakeSandboxServer, rpc: str, count: int = 1) -> str:
-    """What became of a call on the server, once it has ended."""
-    call = await server.wait_for_call(rpc, count=count)
-    async with asyncio.timeout(PATIENCE):
-        await call.ended.wait()
-    return call.outcome
 
 
 # The channel
@@ -533,7 +521,7 @@ async def test_the_end_of_the_callers_own_patience_is_not_suspicious(
 @pytest.mark.looptime
 async def test_an_execution_that_expires_after_a_later_use_does_not_set_the_clock_back() -> None:
     usage = Usage(asyncio.get_running_loop().time)
-    usage.start_execution("e", 5.0)
+    usage.executions["e"] = 5.0
     await asyncio.sleep(20)
     with usage.call():
         pass
@@ -548,5 +536,5 @@ async def test_an_asynchronous_execution_counts_for_its_timeout_and_the_margin(
         loop = asyncio.get_running_loop()
         begun = loop.time()
         await client.execute_async(code="x", timeout=3.0)
-        [deadline] = client._connection.usage._deadlines.values()
+        [deadline] = client._connection.usage.executions.values()
         assert begun + 10 <= deadline <= loop.time() + 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import pytest
@@ -47,29 +47,39 @@ CALLS: dict[str, Call] = {
 
 
 class Meant:
-    """A client as a manager makes it: meant for one pod."""
+    """A server, and a client of it as a manager makes it: meant for one pod."""
 
-    def __init__(self, server: FakeSandboxServer) -> None:
+    def __init__(self, **options: Any) -> None:
+        self.server = FakeSandboxServer(**options)
         self.reasons: list[str] = []
-        self.client = SandboxClient(server.target)
         self.looks = 0
-        self.client._expect(POD, self.reasons.append, self.look)
+        self.error: SandboxError | None = None
 
     async def look(self) -> None:
         self.looks += 1
+        if self.error is not None:
+            raise self.error
+
+    async def __aenter__(self) -> Self:
+        await self.server.start()
+        self.client = SandboxClient(self.server.target)
+        self.client._expect(POD, self.reasons.append, self.look)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.close()
+        await self.server.kill()
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[FakeSandboxServer]:
-    async with FakeSandboxServer(pod_name=POD) as server:
-        yield server
-
-
-@pytest.fixture
-async def meant(server: FakeSandboxServer) -> AsyncIterator[Meant]:
-    meant = Meant(server)
-    async with meant.client:
+async def meant() -> AsyncIterator[Meant]:
+    async with Meant(pod_name=POD) as meant:
         yield meant
+
+
+@pytest.fixture
+def server(meant: Meant) -> FakeSandboxServer:
+    return meant.server
 
 
 async def restart(server: FakeSandboxServer, **changes: Any) -> None:
@@ -136,14 +146,12 @@ async def test_waiting_for_health_ends_when_another_machine_answers(
 
 
 async def test_the_servers_own_health_call_is_fenced_too() -> None:
-    async with FakeSandboxServer(health="own", pod_name=POD) as server:
-        meant = Meant(server)
-        async with meant.client:
-            assert await meant.client.wait_for_healthy(5)
-            assert meant.client._boot_id == server.boot_id
-            await restart(server)
-            assert not await meant.client.wait_for_healthy(60)
-            assert server.calls == []
+    async with Meant(health="own", pod_name=POD) as meant:
+        assert await meant.client.wait_for_healthy(5)
+        assert meant.client._boot_id == meant.server.boot_id
+        await restart(meant.server)
+        assert not await meant.client.wait_for_healthy(60)
+        assert meant.server.calls == []
 
 
 async def test_a_client_of_a_replaced_machine_sends_nothing_more(
@@ -221,21 +229,19 @@ async def test_a_failure_whose_initial_metadata_is_lost_comes_from_the_same_mach
 
 @pytest.mark.parametrize("health", ["standard", "own"])
 async def test_a_server_without_fences_is_accepted(health: Any) -> None:
-    async with FakeSandboxServer(health=health, fences=False) as server:
-        meant = Meant(server)
-        async with meant.client:
-            assert await meant.client.wait_for_healthy(5)
-            assert (await meant.client.execute(code="1")).success
-            server.script("GetExecution", FakeStatus("NOT_FOUND"))
-            with pytest.raises(SandboxError) as caught:
-                await meant.client.get_execution("1")
-            assert caught.value.status == "NOT_FOUND"
-            await restart(server)
-            await broken(meant.client)
-            assert meant.looks == 0
-            assert (await reached(CALLS["execute"], meant.client)).success
-            assert meant.looks == 1, "before the call on the new connection, not before each"
-            assert meant.reasons == []
+    async with Meant(health=health, fences=False) as meant:
+        assert await meant.client.wait_for_healthy(5)
+        assert (await meant.client.execute(code="1")).success
+        meant.server.script("GetExecution", FakeStatus("NOT_FOUND"))
+        with pytest.raises(SandboxError) as caught:
+            await meant.client.get_execution("1")
+        assert caught.value.status == "NOT_FOUND"
+        await restart(meant.server)
+        await broken(meant.client)
+        assert meant.looks == 0
+        assert (await reached(CALLS["execute"], meant.client)).success
+        assert meant.looks == 1, "before the call on the new connection, not before each"
+        assert meant.reasons == []
 
 
 class Proxy:
@@ -294,42 +300,31 @@ async def test_what_a_proxy_answers_is_no_other_machine(
 
 
 async def test_an_error_of_the_look_comes_out_as_it_is() -> None:
-    async with FakeSandboxServer(fences=False) as server:
-        error = SandboxTimeoutError("no answer about the pod")
-
-        async def look() -> None:
-            raise error
-
-        client = SandboxClient(server.target)
-        client._expect(POD, lambda reason: None, look)
-        async with client:
-            await client.execute("1")
-            await restart(server)
-            await broken(client)
-            with pytest.raises(SandboxTimeoutError) as caught:
-                await client.execute("1")
-            assert caught.value is error
+    async with Meant(fences=False) as meant:
+        await meant.client.execute("1")
+        await restart(meant.server)
+        await broken(meant.client)
+        meant.error = SandboxTimeoutError("no answer about the pod")
+        with pytest.raises(SandboxTimeoutError) as caught:
+            await meant.client.execute("1")
+        assert caught.value is meant.error
 
 
 async def test_a_server_with_fences_in_the_place_of_one_without_is_told() -> None:
-    async with FakeSandboxServer(fences=False) as server:
-        meant = Meant(server)
-        async with meant.client:
-            await meant.client.execute(code="1")
-            await restart(server, fences=True)
-            with pytest.raises(SandboxReplacedError):
-                await reached(CALLS["execute"], meant.client)
+    async with Meant(fences=False) as meant:
+        await meant.client.execute(code="1")
+        await restart(meant.server, fences=True)
+        with pytest.raises(SandboxReplacedError):
+            await reached(CALLS["execute"], meant.client)
 
 
 async def test_a_server_that_was_not_told_its_pod_is_fenced_by_its_boot_id() -> None:
-    async with FakeSandboxServer() as server:
-        meant = Meant(server)
-        async with meant.client:
-            assert await meant.client.wait_for_healthy(5)
-            await restart(server)
-            with pytest.raises(SandboxReplacedError):
-                await reached(CALLS["execute"], meant.client)
-            assert server.calls == []
+    async with Meant() as meant:
+        assert await meant.client.wait_for_healthy(5)
+        await restart(meant.server)
+        with pytest.raises(SandboxReplacedError):
+            await reached(CALLS["execute"], meant.client)
+        assert meant.server.calls == []
 
 
 async def test_failures_of_the_connection_are_no_other_machine(

@@ -8,13 +8,13 @@ from typing import Any, Self
 
 import pytest
 from _patience import PATIENCE, put_forward, until
+from _streams import END, OUTCOME, SOME
 
 from prodisco_sandbox.client import SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.results import (
     ExecutionChunk,
-    ExecutionOutcome,
     ExecutionResult,
     ExecutionState,
     ExecutionStatus,
@@ -23,9 +23,6 @@ from prodisco_sandbox.results import (
 )
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer
 
-OUTCOME = ExecutionOutcome(True, ExecutionState.COMPLETED)
-SOME = ExecutionChunk("e-1", "output", "some\n")
-END = ExecutionChunk("e-1", "result", result=OUTCOME)
 DONE = ExecutionStatus("e", ExecutionState.COMPLETED, result=OUTCOME)
 LIMIT = 1.05
 """Seconds for code, margin included, with the clients below."""

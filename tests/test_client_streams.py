@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 from _patience import PATIENCE
+from _streams import END, SOME, ended
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.client import ExecutionStream, SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
-from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
+from prodisco_sandbox.results import ExecutionChunk
 from prodisco_sandbox.testing import NEVER, FakeCustomObjectsApi, FakeSandboxServer
-
-SOME = ExecutionChunk("e-1", "output", "some\n")
-END = ExecutionChunk("e-1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
 
 
 @pytest.fixture
@@ -32,14 +30,6 @@ async def server() -> AsyncIterator[FakeSandboxServer]:
 async def client(server: FakeSandboxServer) -> AsyncIterator[SandboxClient]:
     async with SandboxClient(server.target, call_timeout=PATIENCE, deadline_margin=0.05) as client:
         yield client
-
-
-async def ended(server: FakeSandboxServer, rpc: str, count: int = 1) -> str:
-    """What became of a call on the server, once it has ended."""
-    call = await server.wait_for_call(rpc, count=count)
-    async with asyncio.timeout(PATIENCE):
-        await call.ended.wait()
-    return call.outcome
 
 
 async def idle(client: SandboxClient) -> None:

@@ -149,8 +149,8 @@ class SandboxClient:
     def last_used(self) -> float:
         """When the last use ended, by the event loop's clock; 0.0 before the first.
 
-        Health checks are no use. For an asynchronous execution that nobody asked about
-        again it is the moment when it stopped counting as in flight.
+        Health checks do not count. An asynchronous execution that was not asked about again
+        ends when it stops counting as in flight.
         """
         return self._connection.usage.last_used
 
@@ -168,26 +168,26 @@ class SandboxClient:
         self._connection.on_suspect = callback
 
     def _keep_pace(self, pace: Callable[[], Awaitable[None]]) -> None:
-        """Has answers to health checks wait for their turn, so that a crowd's do not come in one pass."""
+        """Has answers to health checks await this, so that many do not come in one pass of the loop."""
         self._connection.pace = pace
 
     def _tell_closed(self, callback: Callable[[], None]) -> None:
-        """Has `close` say so to whoever hands this client out, who must not do that again."""
+        """Has `close` call this, so that a closed client is not handed out again."""
         self._connection.on_close = callback
 
     def _expect(self, pod: str, on_other: Callable[[str], None], look: Callable[[], Awaitable[None]]) -> None:
-        """Means every call for one machine, for good: this pod's, as it is at the first answer."""
+        """Means every call for one machine: this pod, as it is at its first answer. See `Fence`."""
         self._connection.fence = Fence(pod, on_other, look)
 
     @property
     def _boot_id(self) -> str | None:
-        """The machine that it means; None: none has answered yet, or its server has no fences."""
+        """Of the machine that calls are meant for; None: it has not answered yet, or has no fences."""
         fence = self._connection.fence
         return None if fence is None else fence.boot_id
 
     @property
     def _has_met(self) -> bool:
-        """Whether the machine that it means has answered."""
+        """Whether the machine that calls are meant for has answered."""
         return self._connection.fence is not None and self._connection.fence.pinned
 
     @property
@@ -458,14 +458,14 @@ class SandboxClient:
             found = m.read(kind, await answer)
         except SandboxError as error:
             if error.status == "NOT_FOUND":
-                self._connection.usage.end_execution(execution_id)
+                self._connection.usage.executions.pop(execution_id, None)
             raise
         self._note_state(execution_id, found.state)
         return found
 
     def _note_state(self, execution_id: str, state: r.ExecutionState) -> None:
         if state.is_final:
-            self._connection.usage.end_execution(execution_id)
+            self._connection.usage.executions.pop(execution_id, None)
 
     @property
     def _longest(self) -> float:

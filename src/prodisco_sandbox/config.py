@@ -157,9 +157,9 @@ class SandboxManagerConfig:
     tls: TlsConfig | None = None
     """TLS of the channels and of the default pod template; None: plaintext."""
     instance_id: str = field(default_factory=lambda: os.urandom(8).hex())
-    """Who owns a Sandbox among several managers of one namespace: random for each config
-    that is made, unless set, so give each live manager a config of its own. A value that
-    is set promises that one live manager uses it. What is no valid label value is hashed."""
+    """Names the owner of a Sandbox among several managers of one namespace: random for each config
+    that is made, unless set, so give each live manager a config of its own. A value that is
+    set promises that one live manager uses it. One that is no valid label value is hashed."""
     managed_by: str = "mcp-server"
     """Value of the label ``prodisco.dev/managed-by`` on Sandboxes and pods. Managers see and delete
     only Sandboxes that carry theirs, so give those of different programs different ones."""
@@ -255,7 +255,7 @@ class SandboxManagerConfig:
         try:
             return cls(**values)
         except ValueError as error:
-            # The field's name says nothing to whoever only sets variables.
+            # A user who only sets variables does not know the field's name.
             variables = {**_TEXTS, **_NUMBERS, "tls.secret_name": "SANDBOX_TLS_SECRET_NAME"}
             name = str(error).partition(" ")[0]
             if name not in variables or name.partition(".")[0] in overrides:

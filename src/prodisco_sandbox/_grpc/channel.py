@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -16,6 +16,8 @@ from .._targets import grpc_address
 from ..config import TlsConfig
 from ..errors import SandboxError, SandboxTimeoutError
 from .codec import MAX_MESSAGE_BYTES
+
+_T = TypeVar("_T")
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -59,6 +61,21 @@ def _read_pem(tls: TlsConfig, name: str) -> bytes | None:
     if b"-----BEGIN " not in data:
         raise SandboxError(f"TlsConfig.{name}: {path} is no PEM file: it has no BEGIN line")
     return data
+
+
+async def within(timeout: float, work: Awaitable[_T], text: str) -> _T:
+    """Awaits `work` for so many seconds.
+
+    Raises:
+        SandboxTimeoutError: It takes longer; `text` says what did.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            return await work
+    except SandboxError:  # One of them is a TimeoutError.
+        raise
+    except TimeoutError:
+        raise SandboxTimeoutError(f"{text} within {timeout:.3g} s", status="DEADLINE_EXCEEDED") from None
 
 
 class Channel:
@@ -121,24 +138,15 @@ class Channel:
         method = self._methods.get(make)
         if method is None:
             if self.grpc_channel is None:
-                credentials = await self._read_credentials(timeout)
-                self.check_usable()
+                credentials = None
+                if self._credentials is not None:
+                    text = f"the TLS files for {self.target} could not be read"
+                    credentials = await within(timeout, self._credentials(), text)
+                    self.check_usable()
                 if self.grpc_channel is None:  # else another call has made it meanwhile
                     self._connect(credentials)
             method = self._methods[make] = make(self.grpc_channel)
         return method
-
-    async def _read_credentials(self, timeout: float) -> grpc.ChannelCredentials | None:
-        if self._credentials is None:
-            return None
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._credentials()
-        except TimeoutError:
-            raise SandboxTimeoutError(
-                f"the TLS files for {self.target} could not be read within {timeout:.3g} s",
-                status="DEADLINE_EXCEEDED",
-            ) from None
 
     def _connect(self, credentials: grpc.ChannelCredentials | None) -> None:
         options: list[tuple[str, Any]] = list(_OPTIONS)

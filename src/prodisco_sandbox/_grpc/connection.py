@@ -19,7 +19,7 @@ from ..proto import metadata as names
 from ..proto import sandbox_pb2 as pb
 from ..proto import sandbox_pb2_grpc as pb_grpc
 from ..results import HealthStatus
-from .channel import Channel
+from .channel import Channel, within
 from .execution_call import ExecutionCall
 from .failures import SUSPICIOUS, failure
 from .fence import Fence, Metadata
@@ -54,12 +54,8 @@ class Connection:
     """The calls of one client, and the account of their use.
 
     Attributes:
-        health_error: Why the last wait for health failed; None after a success.
-        on_suspect: Called when a call fails as calls to a dead sandbox do.
-        on_close: Called when the client is closed.
-        pace: Awaited by answers to health checks.
         fence: Which machine the calls are meant for; None: whichever answers.
-        beat: As `BEAT`.
+        pace: Awaited by answers to health checks.
         misses: How often in a row the server has not told its health while calls waited for code.
     """
 
@@ -107,8 +103,8 @@ class Connection:
         call = method(request, timeout=timeout, metadata=self._expectations())
         self._calls.add(call)
         try:
-            # Awaiting the call itself would hide who cancels: gRPC raises a CancelledError of its
-            # own in place of anyio's, which a cancel scope then does not know and lets out.
+            # Awaiting the call itself would hide the source of a cancellation: gRPC raises a
+            # CancelledError of its own in place of anyio's, which its cancel scope then lets out.
             await call.code()
             if self.pace is not None and rpc in _HEALTH:
                 await self.pace()
@@ -144,20 +140,9 @@ class Connection:
             # A connection to a server without fences has broken: the next may lead anywhere.
             lost = fence.pinned and fence.boot_id is None and not self.channel.is_connected
             if lost and rpc not in _HEALTH:
-                await self._look(fence, rpc, timeout)
+                text = "nothing was run: the connection broke, and the sandbox was not looked up"
+                await within(timeout, fence.look(), f"{self._named(rpc)}: {text}")
         return await self.channel.method(make, timeout)
-
-    async def _look(self, fence: Fence, rpc: str, timeout: float) -> None:
-        try:
-            async with asyncio.timeout(timeout):
-                await fence.look()
-        except SandboxError:  # One of them is a TimeoutError.
-            raise
-        except TimeoutError:
-            raise SandboxTimeoutError(
-                f"{self._named(rpc)}: the connection broke, and where the sandbox is now could not be"
-                f" found out within {timeout:.3g} s: nothing was run"
-            ) from None
 
     def _expectations(self) -> tuple[tuple[str, str], ...] | None:
         return None if self.fence is None else self.fence.expectations()
@@ -223,10 +208,10 @@ class Connection:
     def count_execution(self, execution_id: str, limit: float, *, queued: bool = False) -> None:
         """Counts an asynchronous execution until it is seen ended, or for `limit` from its begin."""
         if queued and self.queues:
-            self.usage.start_execution(execution_id, math.inf)
+            self.usage.executions[execution_id] = math.inf
             self._own(self._follow(execution_id, limit))
         else:
-            self.usage.start_execution(execution_id, self.channel.now() + limit)
+            self.usage.executions[execution_id] = self.channel.now() + limit
 
     async def _follow(self, execution_id: str, limit: float) -> None:
         """Waits until an execution is no longer queued."""
@@ -235,7 +220,7 @@ class Connection:
             call = await self._start("GetExecution", request, limit)
             await call.begun()
             call.end()
-        if self.usage.has_execution(execution_id):
+        if execution_id in self.usage.executions:
             self.count_execution(execution_id, limit)
 
     # Signs of life
@@ -329,7 +314,7 @@ class Connection:
         here = self.channel.mark_closed()
         if self.on_close is not None and not was_closed:
             self.on_close()
-        self.usage.forget_executions()
+        self.usage.executions.clear()
         if here:
             for call in list(self._calls):
                 call.cancel()

@@ -26,7 +26,7 @@ class ExecutionCall:
     A server with the feature ``queue`` sends the initial metadata when the code begins:
     the time counts from there, however long the code was queued. With other servers it
     counts from the call. The time that the caller spends between two messages does not
-    count, unless it is as long as the code's time: then nobody reads any more.
+    count until it is as long as the code's time: then the call is taken to be abandoned.
 
     While the server is silent it has to answer health checks. One that says when code begins
     can answer them however full its queue is, so it is given up after some misses. Code may keep
@@ -35,7 +35,7 @@ class ExecutionCall:
     Args:
         connection: What the call was made with.
         rpc: Its method.
-        call: gRPC's object. It is let go at the end, whoever holds this one: as long as
+        call: gRPC's object. It is released at the end, also where this one is kept: as long as
             something refers to it, its channel goes on connecting, even a closed one.
         limit: Seconds for the code, margin included; None: the call has a deadline that says
             nothing of the server.

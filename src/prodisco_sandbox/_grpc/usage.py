@@ -7,18 +7,23 @@ from collections.abc import Callable, Iterator
 
 
 class Usage:
-    """The account of a client's calls and asynchronous executions, by the clock `now`."""
+    """The account of a client's calls and asynchronous executions, by the clock `now`.
+
+    Attributes:
+        executions: Deadlines of asynchronous executions, by id: each is in flight until it is
+            taken out, or until then.
+    """
 
     def __init__(self, now: Callable[[], float]) -> None:
+        self.executions: dict[str, float] = {}
         self._now = now
         self._calls = 0
-        self._deadlines: dict[str, float] = {}
         self._last_used = 0.0
 
     @property
     def in_flight(self) -> int:
         self._forget_expired()
-        return self._calls + len(self._deadlines)
+        return self._calls + len(self.executions)
 
     @property
     def last_used(self) -> float:
@@ -40,24 +45,10 @@ class Usage:
         finally:
             self.end()
 
-    def start_execution(self, execution_id: str, deadline: float) -> None:
-        """Counts an asynchronous execution until it has ended, at most until its deadline."""
-        self._deadlines[execution_id] = deadline
-
-    def end_execution(self, execution_id: str) -> None:
-        self._deadlines.pop(execution_id, None)
-
-    def has_execution(self, execution_id: str) -> bool:
-        return execution_id in self._deadlines
-
-    def forget_executions(self) -> None:
-        self._deadlines.clear()
-
     def _forget_expired(self) -> None:
-        if not self._deadlines:
-            return
-        now = self._now()
-        for execution_id, deadline in list(self._deadlines.items()):
-            if deadline <= now:
-                del self._deadlines[execution_id]
-                self._last_used = max(self._last_used, deadline)
+        if self.executions:
+            now = self._now()
+            for execution_id, deadline in list(self.executions.items()):
+                if deadline <= now:
+                    del self.executions[execution_id]
+                    self._last_used = max(self._last_used, deadline)
