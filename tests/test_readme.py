@@ -44,6 +44,7 @@ async def test_an_example(name: str) -> None:
     await examples()[name]()
 
 
+@pytest.mark.process
 def test_the_first_example_is_a_program_that_runs(tmp_path: Path) -> None:
     found = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert found is not None
