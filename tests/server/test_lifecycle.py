@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine
-from prodisco_sandbox.server._app import Places
+from prodisco_sandbox.server._app import Directories
 from prodisco_sandbox.server._options import parse
 from prodisco_sandbox.server._removal import _flatten
 
@@ -173,21 +173,23 @@ async def test_signals_that_its_parent_blocks_do_reach_it(tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+def directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Directories:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return Places(parse(["--socket", str(tmp_path / "run" / "s"), "--cache-dir", str(tmp_path)], {}))
+    return Directories(parse(["--socket", str(tmp_path / "run" / "s"), "--cache-dir", str(tmp_path)], {}))
 
 
-def test_what_is_nested_deeper_than_recursion_goes_is_removed(places: Places, tmp_path: Path) -> None:
-    with removed_by_force(places.temporary.parent):
-        nest(places.workspace)
-        places.remove()
+def test_what_is_nested_deeper_than_recursion_goes_is_removed(
+    directories: Directories, tmp_path: Path
+) -> None:
+    with removed_by_force(directories.temporary.parent):
+        nest(directories.workspace)
+        directories.remove()
         assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [OSError("busy"), RecursionError("too deep")], ids=repr)
 def test_what_cannot_be_removed_does_not_keep_the_rest(
-    places: Places,
+    directories: Directories,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -196,13 +198,13 @@ def test_what_cannot_be_removed_does_not_keep_the_rest(
     rmtree = shutil.rmtree
 
     def refuse(path: Path) -> None:
-        if path == places.temporary:
+        if path == directories.temporary:
             raise error
         rmtree(path)
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    places.remove()
-    assert f"could not remove all of {places.temporary}: {error}" in caplog.text
+    directories.remove()
+    assert f"could not remove all of {directories.temporary}: {error}" in caplog.text
     assert os.listdir(tmp_path) == []
 
 
@@ -367,13 +369,13 @@ def test_a_directory_that_another_server_makes_meanwhile(
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(Path, "mkdir", quicker)
-    places = Places(
+    directories = Directories(
         parse(
             ["--socket", str(tmp_path / "s"), "--cache-dir", str(tmp_path / "cache"), "--exit-with-parent"],
             {},
         )
     )
-    places.remove()
+    directories.remove()
     assert os.listdir(tmp_path) == ["cache"]
 
 

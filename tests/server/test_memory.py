@@ -383,7 +383,7 @@ def test_what_the_machine_has_in_shared_memory_does_not_count(child: subprocess.
         os.posix_fallocate(file.fileno(), 0, 96 * MIB)
         looking.look()
         assert watched.pids
-        assert watched.over is None
+        assert watched.killed_for is None
         assert watched.use < 64 * MIB
 
 
@@ -413,7 +413,7 @@ def test_memory_counts_where_the_kernel_tells_no_kinds_apart(
     looking = watch(8 * MIB)
     with looking.watching(child.pid) as watched:
         looking.look()
-        assert watched.over is not None
+        assert watched.killed_for is not None
         assert 40 * MIB < watched.use < 80 * MIB
 
 
@@ -433,7 +433,7 @@ def test_memory_in_swap_counts(
     looking = watch(80 * MIB)
     with looking.watching(child.pid) as watched:
         looking.look()
-        assert watched.over is not None
+        assert watched.killed_for is not None
         assert 140 * MIB < watched.use < 180 * MIB
 
 
@@ -449,7 +449,7 @@ def test_no_execution_goes_unwatched(child: subprocess.Popen[bytes], monkeypatch
             pass
     with looking.watching(child.pid) as watched:
         child.wait(PATIENCE)  # Its child is killed, which is all that it waits for.
-        assert watched.over is not None
+        assert watched.killed_for is not None
 
 
 @dataclass(frozen=True)
@@ -470,15 +470,15 @@ def test_nobody_is_killed_for_the_memory_of_what_was_killed(child: subprocess.Po
             with contextlib.ExitStack() as watching:
                 greedy = watching.enter_context(looking.watching(child.pid))
                 looking.look()
-                assert greedy.over is not None
+                assert greedy.killed_for is not None
                 with looking.watching(small.pid) as watched:
                     looking.look()
                     assert watched.pids
-                    meanwhile = watched.over
+                    meanwhile = watched.killed_for
                     watching.close()  # It is gone, and the container is as full as before.
                     looking.look()
                     assert meanwhile is None
-                    assert watched.over is not None
+                    assert watched.killed_for is not None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(small.pid, signal.SIGKILL)

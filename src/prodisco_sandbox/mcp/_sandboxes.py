@@ -43,7 +43,7 @@ class Use:
     """A note for the model about the sandbox."""
     renew: Callable[[], Awaitable[None]]
     """Takes the session's new client, and the note about it, once the machine of this one was replaced."""
-    told: bool = False
+    delivered: bool = False
     """Whether handle and note are on their way to the model."""
 
 
@@ -124,7 +124,7 @@ class Sandboxes:
 
                 use = Use(client, handle, memory.note, renew)
                 yield use
-                if use.told:
+                if use.delivered:
                     memory.note, unreachable = None, False
         except SandboxError:  # No sandbox was made, or the manager is closing it already.
             unreachable = False

@@ -195,7 +195,7 @@ class SandboxTools:
                 result = await self._in_sandbox(use, call, progress)
                 # Before the handle counts as delivered: the caller may leave meanwhile.
                 await progress.flush()
-                use.told = True
+                use.delivered = True
                 return result
         except RefusedError as refusal:
             return _result(SandboxOutput(), str(refusal))

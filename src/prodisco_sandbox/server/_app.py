@@ -64,7 +64,7 @@ _LAST_ANSWERS = 1.0
 """Seconds for the answers of executions that were killed at the end to be sent."""
 
 
-class Places:
+class Directories:
     """The server's directories; it removes those that it made."""
 
     def __init__(self, options: Options) -> None:
@@ -139,15 +139,15 @@ async def serve(options: Options) -> None:
         raise OptionsError(f"the server needs Linux, not {sys.platform}: its kernel confines the code")
     stop = _Stop()
     stop.on_signals()
-    places = Places(options)
+    directories = Directories(options)
     try:
-        await _serve(options, places, stop)
+        await _serve(options, directories, stop)
     finally:
-        places.remove()
+        directories.remove()
 
 
-async def _serve(options: Options, places: Places, stop: _Stop) -> None:
-    containment = Containment(options, places.workspace, places.temporary)
+async def _serve(options: Options, directories: Directories, stop: _Stop) -> None:
+    containment = Containment(options, directories.workspace, directories.temporary)
     try:
         processes = Processes(containment, options.spare_interpreters)
         cache = ScriptCache(options.cache_dir, options.cache_limit)
@@ -163,7 +163,7 @@ async def _serve(options: Options, places: Places, stop: _Stop) -> None:
             if options.exit_with_parent:
                 stop.on_end_of_input()
             print(f"listening on {target}", flush=True)  # noqa: T201
-            log.info("listening on %s, workspace %s", target, places.workspace)
+            log.info("listening on %s, workspace %s", target, directories.workspace)
             processes.start_spares_soon(_FIRST_SPARES)
             await stop.asked.wait()
             service.healthy = False

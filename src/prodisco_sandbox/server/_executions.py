@@ -214,7 +214,7 @@ class Executions:
         try:
             if not self._running:
                 self._processes.containment.shared_memory.begin()
-            run = _Run(self._processes, self._cache, execution, self._grown)
+            run = _Run(self._processes, self._cache, execution, self._check_full_workspace)
         except OSError as error:
             log.warning("cannot start an interpreter: %s", error)
             self._finish(execution, State.FAILED, f"the server cannot start an interpreter: {error}")
@@ -243,7 +243,7 @@ class Executions:
                 self._used = min(used, bound)  # Without the files that go with the executions.
 
     async def _overflow(self, bound: int) -> None:
-        text = self._too_much(bound)
+        text = self._overflow_text(bound)
         runs = list(self._running.values())
         log.warning("ending %d executions: %s", len(runs), text)
         for run in runs:
@@ -252,8 +252,8 @@ class Executions:
             await asyncio.wait([run.task for run in runs])
         await self.measure()
 
-    async def _grown(self) -> str | None:
-        """An error if an execution has grown a workspace that was full already; checked when it ends.
+    async def _check_full_workspace(self) -> str | None:
+        """An error if a workspace that was full already has grown; asked when an execution ends.
 
         It may have ended before the watch looked. A workspace below its limit is left to the
         watch, so that not every execution counts files.
@@ -263,9 +263,9 @@ class Executions:
             return None
         scripts = sum(_script_size(run.execution) for run in self._running.values())
         used = await asyncio.to_thread(self._processes.usage, bound + scripts)
-        return self._too_much(bound) if used > bound + scripts else None
+        return self._overflow_text(bound) if used > bound + scripts else None
 
-    def _too_much(self, bound: int) -> str:
+    def _overflow_text(self, bound: int) -> str:
         return (
             f"more than {bound >> 20} MiB in the workspace (--workspace-limit-mb is"
             f" {self._options.workspace_limit >> 20}): remove files first"
@@ -320,12 +320,12 @@ class _Run:
         processes: Processes,
         cache: ScriptCache,
         execution: Execution,
-        grown: Callable[[], Awaitable[str | None]],
+        check_full_workspace: Callable[[], Awaitable[str | None]],
     ) -> None:
         self.execution = execution
         self._cache = cache
         self._processes = processes
-        self._grown = grown
+        self._check_full_workspace = check_full_workspace
         self._interpreter = processes.take()
         self._verdict: tuple[State, str] | None = None
         self.task = asyncio.create_task(self._run(), name=f"execution-{execution.id}")
@@ -355,7 +355,7 @@ class _Run:
         if execution.tests is not None:
             execution.report = outcome.report
         state, error = self._judge(outcome)
-        if state == State.COMPLETED and (problem := await self._grown()):
+        if state == State.COMPLETED and (problem := await self._check_full_workspace()):
             state, error = State.FAILED, problem
         if state == State.COMPLETED and execution.cached_name is None and execution.tests is None:
             try:
@@ -373,8 +373,8 @@ class _Run:
         self.execution.notify()
 
     def _judge(self, outcome: Outcome) -> tuple[State, str | None]:
-        if outcome.over is not None and outcome.exit != 0:
-            return State.FAILED, outcome.over
+        if outcome.killed_for is not None and outcome.exit != 0:
+            return State.FAILED, outcome.killed_for
         if outcome.exit is None:
             return self._verdict or (State.FAILED, "its processes were killed from outside")
         if outcome.exit == 0:

@@ -54,13 +54,13 @@ class Outcome:
             it was killed on our order.
         report: The code's own account of how it failed; empty on success.
         lost: The supervisor itself was killed, so nothing more is known.
-        over: Why it was killed for its memory; None where it was not.
+        killed_for: Why it was killed for its memory; None where it was not.
     """
 
     exit: int | None
     report: str
     lost: bool = False
-    over: str | None = None
+    killed_for: str | None = None
 
 
 class Processes:
@@ -260,7 +260,7 @@ class Interpreter:
         finally:
             for pipe in pipes:
                 pipe.close()
-        return replace(await self._outcome(), over=watched.over)
+        return replace(await self._outcome(), killed_for=watched.killed_for)
 
     async def _outcome(self) -> Outcome:
         await asyncio.wait([self._status_pipe.closed], timeout=_PIPE_TIMEOUT)

@@ -138,12 +138,12 @@ class Watched:
 
     Attributes:
         supervisor: Its root process, which is not counted.
-        over: Why it was killed; None as long as it was not.
+        killed_for: Why it was killed; None as long as it was not.
     """
 
     def __init__(self, supervisor: int, limit: int) -> None:
         self.supervisor = supervisor
-        self.over: str | None = None
+        self.killed_for: str | None = None
         self.limits = {limit}
         self.use = 0
         self.pids: list[int] = []
@@ -212,14 +212,14 @@ class MemoryWatch:
     def look(self) -> int:
         """Kills what has to be killed; returns how many bytes are left until then."""
         with self._lock:
-            watched = [one for one in self._watched if one.over is None]
+            watched = [one for one in self._watched if one.killed_for is None]
         for one in watched:
             self._measure(one)
             if one.use > self._memory.each + SLACK:
                 self._kill(
                     one, f"its processes used more than {self._memory.each >> 20} MiB of memory, {_WHAT}"
                 )
-        watched = [one for one in watched if one.over is None and one.pids]
+        watched = [one for one in watched if one.killed_for is None and one.pids]
         if not watched:
             return self._memory.total
         used = sum(one.use for one in watched)
@@ -230,17 +230,17 @@ class MemoryWatch:
         left = self._memory.total + SLACK - used
         if (container := self._memory.container) is not None:
             in_container = container.used()
-            if in_container > self._full and biggest.over is None and not self._somebody_ends():
+            if in_container > self._full and biggest.killed_for is None and not self._kill_under_way():
                 text = f"the container was about to run out of its {container.limit >> 20} MiB of memory"
                 for one in [biggest] if biggest.use > _SMALL else watched:
                     self._kill(one, f"{text}, files in memory included")
             left = min(left, self._full - in_container)
         return max(0, min(left, self._memory.each + SLACK - biggest.use))
 
-    def _somebody_ends(self) -> bool:
+    def _kill_under_way(self) -> bool:
         """Whether killed processes may still hold memory, for which no other execution is to be killed."""
         with self._lock:
-            ending = any(one.over is not None for one in self._watched)
+            ending = any(one.killed_for is not None for one in self._watched)
         return ending and time.monotonic() < self._last_kill + _ENDING
 
     def _measure(self, one: Watched) -> None:
@@ -275,7 +275,7 @@ class MemoryWatch:
         return 0
 
     def _kill(self, one: Watched, text: str) -> None:
-        one.over = f"killed: {text}"
+        one.killed_for = f"killed: {text}"
         self._last_kill = time.monotonic()
         log.warning("killing an execution that uses %d MiB: %s", one.use >> 20, text)
         for pid in one.pids:

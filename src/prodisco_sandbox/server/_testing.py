@@ -38,7 +38,7 @@ def run(code: str, tests: str, report: int) -> int:
     import traceback
 
     def tell(error: str | None, **record: object) -> None:
-        record["error"] = error and _told(error)
+        record["error"] = error and _bounded(error)
         data = json.dumps(record).encode() + b"\n"
         while data:
             data = data[os.write(report, data) :]
@@ -85,7 +85,7 @@ def make_room(error: BaseException) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (min(soft + _ROOM, hard), hard))
 
 
-def _told(text: str) -> str:
+def _bounded(text: str) -> str:
     """The text as it can be reported: bounded, and without lone surrogates."""
     if len(text) > _ERROR:
         note = f"\n[cut: {len(text):,} characters]"
