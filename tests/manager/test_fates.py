@@ -405,6 +405,23 @@ async def test_what_has_changed_since_it_was_taken_for_spent_is_not_deleted() ->
         assert len(alive(api)) == 1
 
 
+async def test_what_was_not_deleted_as_spent_keeps_its_lease() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api, session_idle_timeout=1e6) as manager:
+        name = manager.sandbox_name("s")
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await api.until(lambda: alive(api))
+        with api.faults.add("delete", hold=True, times=1) as gate:
+            report_finished(api, name)
+            await gate.reached()
+            report_ready(api, name, "10.0.0.9")
+        client = await waiting
+        assert manager.stats().created == 1
+        await asyncio.sleep(3000)
+        [sandbox] = api.objects
+        assert sandbox["spec"]["shutdownTime"] > lease_time(now(), 0)
+        assert await manager.get_client("s") is client
+
+
 async def test_a_stand_in_that_returns_nothing_for_a_patch_is_asked_once() -> None:
     class Silent(FakeCustomObjectsApi):
         async def patch_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any:

@@ -147,6 +147,16 @@ async def test_the_program_serves_both_eras_on_stdio(era: str) -> None:
         assert executions[1]["state"] == "CANCELLED", "though it never printed anything"
 
 
+@pytest.mark.parametrize("seconds", [0.2, pytest.param(20, marks=pytest.mark.slow)])
+async def test_sixteen_calls_at_once_all_get_their_results(seconds: float) -> None:
+    # Half of them wait until others have ended: the slow ones end later than their own timeout
+    # after the call.
+    async with Client(program("--local"), mode="legacy") as client:
+        codes = (f"import time; time.sleep({seconds}); print({n})" for n in range(16))
+        results = await asyncio.gather(*(run(client, code) for code in codes))
+    assert [result["output"] for result in results] == [f"{n}\n" for n in range(16)]
+
+
 @pytest.mark.slow
 async def test_the_programs_sandboxes_are_configured_by_options_and_variables(tmp_path: Path) -> None:
     options = ("--server-option=--pass-env=GREETING", "--server-option=--max-output=8")

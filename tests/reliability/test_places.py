@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -62,15 +63,58 @@ print("well")
 """
 
 
+BUSY_AND_FORKING = """\
+import asyncio, os
+from prodisco_sandbox import SandboxClient
+from prodisco_sandbox.testing import FakeSandboxServer
+
+async def main():
+    async with FakeSandboxServer() as server, SandboxClient(server.target) as client:
+        async def calls():
+            while True:
+                assert (await client.execute(code="x")).success
+
+        busy = [asyncio.create_task(calls()) for _ in range(4)]
+        for _ in range(40):
+            called = len(server.calls)
+            if not (child := os.fork()):
+                os._exit(0)
+            print(await asyncio.to_thread(os.waitpid, child, 0) == (child, 0), flush=True)
+            while len(server.calls) < called + 5:  # It goes on in the parent.
+                await asyncio.sleep(0)
+        for task in busy:
+            assert not task.done()
+            task.cancel()
+        await asyncio.wait(busy)
+
+asyncio.run(main())
+"""
+
+
+def forking(program: str) -> list[str]:
+    """Lines that a program prints which forks while it uses gRPC."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"},  # As docs/reliability.md says.
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_no_child_of_a_fork_dies_without_grpcs_fork_support() -> None:
+    assert forking(BUSY_AND_FORKING) == ["True"] * 40
+
+
 @pytest.mark.slow
 def test_after_a_fork() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=2 * PATIENCE
-    )
-    lines = done.stdout.splitlines()
-    assert lines[-1:] == ["well"], done.stdout + done.stderr
+    lines = forking(FORKING)
+    assert lines[-1:] == ["well"], lines
     assert len(lines) == 12
-    assert all("fork" in line for line in lines[:-1]), done.stdout
+    assert all("fork" in line for line in lines[:-1]), lines
 
 
 @contextmanager
