@@ -55,7 +55,7 @@ async def run(setting: Setting) -> list[Figure]:
 async def _tick(engine: Any) -> float:
     """The work of one, in ms."""
     begun = time.thread_time()
-    engine._tick()
+    await engine._tick()
     took = time.thread_time() - begun
     await asyncio.sleep(0.01)
     return took * 1000

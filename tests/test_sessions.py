@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from prodisco_sandbox import SandboxCapacityError, SandboxError
-from prodisco_sandbox._sessions.table import Session, SessionState, SessionTable
+from prodisco_sandbox._sessions.table import LIVING, Remains, Session, SessionState, SessionTable
 
 
 def make(session_id: str) -> Session:
@@ -109,8 +109,8 @@ def test_closing_a_queued_session_needs_no_undoing() -> None:
     error = SandboxError("closed")
     assert not table.close(queued, error)
     assert queued.state is SessionState.GONE
-    assert queued.error is error
-    assert queued.settled.is_set()
+    assert queued.outcome.error is error
+    assert queued.outcome.is_set()
     assert queued.released.is_set()
     assert "b" not in table.current
 
@@ -129,15 +129,115 @@ def test_names_lead_to_their_session_until_it_is_gone() -> None:
     assert table.named("sandbox-a2") is None
 
 
-def test_ready_and_doubt() -> None:
+def ready(table: SessionTable, session: Session, client: Any = None) -> None:
+    assert table.make_ready(session, client, 0.0)
+
+
+def test_ready_and_suspect() -> None:
     table = SessionTable(1)
     session = admit(table, "a")
-    seen = [(*states(session), session.usable, session.settled.is_set())]
-    table.ready(session)
-    seen.append((*states(session), session.usable, session.settled.is_set()))
-    table.doubt(session)
-    seen.append((*states(session), session.usable, session.settled.is_set()))
-    assert seen == [("creating", False, False), ("ready", True, True), ("ready", False, True)]
+
+    def seen() -> tuple[str, bool, bool, bool]:
+        return session.state.value, "a" in table.ready, session.outcome.is_set(), session.checking
+
+    assert seen() == ("creating", False, False, False)
+    ready(table, session)
+    assert seen() == ("ready", True, True, False)
+    assert not table.check(session), "it is not suspect"
+    assert table.suspect(session)
+    assert not table.suspect(session)
+    assert seen() == ("suspect", False, True, False)
+    assert table.check(session)
+    assert not table.check(session), "one check for all who ask"
+    assert seen() == ("suspect", False, False, True)
+    error, outcome = SandboxError("the API server is away"), session.outcome
+    table.checked(session, error)
+    assert (seen(), outcome.error) == (("suspect", False, True, False), error)
+    assert table.check(session)
+    assert outcome.error is error, "those who have waited for the first check still get its error"
+    ready(table, session)
+    assert seen() == ("ready", True, True, False)
+    assert session.outcome.error is None
+
+
+def test_a_session_that_has_ended_does_not_become_ready() -> None:
+    table = SessionTable(1)
+    session = admit(table, "a")
+    table.close(session, None)
+    assert not table.make_ready(session, cast("Any", None), 0.0)
+    assert not table.suspect(session)
+    assert not table.check(session)
+    assert (session.state, table.ready) == (SessionState.CLOSING, {})
+
+
+# Who deletes
+
+
+def test_nothing_was_sent_so_nothing_is_deleted() -> None:
+    session = admit(SessionTable(1), "a")
+    assert not session.remains.needs_delete
+
+
+def test_a_request_on_its_way_may_leave_an_object() -> None:
+    table = SessionTable(1)
+    session = admit(table, "a")
+    table.sent(session)
+    assert (session.remains, session.remains.needs_delete) == (Remains("unconfirmed"), True)
+    table.refused(session)
+    assert (session.remains, session.remains.needs_delete) == (Remains("nothing"), False)
+
+
+def test_after_a_lost_answer_a_refusal_proves_nothing() -> None:
+    table = SessionTable(1)
+    session = admit(table, "a")
+    table.sent(session)
+    table.unanswered(session, 5.0)
+    table.sent(session)
+    table.refused(session)
+    assert session.remains == Remains("unconfirmed", 5.0)
+    table.sent(session)
+    table.answered(session, "uid")
+    assert session.remains == Remains("known", 5.0), "the first create may still be carried out"
+    table.confirmed(session)
+    assert session.remains == Remains("known")
+
+
+@pytest.mark.parametrize("state", ["creating", "ready", "suspect", "closing"])
+def test_what_others_have_deleted_or_claimed_is_not_deleted(state: str) -> None:
+    table = SessionTable(1)
+    session = admit(table, "a")
+    table.found(session, {"metadata": {"uid": "u"}}, "u", 1.0)
+    if state != "creating":
+        ready(table, session)
+    if state == "suspect":
+        table.suspect(session)
+    if state == "closing":
+        table.close(session, None)
+    assert session.state.value == state
+    assert session.remains.needs_delete
+    table.dropped(session)
+    assert (session.remains, session.remains.needs_delete) == (Remains("another's"), False)
+    table.close(session, None, keep=True)
+    assert session.remains == Remains("another's"), "there is nothing of ours to keep"
+
+
+def test_what_a_user_may_want_back_is_kept() -> None:
+    table = SessionTable(1)
+    session = admit(table, "a")
+    table.found(session, {"metadata": {"uid": "u"}}, "u", 1.0)
+    table.close(session, None, "failed", keep=True)
+    assert (session.remains, session.remains.needs_delete) == (Remains("kept"), False)
+
+
+def test_what_the_watch_has_told_meanwhile_is_newer_than_the_answer() -> None:
+    table = SessionTable(1)
+    session = admit(table, "a")
+    told = {"metadata": {"uid": "u", "resourceVersion": "2"}}
+    session.known.object = told
+    table.found(session, {"metadata": {"uid": "u", "resourceVersion": "1"}}, "u", 1.0)
+    assert session.known.object is told
+    table.found(session, {"metadata": {"uid": "v"}}, "v", 2.0)
+    assert session.known.object == {"metadata": {"uid": "v"}}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +256,7 @@ def test_busy_is_not_idle(
 ) -> None:
     table = SessionTable(1)
     session = admit(table, "a")
-    table.ready(session)
+    ready(table, session)
     session.client = cast("Any", StubClient(in_flight, client_last_used))
     session.holds, session.waiters, session.last_used = holds, waiters, last_used
     assert table.idle(now=10.0, timeout=10.0) == ([session] if idle else [])
@@ -165,7 +265,7 @@ def test_busy_is_not_idle(
 def test_a_client_is_asked_again_only_when_its_last_use_is_long_ago_too() -> None:
     table = SessionTable(1)
     session = admit(table, "a")
-    table.ready(session)
+    ready(table, session)
     client = StubClient(last_used=5.0)
     session.client = cast("Any", client)
     assert table.idle(now=10.0, timeout=10.0) == []
@@ -178,7 +278,7 @@ def test_only_ready_sessions_are_idle() -> None:
     table = SessionTable(3)
     admit(table, "creating")
     closing = admit(table, "closing")
-    table.ready(closing)
+    ready(table, closing)
     table.close(closing, None)
     assert table.idle(now=1e9, timeout=1.0) == []
 
@@ -197,9 +297,9 @@ def test_who_waits_for_its_predecessor_holds_nobody_else_up() -> None:
 def test_a_session_that_was_closed_is_not_usable() -> None:
     table = SessionTable(1)
     session = admit(table, "a")
-    table.ready(session)
+    ready(table, session)
     table.close(session, None)
-    assert not session.usable
+    assert table.ready == {}
 
 
 IDS = st.sampled_from("abcdef")
@@ -251,14 +351,44 @@ class Table(RuleBasedStateMachine):
 
     @rule(session=sessions)
     def becomes_ready(self, session: Session) -> None:
-        if session.state is SessionState.CREATING:
-            self.table.ready(session)
+        was = session.state
+        became = self.table.make_ready(session, cast("Any", None), 0.0)
+        assert became == (was in LIVING)
+
+    @rule(session=sessions)
+    def becomes_suspect(self, session: Session) -> None:
+        was = session.state
+        assert self.table.suspect(session) == (was is SessionState.READY)
+
+    @rule(session=sessions)
+    def is_asked_for(self, session: Session) -> None:
+        needed = session.state is SessionState.SUSPECT and not session.checking
+        assert self.table.check(session) == needed
+
+    @rule(session=sessions)
+    def is_checked(self, session: Session) -> None:
+        self.table.checked(session, SandboxError("no answer"))
+
+    @rule(session=sessions, move=st.sampled_from(["sent", "refused", "unanswered", "answered", "dropped"]))
+    def is_told_of_its_object(self, session: Session, move: str) -> None:
+        if session.state in (SessionState.QUEUED, SessionState.GONE):
+            return
+        argument: dict[str, tuple[Any, ...]] = {"unanswered": (1.0,), "answered": ("uid",)}
+        getattr(self.table, move)(session, *argument.get(move, ()))
+        expected = {
+            "sent": True,
+            "refused": session.remains.lost_at is not None,
+            "unanswered": True,
+            "answered": True,
+            "dropped": False,
+        }
+        assert session.remains.needs_delete == expected[move]
 
     @rule(session=sessions)
     def close(self, session: Session) -> None:
         was = session.state
         undo = self.table.close(session, None)
-        assert undo == (was in (SessionState.CREATING, SessionState.READY))
+        assert undo == (was in LIVING)
         if session in self.arrivals:
             self.arrivals.remove(session)
 
@@ -271,7 +401,7 @@ class Table(RuleBasedStateMachine):
 
     def holding(self) -> int:
         counts = self.table.counts()
-        return sum(counts[s] for s in (SessionState.CREATING, SessionState.READY, SessionState.CLOSING))
+        return sum(counts[s] for s in (*LIVING, SessionState.CLOSING))
 
     @invariant()
     def never_more_than_the_cap(self) -> None:
@@ -286,10 +416,21 @@ class Table(RuleBasedStateMachine):
                 assert session.after.state is SessionState.CLOSING
 
     @invariant()
+    def exactly_the_ready_sessions_are_handed_out(self) -> None:
+        ready = {i: s for i, s in self.table.current.items() if s.state is SessionState.READY}
+        assert self.table.ready == ready
+        assert all(session.outcome.is_set() for session in ready.values())
+
+    @invariant()
+    def who_waits_for_a_session_that_has_ended_is_told(self) -> None:
+        assert all(session.outcome.is_set() for session in self.table.closing.values())
+        assert all(session.inbox.closed for session in self.table.closing.values())
+
+    @invariant()
     def one_current_and_one_closing_session_an_id(self) -> None:
         for session_id, session in self.table.current.items():
             assert session.session_id == session_id
-            assert session.state in (SessionState.QUEUED, SessionState.CREATING, SessionState.READY)
+            assert session.state in (SessionState.QUEUED, *LIVING)
             if session_id in self.table.closing:
                 assert session.state is SessionState.QUEUED
         assert all(session.state is SessionState.CLOSING for session in self.table.closing.values())
@@ -307,16 +448,18 @@ def test_a_machine_that_was_there_before_a_sandbox_was_made_is_shared_and_no_oth
     table = SessionTable(max_sessions=3)
     first, second, adopted = (admit(table, name) for name in "abc")
     for session in (first, second, adopted):
-        session.pod_ips = ("127.0.0.1",)
-    assert table.meet(first, "boot", 1.0) is None
-    second.known_at = 2.0
-    assert table.meet(second, "boot", 2.5) is None, "its own pod cannot have started before it was asked for"
-    second.pod_ips = ("10.0.0.1",)
-    assert table.meet(second, "boot", 2.5) is first, "no two pods have one address"
-    second.pod_ips = ("127.0.0.1",)
-    second.known_at = 0.5
-    assert table.meet(second, "boot", 3.0) is first
-    adopted.known_at, adopted.was_used = 2.0, True
-    assert table.meet(adopted, "boot", 3.0) is first, "when its pod has started is not known"
+        session.machine.ips = ("127.0.0.1",)
+    assert table.machines.meet(first, "boot", 1.0) is None
+    second.known.since = 2.0
+    assert table.machines.meet(second, "boot", 2.5) is None, (
+        "its own pod cannot have started before it was asked for"
+    )
+    second.machine.ips = ("10.0.0.1",)
+    assert table.machines.meet(second, "boot", 2.5) is first, "no two pods have one address"
+    second.machine.ips = ("127.0.0.1",)
+    second.known.since = 0.5
+    assert table.machines.meet(second, "boot", 3.0) is first
+    adopted.known.since, adopted.known.used = 2.0, True
+    assert table.machines.meet(adopted, "boot", 3.0) is first, "when its pod has started is not known"
     table.close(first, None)
-    assert table.meet(adopted, "boot", 3.0) is None
+    assert table.machines.meet(adopted, "boot", 3.0) is None

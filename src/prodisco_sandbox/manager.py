@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -102,7 +102,7 @@ class SandboxManager:
             )
         self._config = config
         self._engine: Engine | None = None
-        self._current: dict[str, Session] = {}
+        self._ready: dict[str, Session] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._shutdown: asyncio.Task[None] | None = None
@@ -116,7 +116,7 @@ class SandboxManager:
             from ._sessions.engine import Engine
 
             self._engine = Engine(config, custom_objects_api, factory, wall_clock)
-            self._current = self._engine.table.current
+            self._ready = self._engine.table.ready
 
     @property
     def config(self) -> SandboxManagerConfig:
@@ -134,7 +134,8 @@ class SandboxManager:
         Raises:
             ValueError: The id is None or empty.
         """
-        return _checked(session_id) in self._current
+        session_id = _checked(session_id)
+        return self._engine is not None and session_id in self._engine.table.current
 
     async def get_client(self, session_id: str | None = None) -> SandboxClient:
         """The client of a session's sandbox, made (or made again) if there is none.
@@ -155,10 +156,10 @@ class SandboxManager:
                 or, as a subclass, what `SandboxError` lists.
         """
         try:
-            session = self._current.get(session_id)  # type: ignore[arg-type]
+            session = self._ready.get(session_id)  # type: ignore[arg-type]
         except TypeError:  # Not hashable, so no id either; see below.
             session = None
-        if session is not None and session.usable:
+        if session is not None:
             session.last_used = self._loop.time()  # type: ignore[union-attr]
             return session.client  # type: ignore[return-value]
         engine = self._started()
@@ -216,14 +217,10 @@ class SandboxManager:
         Raises:
             ValueError: The id is None or empty.
         """
-        session = self._current.get(_checked(session_id))
-        if session is not None:
-            return session.name
+        session_id = _checked(session_id)
         if self._engine is None or self._loop is None:
             return manifest.sandbox_name(session_id)
-        if (closing := self._engine.table.closing.get(session_id)) is not None:
-            return closing.name
-        return self._engine.fresh_name(session_id, self._loop.time())[0]
+        return self._engine.sandbox_name(session_id, self._loop.time())
 
     async def cleanup_orphaned_sandboxes(self, *, all_instances: bool = False) -> int:
         """Deletes Sandboxes that a previous incarnation of this manager left.
@@ -254,16 +251,21 @@ class SandboxManager:
             return SandboxManagerStats()
         from ._sessions.table import SessionState
 
-        table = self._engine.table
+        table, events = self._engine.table, self._engine.events
         counts = table.counts()
         return SandboxManagerStats(
             queued=counts[SessionState.QUEUED],
             creating=counts[SessionState.CREATING],
-            ready=counts[SessionState.READY],
+            ready=counts[SessionState.READY] + counts[SessionState.SUSPECT],
             closing=counts[SessionState.CLOSING],
             waiting=table.waiting(),
-            **asdict(table.totals),
-            events=dict(self._engine.events),
+            created=events["sandbox_created"] + events["sandbox_recreated"],
+            recreated=events["sandbox_recreated"] + events["sandbox_pod_replaced"],
+            reaped=events["sandbox_reaped"],
+            lost=events["sandbox_lost"] + events["sandbox_machine_lost"],
+            failed=events["sandbox_failed"],
+            delete_retries=events["sandbox_delete_failed"],
+            events=dict(events),
         )
 
     # Life
@@ -364,10 +366,10 @@ class SessionContext:
         if self._session is not None:
             raise RuntimeError("a session() context is entered twice: call session() for each use")
         try:
-            session = manager._current.get(self._session_id)  # type: ignore[arg-type]
+            session = manager._ready.get(self._session_id)  # type: ignore[arg-type]
         except TypeError:
             session = None
-        if session is not None and session.usable:
+        if session is not None:
             session.holds += 1
         else:
             engine = manager._started()

@@ -39,6 +39,19 @@ class Brittle(StubClient):
         raise ConnectionResetError("reset by peer")
 
 
+class Stumbling(StubClient):
+    """A client that fails the first time that it is asked how busy it is, and is always busy."""
+
+    asked = 0
+
+    @property
+    def in_flight(self) -> int:
+        self.asked += 1
+        if self.asked == 1:
+            raise ZeroDivisionError
+        return 1
+
+
 @dataclass
 class World:
     """A manager, what is around it, and the errors that its callers got."""
@@ -316,6 +329,17 @@ async def a_pod_dies(w: World) -> None:
     await asyncio.sleep(1)
 
 
+@failure(
+    "sandbox_gone", "sandbox reason duration", counts={"lost": 1, "ready": 0}, also="sandbox_machine_lost"
+)
+async def a_sandbox_goes_after_its_pod(w: World) -> None:
+    await w.manager.get_client(SESSION)
+    w.api.set_status(w.sandbox(), conditions("PodFailed", "OOMKilled"))
+    await asyncio.sleep(1)
+    w.api.delete_now(w.sandbox())
+    await asyncio.sleep(1)
+
+
 @failure("sandbox_lost", "sandbox reason duration", counts={"lost": 1}, also="sandbox_suspect")
 async def a_server_stops_answering(w: World) -> None:
     client = await w.manager.get_client(SESSION)
@@ -427,17 +451,11 @@ async def an_orphan_is_found(w: World) -> None:
     assert await w.manager.cleanup_orphaned_sandboxes() == 1
 
 
-@failure("task_failed", "task")
+@failure("task_failed", "task", make=Stumbling)
 async def the_reaper_breaks(w: World) -> None:
     await w.manager.get_client(SESSION)
-    assert w.manager._engine is not None
-    tick, broken = w.manager._engine._tick, iter([True])
-
-    def once() -> Any:
-        if next(broken, False):
-            raise ZeroDivisionError
-        return tick()
-
-    w.manager._engine._tick = once  # type: ignore[method-assign]
-    await asyncio.sleep(150)
+    await asyncio.sleep(750)
+    (client,) = w.clients.made
+    assert isinstance(client, Stumbling)
+    assert client.asked > 1, "it looks again"
     assert w.manager.stats().ready == 1

@@ -388,7 +388,7 @@ async def test_the_live_sandbox_of_another_session_is_never_adopted() -> None:
 async def test_a_name_that_is_always_taken_and_never_there_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("prodisco_sandbox._sessions.creation.INCARNATIONS", 5)
+    monkeypatch.setattr("prodisco_sandbox._sessions.obtain.INCARNATIONS", 5)
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", error=api_error(409, "already exists", reason="AlreadyExists"))
         with pytest.raises(SandboxConflictError, match=r"no free name .* after 5 tries"):

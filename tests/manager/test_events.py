@@ -23,6 +23,7 @@ pytestmark = pytest.mark.looptime
 
 GOOD = {
     "sandbox_created",
+    "sandbox_recreated",
     "sandbox_ready",
     "sandbox_adopted",
     "sandbox_reaped",

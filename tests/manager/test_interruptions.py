@@ -120,9 +120,8 @@ async def close_and_come_back(w: World) -> None:
 async def reap_and_come_back(w: World) -> None:
     await w.manager.get_client("s")
     assert w.manager._engine is not None
-    for session in w.manager._engine.table.current.values():
-        session.last_used -= 100
-    w.manager._engine._tick()
+    for session in list(w.manager._engine.table.current.values()):
+        w.manager._engine._lives.end(session, "reaped")
     w.call(w.manager.get_client, "s")
 
 

@@ -760,7 +760,7 @@ async def test_a_close_that_shutdown_cuts_off_returns() -> None:
 
 
 async def test_only_so_many_ended_sessions_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prodisco_sandbox._sessions.engine.REMEMBERED", 2)
+    monkeypatch.setattr("prodisco_sandbox._sessions.past.REMEMBERED", 2)
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         for session_id in "abc":
             await manager.get_client(session_id)
@@ -774,8 +774,8 @@ async def test_only_so_many_ended_sessions_are_remembered(monkeypatch: pytest.Mo
 async def test_a_ready_session_keeps_nothing_of_its_creation_in_memory() -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
-        session = manager._current["s"]
-        assert (session.observed, session.request, session.creation) == (None, None, None)
+        session = manager._ready["s"]
+        assert (session.known.object, session.request) == (None, None)
 
 
 async def test_a_session_is_pinned_until_the_last_of_its_users_leaves() -> None:
@@ -806,4 +806,4 @@ async def test_many_that_become_ready_at_once_share_the_event_loop() -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=2) as manager:
         clients = [await manager.get_client(session_id) for session_id in "ab"]
         assert manager._engine is not None
-        assert [client._connection.pace for client in clients] == [manager._engine._pace] * 2
+        assert [client._connection.pace for client in clients] == [manager._engine._parts.pace] * 2

@@ -112,14 +112,14 @@ class Machine(RuleBasedStateMachine):
             return noted
 
         log.error, log.warning = noting(log.error), noting(log.warning)  # type: ignore[method-assign]
-        end = engine._end
+        end = engine._lives.end
 
-        def watched_end(session: Session, reason: str, error: SandboxError | None) -> None:
+        def watched_end(session: Session, reason: str, error: SandboxError | None = None) -> None:
             if reason == "reaped" and self.pins[session.client]:
                 self.busy_when_reaped.append(session.name)
             end(session, reason, error)
 
-        engine._end = watched_end  # type: ignore[method-assign]
+        engine._lives.end = watched_end  # type: ignore[method-assign]
 
     # The world
 
@@ -167,7 +167,7 @@ class Machine(RuleBasedStateMachine):
         assert not client.closed, "a client that was handed out had been closed"
         session = self.engine.table.current[session_id]
         assert session.client is client
-        assert (session.name, session.uid) == (client.sandbox.name, client.sandbox.uid)
+        assert (session.name, session.known.uid) == (client.sandbox.name, client.sandbox.uid)
         found = self.api.get(client.sandbox.name)
         if found is not None and uid(found) == client.sandbox.uid:
             assert labels(found)[LABEL_SESSION] == session_hash(session_id), "somebody else's sandbox"

@@ -333,7 +333,7 @@ async def test_a_list_after_a_cut_finds_what_has_come_to_its_end() -> None:
 async def test_a_list_that_may_be_older_than_a_session_makes_it_be_looked_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("prodisco_sandbox._sessions.creation.WATCHED_INTERVAL", 1.0)
+    monkeypatch.setattr("prodisco_sandbox._sessions.connect.WATCHED_INTERVAL", 1.0)
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("a")
         with api.faults.add("list", hold=True, after=True) as gate:

@@ -13,11 +13,12 @@ from .._cluster.api_errors import NotFoundError, PreconditionError, UnsupportedE
 from .._cluster.requests import SandboxResources
 from .._log import get_logger
 from ..errors import SandboxError, SandboxPermissionError
-from .table import Session, SessionState
+from .table import LIVING, Session
 
 PROBE = "sandbox-lease-probe"
 """Name of a Sandbox that does not exist; patching it tells whether one may patch."""
 CONCURRENT_RENEWALS = 10
+"""Few, so that creations and deletes do not queue behind hundreds of them."""
 TIMER_SLACK = 0.001
 """A loop's timer may fire that much early; what is due by then is done, not waited for again."""
 RETRY_FIRST, RETRY_MOST = 1.0, 30.0
@@ -102,8 +103,7 @@ class Leases:
             now = loop.time() + TIMER_SLACK
             due = [session for session, at in self._due.items() if at <= now]
             for start in range(0, len(due), CONCURRENT_RENEWALS):
-                batch = due[start : start + CONCURRENT_RENEWALS]
-                await asyncio.gather(*(self._renew(session) for session in batch))
+                await asyncio.gather(*map(self._renew, due[start : start + CONCURRENT_RENEWALS]))
             if due:
                 continue
             self._wakes_at = min(self._due.values(), default=math.inf)
@@ -120,7 +120,7 @@ class Leases:
             return
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        body = {"metadata": {"uid": session.uid}, "spec": manifest.lease_spec(self.next())}
+        body = {"metadata": {"uid": session.known.uid}, "spec": manifest.lease_spec(self.next())}
         try:
             await self._resources.patch(session.name, body)
         except SandboxError as e:
@@ -134,7 +134,7 @@ class Leases:
         else:
             self._failures.pop(session, None)
             due = begun + self._duration / 2
-        if session in self._due and session.state in (SessionState.CREATING, SessionState.READY):
+        if session in self._due and session.state in LIVING:
             self._due[session] = due
         else:
             self.drop(session)

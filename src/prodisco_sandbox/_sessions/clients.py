@@ -1,0 +1,166 @@
+"""A session's client: made for its machine, dropped with it, and closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from .._cluster import manifest
+from ..errors import SandboxError, SandboxReplacedError
+from .parts import Parts
+from .table import Session, SessionState
+
+if TYPE_CHECKING:
+    from ..client import SandboxClient
+
+CLOSE_TIMEOUT = 5.0
+
+
+class Clients:
+    """Makes and drops the clients of sessions.
+
+    Args:
+        parts: The manager's parts.
+        factory: Makes the client of a gRPC target.
+        wait: Waits for the outcome of a session's check; returns its error.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        factory: Callable[[str], SandboxClient],
+        wait: Callable[[Session], Awaitable[SandboxError | None]],
+    ) -> None:
+        self._parts = parts
+        self._factory = factory
+        self._wait = wait
+
+    def client_for(self, session: Session, target: str) -> SandboxClient | None:
+        """The session's client for this target; None: that is another session's, by a newer status."""
+        parts, machine, observed = self._parts, session.machine, session.known.object or {}
+        ips = manifest.pod_ips(observed)
+        moved = bool(ips and machine.ips and ips != machine.ips)
+        if session.client is not None and (moved or machine.target != target):
+            self.discard(session)
+        machine.ips = ips or machine.ips
+        place = manifest.place(observed, target)
+        if place != machine.place:
+            machine.place, machine.placed_at = place, parts.now()
+        # A function that gives several sessions one target means it.
+        targets = () if callable(parts.config.endpoint) else (target,)
+        others = parts.table.machines.occupy(session, frozenset((*targets, *ips)))
+        if others is None:
+            return None
+        for other in others:
+            self.suspect(other, f"the status of sandbox {session.name} names its address", always=True)
+        if session.client is None:
+            machine.target = target
+            session.client = self._make(session, target)
+        return session.client
+
+    def is_own(self, session: Session, client: SandboxClient) -> bool:
+        """Whether a client has met the session's own machine; notes it if that replaces another one."""
+        parts, machine, boot_id = self._parts, session.machine, client._boot_id
+        if machine.met is client:  # It never means another machine.
+            return True
+        other = None
+        if boot_id is not None:
+            other = parts.table.machines.meet(session, boot_id, parts.now())
+        # Where the user's own function gives the targets, sessions may be meant to share one.
+        shares = callable(parts.config.endpoint) and not set(machine.ips) & set(
+            other.machine.ips if other else ()
+        )
+        if other is not None and not shares:
+            text = f"the machine at its address is that of sandbox {other.name}"
+            parts.log.info("sandbox_suspect", sandbox=session.name, reason=text)
+            self.discard(session)
+            parts.table.machines.vacate(session)
+            return False
+        before, machine.identity = machine.identity, boot_id or machine.ips or machine.identity
+        machine.met = client
+        # Without a boot id only the status tells: a pod that has ended is not met again.
+        if (before and before != machine.identity) or (machine.lost and boot_id is None):
+            session.incarnation += 1
+            reason = "another pod" if boot_id is None else "another boot id"
+            parts.log.warning(
+                "sandbox_pod_replaced", sandbox=session.name, incarnation=session.incarnation, reason=reason
+            )
+        machine.lost = False
+        return True
+
+    def suspect(self, session: Session, reason: str, *, always: bool = False) -> None:
+        """The session's client is checked before it is handed out again."""
+        if self._parts.table.suspect(session) or always:
+            self._parts.log.info("sandbox_suspect", sandbox=session.name, reason=reason)
+
+    def lose_machine(self, session: Session, reason: str) -> None:
+        """The machine behind the client is gone. What becomes of the object is decided on the next use."""
+        client = session.client
+        if client is not None:
+            self._parts.table.suspect(session)
+            self._parts.log.warning("sandbox_machine_lost", sandbox=session.name, reason=reason)
+            in_use = self._parts.now() if client.in_flight else client.last_used
+            session.last_used = max(session.last_used, in_use)
+            session.machine.lost = True
+            self.discard(session)
+        self._parts.table.machines.forget(session)
+
+    def discard(self, session: Session) -> None:
+        """Closes the session's client, which does not wait for it."""
+        client, session.client, session.machine.target = session.client, None, None
+        if client is not None:
+            self._close_soon(session.name, client)
+
+    def _close_soon(self, name: str, client: SandboxClient) -> None:
+        self._parts.tasks.spawn(self.close(name, client), f"sandbox-client-close:{name}")
+
+    async def close(self, name: str, client: SandboxClient) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await client.close()
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is logged
+            # The channel's end is no reason to keep the object.
+            self._parts.log.warning("client_close_failed", sandbox=name, reason=repr(e))
+
+    def _make(self, session: Session, target: str) -> SandboxClient:
+        client = self._factory(target)
+        if not hasattr(client, "wait_for_healthy"):  # such as a coroutine
+            raise SandboxError(f"client_factory returned {client!r}: it must be a SandboxClient")
+
+        def suspect(reason: str) -> None:
+            if session.client is client:
+                self.suspect(session, reason)
+
+        def closed() -> None:
+            suspect("a caller closed its client")
+            if session.client is client:
+                session.machine.target = None  # It leads nowhere now: the next look makes another.
+
+        def other_machine(reason: str) -> None:
+            suspect(reason)
+            if session.client is client:
+                session.machine.target = None
+            self._close_soon(session.name, client)
+
+        async def look() -> None:
+            """Before a call to a server without fences whose connection has broken."""
+            suspect("its connection broke")
+            if session.state is SessionState.SUSPECT:
+                self._parts.table.check(session)
+                error = await self._wait(session)
+            else:
+                error = session.outcome.error
+            if error is not None:
+                raise error.copy_for_waiter()
+            if session.client is not client or session.state is not SessionState.READY:
+                raise SandboxReplacedError(
+                    f"the machine of sandbox {session.name} was replaced: nothing was run"
+                )
+
+        pod = session.name if session.known.object is None else manifest.pod_name(session.known.object)
+        client._expect(pod, other_machine, look)
+        client.on_suspect = lambda: suspect("a call failed")
+        client._tell_closed(closed)
+        client._keep_pace(self._parts.pace)
+        return client

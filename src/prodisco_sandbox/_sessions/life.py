@@ -1,0 +1,242 @@
+"""A session's life: wait for a slot, obtain an object, connect, serve, remove.
+
+One coroutine for each session, in a task that the manager owns. The table decides what a
+session's state is; the life does what follows from it. What happens meanwhile reaches it
+through the session's inbox, and the end of the session interrupts whatever it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from ..errors import SandboxError, SandboxTimeoutError
+from ..results import SandboxRef
+from .clients import Clients
+from .connect import Connect
+from .obtain import Obtain
+from .parts import LostError, Parts, SpentError
+from .past import Past
+from .remove import Remove
+from .table import SERVING, Session, SessionState
+
+if TYPE_CHECKING:
+    from ..client import SandboxClient
+
+
+class Lives:
+    """Lives all sessions of a manager.
+
+    Args:
+        parts: The manager's parts.
+        past: What is known of sessions that are gone.
+        factory: Makes the client of a gRPC target.
+        wait: Waits for the outcome of a session's check; returns its error.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        past: Past,
+        factory: Callable[[str], SandboxClient],
+        wait: Callable[[Session], Awaitable[SandboxError | None]],
+    ) -> None:
+        self._parts = parts
+        self._past = past
+        self.clients = Clients(parts, factory, wait)
+        self.remove = Remove(parts)
+        self._obtain = Obtain(parts, self.clients, self.remove)
+        self._connect = Connect(parts, self.clients)
+        self._tasks: dict[Session, asyncio.Task[None]] = {}
+        self._stopped = False
+
+    def begin(self, session: Session) -> None:
+        """Begins the life of a session that was admitted to the table."""
+        task = self._parts.tasks.spawn(self._live(session), f"sandbox:{session.name}")
+        self._tasks[session] = task
+        # Not the life's own last step: a task that is cancelled early never takes it.
+        task.add_done_callback(lambda _: self._over(session))
+
+    async def stop(self, deadline: float) -> None:
+        """Waits for lives that were ended; from then on a cancellation ends a life itself."""
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=max(0.0, deadline - self._parts.now()))
+        self._stopped = True
+
+    def end(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
+        """Takes a session out of use at once; its life goes on with the removal.
+
+        Args:
+            session: Of one that has ended already, nothing happens.
+            reason: ``"closed"``, ``"reaped"``, ``"failed"``, ``"lost"``, ``"shutdown"``, ``"queued"``
+                (too long), ``"withdrawn"``.
+            error: What those who wait for it get; None: they ask again.
+        """
+        parts = self._parts
+        keep = reason in ("failed", "lost") and parts.must_keep(session)
+        if not parts.table.close(session, error, reason, keep=keep):
+            return
+        if session.remains.what == "kept":
+            parts.log.warning("sandbox_kept", sandbox=session.name, reason=reason)
+        self._past.ended(session)
+        parts.leases.drop(session)
+
+    def lose(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
+        """Ends a session whose object is gone, or is of no more use."""
+        lived = self._since(session.since)
+        if session.machine.lost:
+            self._parts.log.warning("sandbox_gone", sandbox=session.name, reason=reason, duration=lived)
+        else:
+            self._parts.log.warning("sandbox_lost", sandbox=session.name, reason=reason, duration=lived)
+        self.end(session, "lost", error)
+
+    def fail(self, session: Session, error: SandboxError) -> None:
+        """Ends a session that could not be created."""
+        took = self._since(session.since)
+        self._parts.log.warning("sandbox_failed", sandbox=session.name, reason=str(error), duration=took)
+        self.end(session, "failed", error)
+
+    def refused(self, session: Session, error: SandboxError) -> None:
+        took = self._since(session.since)
+        self._parts.log.info("session_refused", sandbox=session.name, reason=str(error), duration=took)
+
+    # The life
+
+    async def _live(self, session: Session) -> None:
+        session.inbox.open()
+        try:
+            if session.state is SessionState.QUEUED:
+                await self._queue(session)
+            if session.state is SessionState.CREATING:
+                await self._open(session)
+            while session.state in SERVING:
+                await self._serve(session)
+        except asyncio.CancelledError:
+            # The end of the session interrupts the step; else the manager ends its tasks.
+            task = asyncio.current_task()
+            if not session.inbox.closed or self._stopped or task is None:
+                raise
+            task.uncancel()
+        if session.state is SessionState.CLOSING:
+            await self._close(session)
+
+    async def _queue(self, session: Session) -> None:
+        """Waits for a slot."""
+        parts, before = self._parts, session.after
+        patience = parts.config.capacity_timeout
+        if before is not None:
+            patience = max(patience, parts.config.ready_timeout)
+        try:
+            async with asyncio.timeout(patience):
+                await session.inbox.get()
+        except TimeoutError:
+            if session.state is not SessionState.QUEUED:
+                return  # The slot came at the last moment.
+            error: SandboxError = parts.table.full()
+            if before is not None and before.state is not SessionState.GONE:
+                error = SandboxTimeoutError(
+                    f"the session's previous sandbox {before.name} could not be deleted in time"
+                )
+            self.refused(session, error)
+            self.end(session, "queued", error)
+
+    async def _open(self, session: Session) -> None:
+        """Creating → ready."""
+        parts, session.since = self._parts, self._parts.now()
+        self._past.has_begun(session)
+        parts.table.rename(session, *self._past.fresh_name(session.session_id, session.since))
+        deadline = session.since + parts.config.ready_timeout
+        await parts.pace()
+        try:
+            async with asyncio.timeout_at(deadline):
+                client = await self._reach(session, deadline)
+        except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
+            if session.inbox.closed:
+                return
+            if isinstance(e, LostError):
+                parts.table.dropped(session)
+            self.fail(session, self._connect.failure(session, e))
+        else:
+            if self._ready(session, client):
+                took, target = self._since(session.since), session.machine.target
+                parts.log.info("sandbox_ready", sandbox=session.name, target=target, duration=took)
+
+    async def _reach(self, session: Session, deadline: float) -> SandboxClient:
+        """Makes or adopts the session's object and connects to it; replaces one that ends meanwhile."""
+        watch = self._parts.watch
+        await watch.tried.wait()
+        look = self._past.may_have_one(session)
+        if not look and not watch.surveyed:
+            look = await self._obtain.has_one(session)
+        await self._obtain(session, deadline, look=look)
+        try:
+            return await self._connect(session, deadline, exchange=not session.known.used)
+        except SpentError as e:
+            await self._obtain.replace(session, str(e), deadline)
+        return await self._connect(session, deadline)
+
+    def _ready(self, session: Session, client: SandboxClient) -> bool:
+        if session.inbox.closed:
+            return False  # It has ended meanwhile, and the client has hidden the interruption.
+        identity, uid = session.machine.identity, session.known.uid or ""
+        boot_id = identity if isinstance(identity, str) else None
+        client.sandbox = SandboxRef(session.name, uid, session.incarnation, boot_id)
+        self._past.is_ready(session)
+        return self._parts.table.make_ready(session, client, self._parts.now())
+
+    async def _serve(self, session: Session) -> None:
+        """Ready ⇄ suspect: waits until somebody wants a suspect session, and finds out whether it lives."""
+        await session.inbox.get()
+        if not session.checking:
+            return  # The news was of a creation or check that has ended meanwhile.
+        begun = self._parts.now()
+        deadline = begun + self._parts.config.ready_timeout
+        session.machine.misplaced = False
+        try:
+            await self._connect.look_at(session)  # The object first, then its server's health.
+            async with asyncio.timeout_at(deadline):
+                client = await self._connect(session, deadline)
+        except (LostError, SpentError) as e:
+            if isinstance(e, LostError):
+                self._parts.table.dropped(session)
+            self.lose(session, str(e))
+        except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
+            error, in_time = (
+                self._connect.failure(session, e),
+                isinstance(e, SandboxError) or not isinstance(e, TimeoutError),
+            )
+            if not (in_time or session.machine.misplaced or self._parts.must_keep(session)):
+                self.lose(session, "its server does not answer", error)
+                return
+            # The cluster cannot be asked, the object not be started, or its machine not be
+            # found: what it holds may be well.
+            took = self._since(begun)
+            self._parts.log.warning(
+                "sandbox_check_failed", sandbox=session.name, reason=str(error), duration=took
+            )
+            self._parts.table.checked(session, error)
+        else:
+            self._ready(session, client)
+
+    async def _close(self, session: Session) -> None:
+        """Closing: closes the client, and deletes the object."""
+        begun = self._parts.now()
+        if session.request is not None and not session.request.done():
+            await asyncio.wait({session.request})
+        await self._parts.pace()
+        if session.client is not None:
+            await self.clients.close(session.name, session.client)
+        await self.remove(session)
+        self.remove.remember(session)
+        took = self._since(begun)
+        self._parts.log.info("sandbox_closed", sandbox=session.name, reason=session.ended, duration=took)
+
+    def _over(self, session: Session) -> None:
+        del self._tasks[session]
+        if not self._stopped and (session.known.uid is not None or session.remains.needs_delete):
+            self._past.occupy(session.name, self._parts.now())
+        self._parts.table.release(session)
+
+    def _since(self, begun: float) -> float:
+        return round(self._parts.now() - begun, 3)

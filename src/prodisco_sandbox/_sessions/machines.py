@@ -1,0 +1,121 @@
+"""Machines: which session's client leads where, so that no two sessions share one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .inbox import News
+
+if TYPE_CHECKING:
+    from ..client import SandboxClient
+    from .table import Session
+
+
+@dataclass(slots=True, kw_only=True)
+class Machine:
+    """What is known of a session's machine.
+
+    A machine is what a pod is until it ends: its server's boot id tells it or, of a server
+    without fences, its addresses.
+    """
+
+    target: str | None = None
+    """Where the client leads; None: there is no client, or one of its users has closed it."""
+    ips: tuple[str, ...] = ()
+    place: tuple[object, ...] = ()
+    """Where the object's status said last that the machine is; see `manifest.place`."""
+    placed_at: float = 0.0
+    """When it said so first, on the loop's clock."""
+    addresses: frozenset[str] = frozenset()
+    """Target and addresses that no other session has meanwhile; see `Machines.occupy`."""
+    waiting: set[Session] = field(default_factory=set)
+    """Sessions whose status names one of its addresses, too."""
+    misplaced: bool = False
+    """The machine is not where the status says, and news of that is waited for."""
+    boot_ids: dict[str, float] = field(default_factory=dict)
+    """Of all machines that the session has had, and when it met them on the loop's clock."""
+    identity: str | tuple[str, ...] = ()
+    """The machine met last: its boot id or its addresses."""
+    met: SandboxClient | None = None
+    """The client that met it."""
+    lost: bool = False
+    """It is gone; the next client leads to another."""
+
+
+class Machines:
+    """Who has which address, and who has met which machine. No two sessions share either."""
+
+    def __init__(self) -> None:
+        self._by_address: dict[str, Session] = {}
+        self._by_boot_id: dict[str, Session] = {}
+
+    def occupy(self, session: Session, addresses: frozenset[str]) -> list[Session] | None:
+        """Gives a session the addresses that its object's status names.
+
+        A status may lag behind, so two can name one address. The one that has named it
+        for the shorter time is taken to be right, until a server says otherwise.
+
+        Returns:
+            The sessions that have lost an address, whose status must be read again; None:
+            another session's status is newer, and this one's must change.
+        """
+        machine = session.machine
+        if machine.addresses == addresses:
+            return []
+        self.vacate(session)
+        holders = {self._by_address.get(address) for address in addresses}
+        others = [holder for holder in holders if holder is not None]
+        for other in others:
+            if other.machine.placed_at >= machine.placed_at:
+                other.machine.waiting.add(session)
+                return None
+        for other in others:
+            self.vacate(other)
+        machine.addresses = addresses
+        self._by_address |= dict.fromkeys(addresses, session)
+        return others
+
+    def vacate(self, session: Session) -> None:
+        """Takes a session's addresses away, and wakes those that wait for one."""
+        machine = session.machine
+        for address in machine.addresses:
+            del self._by_address[address]
+        machine.addresses = frozenset()
+        for waiting in machine.waiting:
+            waiting.inbox.post(News.SEEN)
+        machine.waiting.clear()
+
+    def meet(self, session: Session, boot_id: str, now: float) -> Session | None:
+        """Notes which machine a session has.
+
+        Returns:
+            Another current session that has met it before: then it is not this one's. But at a
+            loopback address, which no pod has, a server that was met before this session's first
+            object was made is meant for several sessions, as in tests.
+        """
+        other = self._by_boot_id.get(boot_id)
+        if other is None:
+            self._by_boot_id[boot_id] = session
+            session.machine.boot_ids[boot_id] = now
+            return None
+        met_before = other.machine.boot_ids[boot_id] < session.known.since
+        shared = met_before and not session.known.used and _are_loopback(session.machine.ips)
+        return None if other is session or shared else other
+
+    def forget(self, session: Session) -> None:
+        """The session's machine is gone, and it has no client any more."""
+        self.vacate(session)
+        session.client = session.machine.target = None
+        session.machine.ips = ()
+
+    def leave(self, session: Session) -> None:
+        """The session has ended."""
+        self.vacate(session)
+        for boot_id in session.machine.boot_ids:
+            del self._by_boot_id[boot_id]
+        session.machine.boot_ids.clear()
+
+
+def _are_loopback(addresses: tuple[str, ...]) -> bool:
+    return bool(addresses) and all(address.startswith("127.") or address == "::1" for address in addresses)

@@ -1,0 +1,302 @@
+"""A session's object: created, or adopted from an earlier process; and replaced once it is spent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from .._cluster import manifest
+from .._cluster.api_errors import (
+    AlreadyExistsError,
+    NotFoundError,
+    PreconditionError,
+    RetryableError,
+    UnsupportedError,
+)
+from .._cluster.manifest import Object
+from .._cluster.requests import backoff
+from ..errors import SandboxConflictError, SandboxError, SandboxPermissionError
+from .clients import Clients
+from .inbox import News
+from .parts import LostError, Parts
+from .remove import Remove
+from .table import Known, Session
+
+CONCURRENT_CREATES = 16
+"""A create that waits for its turn here has not been sent: the end of its session cancels it."""
+INCARNATIONS = 100
+"""How many incarnations of a name are tried, and recognised in an object that is adopted."""
+
+
+class Obtain:
+    """Gives sessions their objects."""
+
+    def __init__(self, parts: Parts, clients: Clients, remove: Remove) -> None:
+        self._parts = parts
+        self._clients = clients
+        self._remove = remove
+        self._creates = asyncio.Semaphore(CONCURRENT_CREATES)
+
+    async def __call__(self, session: Session, deadline: float, *, look: bool = False) -> None:
+        """Creates the session's object, or adopts the one that an earlier process left.
+
+        Args:
+            session: Its name says what to create.
+            deadline: On the loop's clock.
+            look: Look first for one that the session may have, whatever its name.
+
+        Raises:
+            SandboxConflictError: The name is taken by somebody else's object.
+            SandboxError: The API server refused, or could not be reached in time.
+        """
+        attempt = names = 0
+        while names < INCARNATIONS:
+            try:
+                if look:
+                    names += 1
+                    adopted = await self._adopt_existing(session, names, deadline)
+                    if adopted:
+                        return
+                    look = adopted is not None
+                    continue
+                await self._create(session, deadline, first=attempt == 0)
+                return
+            except AlreadyExistsError as e:
+                names += 1
+                if await self._resolve_conflict(session, e, names, deadline):
+                    return
+            except RetryableError as e:
+                await self._pause(session, e, "create", attempt, deadline)
+                attempt += 1
+        raise SandboxConflictError(f"no free name for the sandbox after {names} tries: {session.name}")
+
+    async def has_one(self, session: Session) -> bool:
+        """Whether the session has an object, whatever its name, as far as that can be told now."""
+        selector = self._parts.selector(session=session.session_hash)
+        try:
+            found, _ = await self._parts.resources.list(selector)
+        except SandboxError as e:
+            self._parts.log.info("sandbox_not_looked_for", sandbox=session.name, reason=str(e))
+            return False
+        return bool(found)
+
+    async def replace(self, session: Session, reason: str, deadline: float) -> None:
+        """Deletes the session's object, which is spent, and makes another; keeps one that has changed."""
+        parts = self._parts
+        parts.log.warning("sandbox_replaced", sandbox=session.name, reason=reason)
+        name, incarnation, known = session.name, session.incarnation, session.known
+        version = manifest.resource_version(known.object or {})
+        self._clients.discard(session)
+        parts.table.machines.forget(session)
+        session.machine.identity = ()
+        session.known = Known(used=known.used, claimed=known.claimed)
+        self._next_name(session)  # Before it is deleted: that is no news for the session then.
+        try:
+            gone = await parts.resources.delete(name, known.uid, deadline, version=version)
+            found = None if gone else await parts.resources.get(name, deadline)
+        except BaseException:
+            self._rename(session, name, incarnation)
+            session.known.uid = known.uid  # Whoever ends the session deletes it.
+            raise
+        if found is not None and manifest.uid(found) == known.uid and not manifest.is_deleting(found):
+            self._rename(session, name, incarnation)
+            self._found(session, found)
+            return
+        parts.leases.drop(session)
+        parts.table.deleted(session)
+        await self(session, deadline)
+
+    # Creation
+
+    async def _create(self, session: Session, deadline: float, *, first: bool) -> None:
+        """One create; after a lost answer the object itself tells whether it was carried out."""
+        parts = self._parts
+        # Asked anew for each try: either may have changed.
+        leased = await parts.leases.allowed(deadline)
+        version = await parts.resources.api_version(deadline)
+        await parts.pace()  # Those who came together have waited for these together.
+        try:
+            async with self._creates:
+                lease = parts.leases.next() if leased else None
+                body = manifest.sandbox_body(parts.config, version, session.name, session.session_hash, lease)
+                created = await self._send(session, "create", partial(parts.resources.create, body))
+            created = created or await parts.resources.get(session.name, deadline)
+        except RetryableError as e:
+            created = await self._landed(session, deadline) if e.ambiguous else None
+            if created is None:
+                raise
+            if first:
+                parts.table.confirmed(session)
+        if created is not None:
+            self._found(session, created)
+        if lease is not None:
+            parts.leases.add(session)
+        made = {"sandbox": session.name, "uid": session.known.uid, "incarnation": session.incarnation}
+        if session.recreated:
+            parts.log.info("sandbox_recreated", **made)
+        else:
+            parts.log.info("sandbox_created", **made)
+
+    async def _send(
+        self, session: Session, verb: str, request: Callable[[], Awaitable[Object | None]]
+    ) -> Object | None:
+        """One request that makes an object, or makes it the session's.
+
+        Once sent it is never cut off: its answer holds the uid that the object is deleted
+        by. The end of the session waits for it.
+        """
+        task = self._parts.tasks.spawn(self._answered(session, request), f"{verb}:{session.name}")
+        session.request = task
+        await asyncio.wait({task})
+        return task.result()
+
+    async def _answered(
+        self, session: Session, request: Callable[[], Awaitable[Object | None]]
+    ) -> Object | None:
+        """The request's answer, and what it means for the session even if nobody waits any more."""
+        table = self._parts.table
+        table.sent(session)
+        try:
+            sandbox = await request()
+        except SandboxError as e:
+            if getattr(e, "ambiguous", False):
+                table.unanswered(session, self._parts.now())
+            else:
+                table.refused(session)
+            raise
+        if sandbox is not None:
+            table.answered(session, manifest.uid(sandbox))
+        return sandbox
+
+    async def _landed(self, session: Session, deadline: float) -> Object | None:
+        """After a create whose answer was lost: the object, if it is there and is ours."""
+        found = await self._parts.resources.get(session.name, deadline)
+        if found is None or manifest.is_deleting(found):
+            return None
+        is_ours = self._parts.is_of(found, session.session_hash, self._parts.config.instance_label)
+        return found if is_ours else None
+
+    async def _pause(
+        self, session: Session, error: RetryableError, verb: str, attempt: int, deadline: float
+    ) -> None:
+        pause = backoff(attempt) if error.retry_after is None else error.retry_after
+        if self._parts.now() + pause >= deadline:
+            raise error
+        self._parts.log.info(
+            "request_retried",
+            verb=verb,
+            sandbox=session.name,
+            attempt=attempt + 1,
+            pause=round(pause, 3),
+            reason=str(error),
+        )
+        await asyncio.sleep(pause)
+
+    def _found(self, session: Session, sandbox: Object) -> None:
+        uid = manifest.uid(sandbox)
+        self._parts.table.found(session, sandbox, uid, self._parts.now())
+        if uid is not None and uid == session.known.gone:
+            raise LostError(f"sandbox {session.name} has been deleted by somebody else")
+        if not self._parts.watched(session):
+            session.inbox.post(News.LOOK)  # Nobody else will say when it is ready.
+
+    # Adoption
+
+    async def _resolve_conflict(
+        self, session: Session, error: AlreadyExistsError, attempt: int, deadline: float
+    ) -> bool:
+        """The name is taken: adopts the session's own object, or moves to another name.
+
+        Returns:
+            Whether an object was adopted; otherwise create again.
+        """
+        if adopted := await self._adopt_existing(session, attempt, deadline):
+            return True
+        if adopted is not None:
+            return False
+        taken = await self._parts.resources.get(session.name, deadline)
+        if taken is None:
+            return False  # It has gone since the list.
+        if manifest.is_deleting(taken):
+            self._next_name(session)
+        elif not self._parts.is_of(taken, session.session_hash):  # else it has come since the list
+            raise SandboxConflictError(
+                f"the name {session.name} is taken by a Sandbox that is not this session's:"
+                " delete it, or use another namespace",
+                status=409,
+            ) from error.__cause__
+        return False
+
+    async def _adopt_existing(self, session: Session, attempt: int, deadline: float) -> bool | None:
+        """Adopts the newest object that the session has by its label; deletes those that are spent.
+
+        Returns:
+            Whether one was adopted; False: look again; None: there is none.
+        """
+        parts = self._parts
+        found, _ = await parts.resources.list(parts.selector(session=session.session_hash), deadline)
+        alive = [sandbox for sandbox in found if not manifest.is_deleting(sandbox)]
+        spent = [sandbox for sandbox in alive if parts.is_spent(sandbox)]
+        for sandbox in spent:
+            name, version = manifest.name(sandbox), manifest.resource_version(sandbox)
+            deleted = await parts.resources.delete(name, manifest.uid(sandbox), deadline, version=version)
+            if name == session.name:
+                self._next_name(session)
+            if not deleted:
+                return False  # It has changed: another manager may use it.
+        alive = [sandbox for sandbox in alive if sandbox not in spent]
+        if not alive:
+            return False if spent else None
+        newest = max(alive, key=lambda s: str((s.get("metadata") or {}).get("creationTimestamp") or ""))
+        return await self._adopt(session, newest, attempt, deadline)
+
+    async def _adopt(self, session: Session, sandbox: Object, attempt: int, deadline: float) -> bool:
+        """Claims an object by its instance label, so that our watch sees it.
+
+        The last claimer wins; the loser's watch reports it gone, and it is not deleted.
+        """
+        parts, known = self._parts, session.known
+        name, metadata = manifest.name(sandbox), sandbox["metadata"]
+        names = (manifest.sandbox_name(session.session_id, i) for i in range(INCARNATIONS))
+        incarnation = next((i for i, own in enumerate(names) if own == name), session.incarnation)
+        self._rename(session, name, incarnation)
+        known.object, known.used = sandbox, True  # What is known if the claim is not answered.
+        lease = parts.leases.next() if await parts.leases.allowed(deadline) else None
+        patch: Object = {
+            "metadata": {
+                "uid": metadata.get("uid"),
+                "resourceVersion": metadata.get("resourceVersion"),
+                "labels": {manifest.LABEL_INSTANCE: parts.config.instance_label},
+            },
+            # A lease that nobody renews would end it under the session.
+            "spec": {"shutdownTime": None} if lease is None else manifest.lease_spec(lease),
+        }
+        try:
+            claimed = await self._send(session, "claim", partial(parts.resources.patch, name, patch))
+        except (PreconditionError, NotFoundError):
+            known.object, known.used = None, False
+            return False  # It has changed, or is gone: look again.
+        except RetryableError as e:
+            await self._pause(session, e, "patch", attempt - 1, deadline)
+            return False
+        except (SandboxPermissionError, UnsupportedError) as e:
+            parts.log.warning("sandbox_not_claimed", sandbox=name, reason=str(e))
+            lease = claimed = None
+            known.claimed = manifest.instance(sandbox) == parts.config.instance_label
+        if known.object is sandbox:  # else the watch has told since
+            known.object = None
+        self._found(session, claimed or sandbox)
+        if lease is not None:
+            parts.leases.add(session)
+        parts.log.info("sandbox_adopted", sandbox=name, uid=known.uid, incarnation=incarnation)
+        return True
+
+    def _next_name(self, session: Session) -> None:
+        incarnation = session.incarnation + 1
+        self._rename(session, manifest.sandbox_name(session.session_id, incarnation), incarnation)
+
+    def _rename(self, session: Session, name: str, incarnation: int) -> None:
+        if session.name != name:
+            self._remove.remember(session)  # What was asked for under the old name may still land.
+        self._parts.table.rename(session, name, incarnation)

@@ -1,0 +1,77 @@
+"""What is remembered of sessions that are gone, within bounds."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from .._cluster import manifest
+from .._cluster.manifest import Object
+from .table import Session
+
+NAME_MARGIN = 5.0
+"""How much longer than its pod's grace period a name may be taken, in seconds."""
+STRAYS = 10_000
+"""How many sessions are looked for before one is created, because they may have an object."""
+REMEMBERED = 1024
+"""How many ended sessions are remembered, to tell a re-creation from a first creation."""
+
+
+class Past:
+    """Which ids had a session, which may still have an object, and which names are not free yet.
+
+    Args:
+        grace_period: How long a pod may go on after its deletion, in seconds.
+    """
+
+    def __init__(self, grace_period: float) -> None:
+        self._occupied_for = grace_period + NAME_MARGIN
+        self._occupied: dict[str, float] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._strays: set[str] = set()
+
+    def survey(self, sandboxes: Iterable[Object]) -> None:
+        """All managed objects, as the first list shows them: sessions that come back may have one."""
+        living = (sandbox for sandbox in sandboxes if not manifest.is_deleting(sandbox))
+        self._strays = {manifest.labels(sandbox).get(manifest.LABEL_SESSION, "") for sandbox in living}
+
+    def may_have_one(self, session: Session) -> bool:
+        """Whether an object of the session may be there which this manager does not follow."""
+        return session.session_hash in self._strays
+
+    def has_begun(self, session: Session) -> None:
+        """The session is no re-creation of a later one; `ended` makes it one again."""
+        self._ended.pop(session.session_hash, None)
+
+    def is_ready(self, session: Session) -> None:
+        self._strays.discard(session.session_hash)
+
+    def was_here(self, session_hash: str) -> bool:
+        """Whether the session's last sandbox was reaped or died."""
+        return session_hash in self._ended
+
+    def ended(self, session: Session) -> None:
+        """Notes how a session has ended."""
+        if session.ended in ("failed", "lost") and not session.remains.needs_delete:
+            # Its object was kept, or perhaps claimed by another manager.
+            self._strays.add(session.session_hash)
+            if len(self._strays) > STRAYS:
+                self._strays.pop()
+        if session.ended in ("lost", "reaped"):
+            self._ended[session.session_hash] = None
+            if len(self._ended) > REMEMBERED:
+                self._ended.popitem(last=False)
+
+    def occupy(self, name: str, now: float) -> None:
+        """The object of this name was deleted, and its pod may not be gone yet."""
+        for old, until in list(itertools.islice(self._occupied.items(), 2)):
+            if until <= now:  # Older ones come first.
+                del self._occupied[old]
+        self._occupied.pop(name, None)
+        self._occupied[name] = now + self._occupied_for
+
+    def fresh_name(self, session_id: str, now: float) -> tuple[str, int]:
+        """The first incarnation of the session's name that no pod may still hold, and its number."""
+        names = ((manifest.sandbox_name(session_id, i), i) for i in itertools.count())
+        return next((name, i) for name, i in names if self._occupied.get(name, now) <= now)
