@@ -184,14 +184,9 @@ class SandboxManagerConfig:
         if not isinstance(image, str) or image.split() != [image]:
             raise wrong("sandbox_image", image, "an image reference without white space")
         _check_pod_template(self.pod_template_spec)
-        for name in (
-            "ready_timeout",
-            "ready_poll_interval",
-            "session_idle_timeout",
-            "idle_check_interval",
-            "shutdown_timeout",
-        ):
+        for name in ("ready_timeout", "ready_poll_interval", "session_idle_timeout", "idle_check_interval"):
             seconds(name, getattr(self, name))
+        seconds("shutdown_timeout", self.shutdown_timeout)
         seconds("capacity_timeout", self.capacity_timeout, zero=True)
         if self.lease_duration is not None:
             seconds("lease_duration", self.lease_duration)
@@ -203,8 +198,8 @@ class SandboxManagerConfig:
         if self.tls is not None and not isinstance(self.tls, TlsConfig):
             raise wrong("tls", self.tls, "a TlsConfig or None")
         if self.mode == "multi" and self.tls and not self.tls.secret_name and self.pod_template_spec is None:
-            # The sandbox would have no certificate to serve, and every session would
-            # time out with a pod that refuses to start.
+            # The sandbox would have no certificate to serve: its pod would not start, and every
+            # session would time out.
             raise ValueError(
                 "tls.secret_name is None: the default pod template mounts the server's certificate"
                 " from a Secret; name it, or give a pod_template_spec that brings one"

@@ -6,12 +6,10 @@ import asyncio
 import contextlib
 import gc
 import threading
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from _patience import PATIENCE
-from _streams import END, SOME, ended
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.client import ExecutionStream, SandboxClient
@@ -19,17 +17,7 @@ from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUn
 from prodisco_sandbox.results import ExecutionChunk
 from prodisco_sandbox.testing import NEVER, FakeCustomObjectsApi, FakeSandboxServer
 
-
-@pytest.fixture
-async def server() -> AsyncIterator[FakeSandboxServer]:
-    async with FakeSandboxServer() as server:
-        yield server
-
-
-@pytest.fixture
-async def client(server: FakeSandboxServer) -> AsyncIterator[SandboxClient]:
-    async with SandboxClient(server.target, call_timeout=PATIENCE, deadline_margin=0.05) as client:
-        yield client
+from .support import END, SOME, ended
 
 
 async def idle(client: SandboxClient) -> None:

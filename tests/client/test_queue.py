@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import pytest
 from _patience import PATIENCE, put_forward, until
-from _streams import END, OUTCOME, SOME
 
 from prodisco_sandbox.client import SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
@@ -22,6 +21,8 @@ from prodisco_sandbox.results import (
     StartedExecution,
 )
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer
+
+from .support import END, OUTCOME, SOME
 
 DONE = ExecutionStatus("e", ExecutionState.COMPLETED, result=OUTCOME)
 LIMIT = 1.05

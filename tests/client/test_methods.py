@@ -211,12 +211,6 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[FakeSandboxServer]:
-    async with FakeSandboxServer() as server:
-        yield server
-
-
-@pytest.fixture
 async def client(server: FakeSandboxServer) -> AsyncIterator[SandboxClient]:
     async with SandboxClient(server.target, deadline_margin=PATIENCE) as client:
         yield client

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -16,18 +16,6 @@ from prodisco_sandbox.client import SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 from prodisco_sandbox.results import ExecutionResult, HealthStatus
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[FakeSandboxServer]:
-    async with FakeSandboxServer() as server:
-        yield server
-
-
-@pytest.fixture
-async def client(server: FakeSandboxServer) -> AsyncIterator[SandboxClient]:
-    async with SandboxClient(server.target) as client:
-        yield client
 
 
 def asked(server: FakeSandboxServer) -> list[str]:

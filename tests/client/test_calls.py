@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
 from _patience import PATIENCE, put_forward
-from _streams import END, SOME, ended
 
 from prodisco_sandbox._grpc import channel as _channel
 from prodisco_sandbox._grpc.usage import Usage
@@ -27,18 +26,7 @@ from prodisco_sandbox.results import (
 )
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 
-
-@pytest.fixture
-async def server() -> AsyncIterator[FakeSandboxServer]:
-    async with FakeSandboxServer() as server:
-        yield server
-
-
-@pytest.fixture
-async def client(server: FakeSandboxServer) -> AsyncIterator[SandboxClient]:
-    async with SandboxClient(server.target, call_timeout=PATIENCE, deadline_margin=0.05) as client:
-        yield client
-
+from .support import END, SOME, ended
 
 # The channel
 
