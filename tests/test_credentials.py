@@ -40,13 +40,19 @@ exec cat {status}
 class Cluster:
     """A kubeconfig whose user is a plugin, and the API server that it leads to."""
 
-    def __init__(self, api: HttpApi, path: Path) -> None:
-        self.api, self.path = api, path
+    def __init__(self, api: HttpApi, path: Path, accepted: set[str]) -> None:
+        self.api, self.path, self.accepted = api, path, accepted
         self.runs, self.failing, self.status = path / "runs", path / "failing", path / "status"
 
     def gives(self, **status: str) -> None:
         credential = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential"}
         self.status.write_text(json.dumps({**credential, "status": status}))
+
+    def turns_to(self, token: str, **status: str) -> None:
+        """From now on the API server takes this token alone, and the plugin gives it."""
+        self.accepted.clear()
+        self.accepted.add(f"Bearer {token}")
+        self.gives(token=token, **status)
 
     def plugin(self) -> dict[str, Any]:
         file = self.path / "plugin"
@@ -91,7 +97,7 @@ def _environment() -> Iterator[None]:
 @pytest.fixture
 async def cluster(tmp_path: Path, accepted: set[str]) -> AsyncIterator[Cluster]:
     async with HttpApi(lambda request: bearer(request) in accepted) as api:
-        cluster = Cluster(api, tmp_path)
+        cluster = Cluster(api, tmp_path, accepted)
         cluster.gives(token="one")
         cluster.configure(cluster.plugin())
         yield cluster
@@ -126,27 +132,22 @@ VERBS: dict[str, Callable[[SandboxResources], Awaitable[Any]]] = {
 )
 @pytest.mark.parametrize("verb", VERBS)
 async def test_a_plugin_is_run_once_more_and_the_request_is_repeated(
-    cluster: Cluster, accepted: set[str], verb: str, lies: dict[str, str]
+    cluster: Cluster, verb: str, lies: dict[str, str]
 ) -> None:
     cluster.gives(token="one", **lies)
     async with resources() as r:
         await VERBS[verb](r)
-        accepted.clear()
-        accepted.add("Bearer two")
-        cluster.gives(token="two", **lies)
+        cluster.turns_to("two", **lies)
         assert await VERBS[verb](r) is not None
         await VERBS[verb](r)
     assert cluster.api.let_in == [True, False, True, True]
     assert cluster.ran == 2
 
 
-async def test_discovery_is_repeated_too(cluster: Cluster, accepted: set[str]) -> None:
+async def test_discovery_is_repeated_too(cluster: Cluster) -> None:
     async with resources(version="auto") as r:
-        await r.list("a=b")
-        r._discover.forget()
-        accepted.clear()
-        accepted.add("Bearer two")
-        cluster.gives(token="two")
+        await r.connection.api()
+        cluster.turns_to("two")
         assert await r.api_version() == "v1beta1"
     assert cluster.ran == 2
 
@@ -177,14 +178,10 @@ async def test_a_second_refusal_is_final_and_the_next_request_asks_again(
     assert cluster.ran == 3
 
 
-async def test_many_that_are_refused_at_once_run_the_plugin_once(
-    cluster: Cluster, accepted: set[str]
-) -> None:
+async def test_many_that_are_refused_at_once_run_the_plugin_once(cluster: Cluster) -> None:
     async with resources() as r:
         await r.get("x")
-        accepted.clear()
-        accepted.add("Bearer two")
-        cluster.gives(token="two")
+        cluster.turns_to("two")
         cluster.api.held = asyncio.Event()
         asking = [asyncio.create_task(r.get("x")) for _ in range(20)]
         await until(lambda: len(cluster.api.requests) == 21)
@@ -194,14 +191,10 @@ async def test_many_that_are_refused_at_once_run_the_plugin_once(
     assert cluster.api.let_in == [True, *[False] * 20, *[True] * 20]
 
 
-async def test_a_refusal_that_comes_late_does_not_run_the_plugin_again(
-    cluster: Cluster, accepted: set[str]
-) -> None:
+async def test_a_refusal_that_comes_late_does_not_run_the_plugin_again(cluster: Cluster) -> None:
     async with resources() as r:
         await r.get("x")
-        accepted.clear()
-        accepted.add("Bearer two")
-        cluster.gives(token="two")
+        cluster.turns_to("two")
         held = cluster.api.held = asyncio.Event()
         late = asyncio.create_task(r.get("late"))
         await until(lambda: len(cluster.api.requests) == 2)
@@ -247,14 +240,10 @@ async def test_closing_ends_a_renewal_and_the_plugin_that_it_runs(
         assert children() <= before
 
 
-async def test_a_plugin_that_fails_says_why_and_is_run_again_by_the_next_request(
-    cluster: Cluster, accepted: set[str]
-) -> None:
+async def test_a_plugin_that_fails_says_why_and_is_run_again_by_the_next_request(cluster: Cluster) -> None:
     async with resources() as r:
         await r.get("x")
-        accepted.clear()
-        accepted.add("Bearer two")
-        cluster.gives(token="two")
+        cluster.turns_to("two")
         cluster.failing.touch()
         with pytest.raises(
             SandboxUnavailableError, match=r"new ones could not be loaded.*log in first"
@@ -277,35 +266,32 @@ async def test_a_plugin_that_fails_when_its_token_has_expired_says_why(cluster: 
     assert len(cluster.api.requests) == 1
 
 
-async def test_a_token_file_that_rotates_is_read_again(cluster: Cluster, accepted: set[str]) -> None:
-    token = cluster.path / "token"
-    token.write_text("one\n")
+def token_file(cluster: Cluster, token: str) -> None:
+    (cluster.path / "token").write_text(f"{token}\n")
     cluster.configure({"tokenFile": "token"})  # relative to the kubeconfig
-    async with resources() as r:
-        await r.get("x")
-        token.write_text("two\n")
-        accepted.clear()
-        accepted.add("Bearer two")
-        await r.get("x")
-    assert cluster.api.let_in == [True, False, True]
 
 
-async def test_a_kubeconfig_that_has_been_written_anew_is_read_again(
-    cluster: Cluster, accepted: set[str]
-) -> None:
-    cluster.configure({"token": "one"})
-    async with resources() as r:
-        await r.get("x")
-        accepted.clear()
-        accepted.add("Bearer two")
-        file = cluster.configure({"token": "two"})
-        content = yaml.safe_load(file.read_text())
-        # Somebody has turned to another cluster meanwhile.
+def kubeconfig(cluster: Cluster, token: str) -> None:
+    file = cluster.configure({"token": token})
+    content = yaml.safe_load(file.read_text())
+    if token == "two":  # Somebody has turned to another cluster meanwhile.
         content["clusters"].append({"name": "other", "cluster": {"server": "http://other.test"}})
         content["contexts"].append({"name": "other", "context": {"cluster": "other", "user": "u"}})
-        file.write_text(yaml.safe_dump({**content, "current-context": "other"}))
+        content["current-context"] = "other"
+    file.write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize("write", [token_file, kubeconfig])
+async def test_files_that_have_been_written_anew_are_read_again(
+    cluster: Cluster, write: Callable[[Cluster, str], None]
+) -> None:
+    write(cluster, "one")
+    async with resources() as r:
         await r.get("x")
-        assert cluster.api.let_in == [True, False, True]
+        cluster.turns_to("two")
+        write(cluster, "two")
+        await r.get("x")
+    assert cluster.api.let_in == [True, False, True]
 
 
 async def test_credentials_of_another_cluster_are_not_sent_to_this_one(
@@ -322,7 +308,7 @@ async def test_credentials_of_another_cluster_are_not_sent_to_this_one(
     assert cluster.api.let_in == [True, False]
 
 
-async def test_a_kubeconfig_that_was_a_pipe_is_not_read_again(cluster: Cluster, accepted: set[str]) -> None:
+async def test_a_kubeconfig_that_was_a_pipe_is_not_read_again(cluster: Cluster) -> None:
     read, write = os.pipe()
     try:
         os.write(write, cluster.configure(cluster.plugin()).read_bytes())
@@ -330,13 +316,9 @@ async def test_a_kubeconfig_that_was_a_pipe_is_not_read_again(cluster: Cluster, 
         os.environ["KUBECONFIG"] = f"/dev/fd/{read}"
         async with resources() as r:
             await r.get("x")
-            accepted.clear()
-            accepted.add("Bearer two")
-            cluster.gives(token="two", expirationTimestamp="2040-01-01T00:00:00Z")
+            cluster.turns_to("two", expirationTimestamp="2040-01-01T00:00:00Z")
             await r.get("x")
-            accepted.clear()
-            accepted.add("Bearer three")
-            cluster.gives(token="three")
+            cluster.turns_to("three")
             await r.get("x")
     finally:
         os.close(read)
@@ -396,7 +378,7 @@ async def test_a_client_certificate_of_a_plugin_is_replaced_and_a_watch_goes_on(
         }
 
     async with tls_api(accepts, ca) as api:
-        cluster = Cluster(api, tmp_path)
+        cluster = Cluster(api, tmp_path, set())
         cluster.gives(**certificate("one"))
         authority = base64.b64encode(ca.cert_pem.bytes()).decode()
         cluster.configure(cluster.plugin(), **{"certificate-authority-data": authority})
@@ -506,9 +488,7 @@ async def test_what_netrc_holds_is_not_sent(
     assert cluster.api.let_in == [True]
 
 
-async def test_proxies_of_the_environment_are_used(
-    cluster: Cluster, accepted: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_proxies_of_the_environment_are_used(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = cluster.api.url
     cluster.api.url = "http://cluster.test"
     cluster.configure(cluster.plugin())
