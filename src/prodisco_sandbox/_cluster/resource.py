@@ -93,9 +93,9 @@ class Resource:
         lifecycle: The field of its spec that holds the deadline; None: the spec itself.
         mode_spec: The spec fields that start or suspend it; None: it cannot be suspended.
         is_to_run: Whether its spec does not say that it is to be suspended.
-        never: Reasons of Ready=False that no time mends.
-        dead: Reasons of Ready=False that say that the pod has come to its end.
-        expired: The reason once the deadline is past.
+        never: Reasons of Ready=False for a spec that cannot work.
+        dead: Reasons of Ready=False once the pod has come to its end.
+        expired: The reason of Ready=False once the deadline is past.
     """
 
     group: str
@@ -176,40 +176,42 @@ class Resource:
                 controller observed before that does not count.
         """
         machine = self.machine(obj)
+        phase, text, refused = self._phase(obj, now, since)
+        if phase != "running":
+            return Reading(phase, None, text, refused, machine)
+        target = endpoint(obj, machine, config)
+        if target is not None:
+            return Reading("running", target, text, None, machine)
+        known = "no address in its status yet"
+        if not obj.get("status"):
+            known = "no status yet (does agent-sandbox's controller run?)"
+        return Reading("starting", None, known, None, machine)
 
-        def reads(phase: Phase, text: str, refusal: Refusal | None = None) -> Reading:
-            return Reading(phase, None, text, refusal, machine)
-
+    def _phase(self, obj: Object, now: float, since: int) -> tuple[Phase, str, Refusal | None]:
+        """Phase, text and refusal; "running" if only its endpoint may be missing."""
         if metadata.is_deleting(obj):
-            return reads("ending", "it is being deleted")
+            return "ending", "it is being deleted", None
         if 0 < metadata.generation(obj) < since:
-            return reads("starting", "the latest change of its spec is not seen yet")
-        status = obj.get("status") or {}
+            return "starting", "the latest change of its spec is not seen yet", None
         conditions = metadata.conditions(obj, since)
         ready, finished = conditions.get("Ready"), conditions.get("Finished")
         text = "ready" if ready is None else _described(ready)
         reason = ready.get("reason") if ready is not None and ready.get("status") == "False" else None
         if reason == self.expired and self.lapsed(obj, now):
-            return reads("ending", text)
+            return "ending", text, None
         if not self.is_to_run(obj):
-            return reads("suspended", text if ready else "it is suspended")
+            return "suspended", text if ready else "it is suspended", None
         if finished is not None and finished.get("status") == "True":
-            return reads("dead", _described(finished))
+            return "dead", _described(finished), None
         if reason in self.dead:
-            return reads("dead", text)
+            return "dead", text, None
         if reason in self.never:
-            return reads("never", text)
+            return "never", text, None
         if ready is not None and ready.get("status") != "True":
-            message = str(ready.get("message") or "")
-            return reads("starting", text, refusal(str(reason), message))
-        if ready is None and since and status.get("conditions"):
-            return reads("starting", "the controller has not seen the latest change of its spec yet")
-        target = endpoint(obj, machine, config)
-        if target is not None:
-            return Reading("running", target, text, None, machine)
-        if status:
-            return reads("starting", "no address in its status yet")
-        return reads("starting", "no status yet (does agent-sandbox's controller run?)")
+            return "starting", text, refusal(str(reason), str(ready.get("message") or ""))
+        if ready is None and since and (obj.get("status") or {}).get("conditions"):
+            return "starting", "the controller has not seen the latest change of its spec yet", None
+        return "running", text, None
 
 
 def _described(condition: Object) -> str:
