@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 from collections import deque
 
@@ -24,8 +23,8 @@ def backoff(attempt: int, *, first: float = 0.1, most: float = 5.0, jitter: floa
 class Pace:
     """Lets a few tasks go on in each pass of the event loop, first come first served.
 
-    What hundreds of tasks have to do at the same moment would else be done in one pass,
-    and everything else in the process would stand still meanwhile.
+    Hundreds of tasks that may go on at the same moment would do so in one pass, and hold up
+    everything else in the process.
     """
 
     def __init__(self, per_pass: int) -> None:
@@ -52,47 +51,3 @@ class Pace:
                 self._left -= 1
         if self._left < self._per_pass:
             asyncio.get_running_loop().call_soon(self._next_pass)
-
-
-class RequestTurns:
-    """Lets so many requests go on at once, first come first served, and new connections one by one.
-
-    Each of these has its TLS handshake, half a millisecond of the loop's time, and those of
-    requests that begin together would be done in one pass.
-
-    Args:
-        most: How many at once.
-        pause: Seconds between two that need a new connection, after the first few: there never
-            were so many at once.
-        kept: Seconds without any request after which connections are taken for closed.
-    """
-
-    FEW = 4
-
-    def __init__(self, most: int, *, pause: float, kept: float) -> None:
-        self._turns = asyncio.Semaphore(most)
-        self._pause, self._kept = pause, kept
-        self._running = self._connections = 0
-        self._ended = self._next = -math.inf
-
-    async def __aenter__(self) -> None:
-        await self._turns.acquire()
-        now = asyncio.get_running_loop().time()
-        if not self._running and now - self._ended > self._kept:
-            self._connections = 0
-        self._running += 1
-        if self._running <= self._connections:
-            return
-        self._connections = self._running
-        self._next = max(self._next, now - self.FEW * self._pause) + self._pause
-        if self._next > now:
-            try:
-                await asyncio.sleep(self._next - now)
-            except BaseException:
-                await self.__aexit__()
-                raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._running -= 1
-        self._ended = asyncio.get_running_loop().time()
-        self._turns.release()

@@ -58,7 +58,6 @@ class Connection:
     """The API object that requests go to: one that was passed in, or one that is opened on first use.
 
     Attributes:
-        connects: Whether requests need connections; a stand-in in memory needs none.
         renewals: How often the credentials have been renewed.
     """
 
@@ -70,7 +69,6 @@ class Connection:
         self._open_api = open_api
         self._open = SingleFlight("kubernetes-config", self._opened)
         self._renew = SingleFlight("kubernetes-credentials", self._renewed)
-        self.connects = self._given is None or self._given.client is not None
         self.renewals = 0
 
     async def api(self) -> CustomObjects:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import aiohttp
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from .._aio.pacing import Pace, RequestTurns
+from .._aio.pacing import Pace
 from .._aio.pacing import backoff as backoff
 from .._aio.single_flight import SingleFlight
 from .._log import get_logger
@@ -53,11 +53,16 @@ PAGE = 500
 LISTS = 3
 """How often a list is begun again whose continue token has expired."""
 CONCURRENT_REQUESTS = 50
-"""Half of the client's connection pool, which an open watch shares."""
-CONNECTING_PAUSE = 0.004
-KEPT = 15.0
-"""How long aiohttp keeps a connection that is not used."""
+"""Half of the client's connection pool, which an open watch shares.
+
+Beyond the pool, requests would wait for a connection on their own time: without this limit and
+that on creates, 200 sessions at once (benchmarks, kube-apiserver) time out and ask again.
+"""
 STEPS_PER_PASS = 4
+"""Requests begun in one pass of the event loop; each takes some 300 µs of it.
+
+Without it, the benchmarks' longest pass with 200 sessions at once, in memory, is twice as long.
+"""
 
 MERGE_PATCH = "application/merge-patch+json"
 """Given a dict, kubernetes_asyncio would send a json-patch, which is a list."""
@@ -115,11 +120,7 @@ class SandboxResources:
         self._page = page
         self._discover = SingleFlight("kubernetes-discovery", self._discover_version)
         self._grace = StartupGrace()
-        self._turns = RequestTurns(
-            CONCURRENT_REQUESTS,
-            pause=CONNECTING_PAUSE if self.connection.connects else 0.0,
-            kept=KEPT,
-        )
+        self._turns = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
     async def aclose(self) -> None:
         """Closes the connection that was opened here; one that was passed in stays open."""
