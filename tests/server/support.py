@@ -21,6 +21,7 @@ from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.proto import sandbox_pb2_grpc
 from prodisco_sandbox.server import _confine
 from prodisco_sandbox.server._cgroup import find_pids_cgroups
+from prodisco_sandbox.server._options import MAX_TIMEOUT_MS
 
 if TYPE_CHECKING:
     Stub = sandbox_pb2_grpc.SandboxServiceAsyncStub
@@ -141,8 +142,13 @@ def resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-def code(source: str, timeout_ms: int | None = None) -> pb.ExecuteRequest:
+def code(source: str, timeout_ms: int = MAX_TIMEOUT_MS) -> pb.ExecuteRequest:
+    """Code, with more time than the server would give it: a busy machine needs it."""
     return pb.ExecuteRequest(code=source, timeout_ms=timeout_ms)
+
+
+def with_tests(source: str, tests: str, timeout_ms: int = MAX_TIMEOUT_MS) -> pb.ExecuteTestRequest:
+    return pb.ExecuteTestRequest(code=source, tests=tests, timeout_ms=timeout_ms)
 
 
 def tls_options(paths: dict[str, Path], mode: str) -> list[str]:

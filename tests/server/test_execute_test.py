@@ -7,6 +7,7 @@ from unittest.mock import ANY
 import pytest
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
+from prodisco_sandbox.server._options import MAX_TIMEOUT_MS
 from prodisco_sandbox.server._service import _records
 
 from .support import Stub
@@ -15,7 +16,7 @@ CODE = "def add(a, b):\n    return a + b\n\nif __name__ == '__main__':\n    1/0\
 
 
 async def run(
-    stub: Stub, tests: str, code: str | None = CODE, timeout_ms: int | None = None
+    stub: Stub, tests: str, code: str | None = CODE, timeout_ms: int = MAX_TIMEOUT_MS
 ) -> pb.ExecuteTestResponse:
     return await stub.ExecuteTest(pb.ExecuteTestRequest(code=code, tests=tests, timeout_ms=timeout_ms))
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import grpc
 import pytest
+from _patience import PATIENCE
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 
-from .support import Server, code, running
+from .support import Server, code, running, with_tests
 
 POD = "sandbox-1"
 
@@ -64,13 +65,13 @@ def calls(channel: Any, metadata: Any = None) -> dict[str, Any]:
         for request in list[bytes]():
             yield request
 
-    options = {"metadata": metadata, "timeout": 20}
+    options = {"metadata": metadata, "timeout": PATIENCE}
     return {
         "unary": method(channel, "Execute")(run("unary"), **options),
         "stream": method(channel, "ExecuteStream", streams=True)(run("stream"), **options),
         "async": method(channel, "ExecuteAsync")(run("async"), **options),
         "test": method(channel, "ExecuteTest")(
-            pb.ExecuteTestRequest(code="open('test', 'w').close()", tests="").SerializeToString(), **options
+            with_tests("open('test', 'w').close()", "").SerializeToString(), **options
         ),
         "health": health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), **options),
         "own health": method(channel, "HealthCheck")(b"", **options),

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prodisco_sandbox.proto import sandbox_pb2 as pb
-
-from .support import Stub, code, running
+from .support import Stub, code, running, with_tests
 
 # Writes a module, as an editor does, at a time that is always the same: to bytecode, which
 # notes seconds and size, no version of it differs from another.
@@ -106,9 +104,9 @@ for n in range(200):
 
 async def test_a_module_under_test_that_was_rewritten(stub: Stub, prelude: str) -> None:
     for value in "78":
-        request = pb.ExecuteTestRequest(
-            code=f"{prelude}write(PATH, 'value = {value}\\n')",
-            tests=f"def test_it():\n    assert __import__('importlib').import_module(NAME).value == {value}",
+        request = with_tests(
+            f"{prelude}write(PATH, 'value = {value}\\n')",
+            f"def test_it():\n    assert __import__('importlib').import_module(NAME).value == {value}",
         )
         answer = await stub.ExecuteTest(request)
         assert answer.success, answer
@@ -192,7 +190,7 @@ async def test_tests_heed_variables_for_python(tmp_path: Path) -> None:
     ) as server:
         async with server.connect() as stub:
             tests = "def test_it(): assert given.value == 'given'"
-            answer = await stub.ExecuteTest(pb.ExecuteTestRequest(code="import given", tests=tests))
+            answer = await stub.ExecuteTest(with_tests("import given", tests))
             assert answer.success, answer
             failed = await stub.Execute(code("1/0"))
             assert failed.error == "ZeroDivisionError: division by zero"

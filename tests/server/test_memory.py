@@ -22,12 +22,11 @@ from typing import BinaryIO
 import pytest
 from _patience import PATIENCE
 
-from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _memory
 from prodisco_sandbox.server._cgroup import find_memory_cgroup
 from prodisco_sandbox.server._memory import Container, Memory, MemoryWatch
 
-from .support import Server, Stub, code, running
+from .support import Server, Stub, code, running, with_tests
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -492,5 +491,5 @@ async def test_a_hoard_is_killed_where_the_limit_was_lifted(tmp_path: Path) -> N
             error = await failed(stub, lift + GREEDY)
             assert error.startswith("killed: its processes used more than 200 MiB of memory"), error
             tests = "def test_it():\n    x = []\n    while True: x.append(bytearray(1 << 20))"
-            answer = await stub.ExecuteTest(pb.ExecuteTestRequest(code=lift, tests=tests))
+            answer = await stub.ExecuteTest(with_tests(lift, tests))
             assert "more than 200 MiB of memory" in answer.error, answer

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 from _patience import PATIENCE, until
 
-from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine
 from prodisco_sandbox.server._shared_memory import SharedMemory, _refusal
 
-from .support import Stub, code, needs_bubblewrap, running
+from .support import Stub, code, needs_bubblewrap, running, with_tests
 
 COMMON = """
 import sys
@@ -216,9 +215,9 @@ SharedMemory.end = end
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 async def test_children_of_code_under_test(stub: Stub, method: str) -> None:
-    request = pb.ExecuteTestRequest(
-        code=f"METHOD = {method!r}\nimport multiprocessing\ndef work(x):\n    return x + 1\n",
-        tests="""
+    request = with_tests(
+        f"METHOD = {method!r}\nimport multiprocessing\ndef work(x):\n    return x + 1\n",
+        """
 def twice(x):
     return work(work(x))
 def test_pool():

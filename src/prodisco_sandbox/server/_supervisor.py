@@ -192,14 +192,15 @@ def _child(job: dict[str, Any], codes: list[tuple[str, CodeType]], supervisor: i
         source, target = job["temporary"]
         if source != target:
             _confine.move(source, target, dict(job["writable"]).get(source))
+    _confine.set_limits(job["limits"])
+    _confine.yield_to_the_server()
+    _confine.give_up_privileges()
+    # Not before: with privileges, a locked directory is entered and then cannot be used.
     try:
         os.chdir(job["cwd"])
     except PermissionError:  # locked by an earlier execution
         os.chmod(job["cwd"], 0o700)  # noqa: PTH101
         os.chdir(job["cwd"])
-    _confine.set_limits(job["limits"])
-    _confine.yield_to_the_server()
-    _confine.give_up_privileges()
     if job["landlock"]:
         writable = [*job["writable"], (_confine.SHARED_MEMORY, None)]
         _confine.landlock(job["landlock"], writable, job["hidden"])
