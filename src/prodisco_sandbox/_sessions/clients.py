@@ -49,7 +49,7 @@ class Clients:
             machine.place, machine.placed_at = place, parts.now()
         # A function that gives several sessions one target means it.
         targets = () if callable(parts.config.endpoint) else (target,)
-        others = parts.table.machines.occupy(session, frozenset((*targets, *ips)))
+        others = parts.table.machines.occupy(session, tuple(dict.fromkeys((*targets, *ips))))
         if others is None:
             return None
         for other in others:
@@ -110,9 +110,9 @@ class Clients:
         """Closes the session's client, which does not wait for it."""
         client, session.client, session.machine.target = session.client, None, None
         if client is not None:
-            self._close_soon(session.name, client)
+            self.close_soon(session.name, client)
 
-    def _close_soon(self, name: str, client: SandboxClient) -> None:
+    def close_soon(self, name: str, client: SandboxClient) -> None:
         self._parts.tasks.spawn(self.close(name, client), f"sandbox-client-close:{name}")
 
     async def close(self, name: str, client: SandboxClient) -> None:
@@ -128,39 +128,55 @@ class Clients:
         if not hasattr(client, "wait_for_healthy"):  # such as a coroutine
             raise SandboxError(f"client_factory returned {client!r}: it must be a SandboxClient")
 
-        def suspect(reason: str) -> None:
-            if session.client is client:
-                self.suspect(session, reason)
-
-        def closed() -> None:
-            suspect("a caller closed its client")
-            if session.client is client:
-                session.machine.target = None  # It leads nowhere now: the next look makes another.
-
-        def other_machine(reason: str) -> None:
-            suspect(reason)
-            if session.client is client:
-                session.machine.target = None
-            self._close_soon(session.name, client)
-
-        async def look() -> None:
-            """Before a call to a server without fences whose connection has broken."""
-            suspect("its connection broke")
-            if session.state is SessionState.SUSPECT:
-                self._parts.table.check(session)
-                error = await self._wait(session)
-            else:
-                error = session.outcome.error
-            if error is not None:
-                raise error.copy_for_waiter()
-            if session.client is not client or session.state is not SessionState.READY:
-                raise SandboxReplacedError(
-                    f"the machine of sandbox {session.name} was replaced: nothing was run"
-                )
-
+        tie = _Tie(self, session, client)
         pod = session.name if session.known.object is None else manifest.pod_name(session.known.object)
-        client._expect(pod, other_machine, look)
-        client.on_suspect = lambda: suspect("a call failed")
-        client._tell_closed(closed)
+        client._expect(pod, tie.other_machine, tie.look)
+        client.on_suspect = tie.failed
+        client._tell_closed(tie.closed)
         client._keep_pace(self._parts.pace)
         return client
+
+    async def look(self, session: Session, client: SandboxClient) -> None:
+        """Checks a session before a call to a server without fences whose connection has broken."""
+        if session.state is SessionState.SUSPECT:
+            self._parts.table.check(session)
+            error = await self._wait(session)
+        else:
+            error = session.outcome.error
+        if error is not None:
+            raise error.copy_for_waiter()
+        if session.client is not client or session.state is not SessionState.READY:
+            raise SandboxReplacedError(f"the machine of sandbox {session.name} was replaced: nothing was run")
+
+
+class _Tie:
+    """What a client tells of itself, as long as it is its session's client."""
+
+    __slots__ = ("_client", "_clients", "_session")
+
+    def __init__(self, clients: Clients, session: Session, client: SandboxClient) -> None:
+        self._clients = clients
+        self._session = session
+        self._client = client
+
+    def _suspect(self, reason: str) -> bool:
+        is_current = self._session.client is self._client
+        if is_current:
+            self._clients.suspect(self._session, reason)
+        return is_current
+
+    def failed(self) -> None:
+        self._suspect("a call failed")
+
+    def closed(self) -> None:
+        if self._suspect("a caller closed its client"):
+            self._session.machine.target = None  # It leads nowhere now: the next look makes another.
+
+    def other_machine(self, reason: str) -> None:
+        if self._suspect(reason):
+            self._session.machine.target = None
+        self._clients.close_soon(self._session.name, self._client)
+
+    async def look(self) -> None:
+        self._suspect("its connection broke")
+        await self._clients.look(self._session, self._client)

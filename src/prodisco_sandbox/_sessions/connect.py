@@ -232,7 +232,7 @@ class _Connecting:
         session, inbox = self._session, self._session.inbox
         patience = self._interval() if patience is None else patience
         remaining = session.known.read_at + patience - self._parts.now()
-        news = {News.LOOK}
+        news = News.LOOK
         try:
             async with asyncio.timeout(max(0.0, remaining)):
                 news = await inbox.get()

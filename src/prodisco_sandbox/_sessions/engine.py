@@ -135,7 +135,8 @@ class Engine:
             session.last_used = self._parts.now()
             if session.state is SessionState.QUEUED and not session.waiters:
                 self._lives.end(session, "withdrawn")
-        return outcome.error
+        # One that became ready and was closed in the same pass of the loop has been closed.
+        return session.outcome.error if session.inbox.closed else outcome.error
 
     async def close(self, session_id: str) -> None:
         """Ends a session; returns once it is gone or its deletion is left to the background."""
@@ -143,7 +144,7 @@ class Engine:
         if session is not None:
             self._lives.end(session, "closed", SandboxError("the session was closed while it was waited for"))
         closing = self.table.closing.get(session_id)
-        if closing is not None:
+        if closing is not None and closing.released is not None:
             await closing.released.wait()
 
     async def clean_up(self, *, all_instances: bool) -> int:

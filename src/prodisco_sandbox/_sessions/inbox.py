@@ -6,12 +6,15 @@ import asyncio
 import enum
 
 
-class News(enum.Enum):
+class News(enum.Flag):
     """Why a life that waits goes on."""
 
-    SLOT = "it has a slot"
-    SEEN = "its object has changed: what is known of it is new"
-    LOOK = "read the object now, or check a suspect session"
+    SLOT = enum.auto()
+    """It has a slot."""
+    SEEN = enum.auto()
+    """Its object has changed: what is known of it is new."""
+    LOOK = enum.auto()
+    """Read the object now, or check a suspect session."""
 
 
 class Inbox:
@@ -22,7 +25,7 @@ class Inbox:
     def __init__(self) -> None:
         self.closed = False
         self._life: asyncio.Task[None] | None = None
-        self._news: set[News] = set()
+        self._news = News(0)
         self._waiter: asyncio.Future[None] | None = None
 
     def open(self) -> None:
@@ -30,7 +33,7 @@ class Inbox:
         self._life = asyncio.current_task()
 
     def post(self, news: News) -> None:
-        self._news.add(news)
+        self._news |= news
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -44,16 +47,21 @@ class Inbox:
     def take(self, news: News) -> bool:
         """Whether there is such news, which then counts as told."""
         found = news in self._news
-        self._news.discard(news)
+        self._news &= ~news
         return found
 
-    async def get(self) -> set[News]:
-        """Waits for news, and takes all there are."""
-        while not self._news:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        news, self._news = self._news, set()
+    def arrival(self) -> asyncio.Future[None]:
+        """Done as soon as there is news; no coroutine, since every ready session waits for it."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        if self._news:
+            self._waiter.set_result(None)
+        return self._waiter
+
+    async def get(self) -> News:
+        """Waits for news, and takes all there is."""
+        await self.arrival()
+        return self.take_all()
+
+    def take_all(self) -> News:
+        news, self._news, self._waiter = self._news, News(0), None
         return news

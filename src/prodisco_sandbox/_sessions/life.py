@@ -48,20 +48,20 @@ class Lives:
         self.remove = Remove(parts)
         self._obtain = Obtain(parts, self.clients, self.remove)
         self._connect = Connect(parts, self.clients)
-        self._tasks: dict[Session, asyncio.Task[None]] = {}
+        self._tasks: dict[asyncio.Task[None], Session] = {}
         self._stopped = False
 
     def begin(self, session: Session) -> None:
         """Begins the life of a session that was admitted to the table."""
         task = self._parts.tasks.spawn(self._live(session), f"sandbox:{session.name}")
-        self._tasks[session] = task
+        self._tasks[task] = session
         # Not the life's own last step: a task that is cancelled early never takes it.
-        task.add_done_callback(lambda _: self._over(session))
+        task.add_done_callback(self._over)
 
     async def stop(self, deadline: float) -> None:
         """Waits for lives that were ended; from then on a cancellation ends a life itself."""
         if self._tasks:
-            await asyncio.wait(self._tasks.values(), timeout=max(0.0, deadline - self._parts.now()))
+            await asyncio.wait(self._tasks, timeout=max(0.0, deadline - self._parts.now()))
         self._stopped = True
 
     def end(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
@@ -111,7 +111,10 @@ class Lives:
             if session.state is SessionState.CREATING:
                 await self._open(session)
             while session.state in SERVING:
-                await self._serve(session)
+                await session.inbox.arrival()  # Ready or suspect, until somebody wants a suspect session.
+                session.inbox.take_all()
+                if session.checking:  # else it was news of a creation or check that has ended
+                    await self._check(session)
         except asyncio.CancelledError:
             # The end of the session interrupts the step; else the manager ends its tasks.
             task = asyncio.current_task()
@@ -185,11 +188,8 @@ class Lives:
         self._past.is_ready(session)
         return self._parts.table.make_ready(session, client, self._parts.now())
 
-    async def _serve(self, session: Session) -> None:
-        """Ready ⇄ suspect: waits until somebody wants a suspect session, and finds out whether it lives."""
-        await session.inbox.get()
-        if not session.checking:
-            return  # The news was of a creation or check that has ended meanwhile.
+    async def _check(self, session: Session) -> None:
+        """Suspect → ready: finds out whether its machine lives."""
         begun = self._parts.now()
         deadline = begun + self._parts.config.ready_timeout
         session.machine.misplaced = False
@@ -232,8 +232,8 @@ class Lives:
         took = self._since(begun)
         self._parts.log.info("sandbox_closed", sandbox=session.name, reason=session.ended, duration=took)
 
-    def _over(self, session: Session) -> None:
-        del self._tasks[session]
+    def _over(self, task: asyncio.Task[None]) -> None:
+        session = self._tasks.pop(task)
         if not self._stopped and (session.known.uid is not None or session.remains.needs_delete):
             self._past.occupy(session.name, self._parts.now())
         self._parts.table.release(session)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .table import Session
 
 
+_NOBODY: frozenset[Session] = frozenset()
+
+
 @dataclass(slots=True, kw_only=True)
 class Machine:
     """What is known of a session's machine.
@@ -27,9 +30,9 @@ class Machine:
     """Where the object's status said last that the machine is; see `manifest.place`."""
     placed_at: float = 0.0
     """When it said so first, on the loop's clock."""
-    addresses: frozenset[str] = frozenset()
+    addresses: tuple[str, ...] = ()
     """Target and addresses that no other session has meanwhile; see `Machines.occupy`."""
-    waiting: set[Session] = field(default_factory=set)
+    waiting: frozenset[Session] = _NOBODY
     """Sessions whose status names one of its addresses, too."""
     misplaced: bool = False
     """The machine is not where the status says, and news of that is waited for."""
@@ -50,7 +53,7 @@ class Machines:
         self._by_address: dict[str, Session] = {}
         self._by_boot_id: dict[str, Session] = {}
 
-    def occupy(self, session: Session, addresses: frozenset[str]) -> list[Session] | None:
+    def occupy(self, session: Session, addresses: tuple[str, ...]) -> list[Session] | None:
         """Gives a session the addresses that its object's status names.
 
         A status may lag behind, so two can name one address. The one that has named it
@@ -68,7 +71,7 @@ class Machines:
         others = [holder for holder in holders if holder is not None]
         for other in others:
             if other.machine.placed_at >= machine.placed_at:
-                other.machine.waiting.add(session)
+                other.machine.waiting |= {session}
                 return None
         for other in others:
             self.vacate(other)
@@ -81,10 +84,10 @@ class Machines:
         machine = session.machine
         for address in machine.addresses:
             del self._by_address[address]
-        machine.addresses = frozenset()
+        machine.addresses = ()
         for waiting in machine.waiting:
             waiting.inbox.post(News.SEEN)
-        machine.waiting.clear()
+        machine.waiting = _NOBODY
 
     def meet(self, session: Session, boot_id: str, now: float) -> Session | None:
         """Notes which machine a session has.

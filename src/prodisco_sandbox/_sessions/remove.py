@@ -65,7 +65,7 @@ class Remove:
                 if self._last_chance and not isinstance(e, SandboxUnavailableError | UnexpectedError):
                     self.abandoned.append(session.name)
                     return
-            session.released.set()
+            parts.table.leave_to_background(session)
             quick = self._last_chance or attempt <= QUICK_RETRIES
             try:
                 async with asyncio.timeout(pause if quick else None):

@@ -92,6 +92,11 @@ class Outcome(asyncio.Event):
         self.set()
 
 
+_REACHED = Outcome()
+"""Of all ready sessions: an event of its own for each would take a tenth of their memory."""
+_REACHED.set()
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Session:
     """One sandbox of one session id, from the first request for it to its deletion.
@@ -126,8 +131,8 @@ class Session:
     """The create or claim in flight, which nothing cancels."""
     ended: str = ""
     """Why it ended."""
-    released: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when it is gone, or when its deletion is left to the background."""
+    released: asyncio.Event | None = None
+    """Of a closing session: set when it is gone, or when its deletion is left to the background."""
 
     @property
     def checking(self) -> bool:
@@ -222,7 +227,7 @@ class SessionTable:
         if session.state is not SessionState.CLOSING:
             return []
         session.state = SessionState.GONE
-        session.released.set()
+        self.leave_to_background(session)
         del self.closing[session.session_id]
         if self._by_name.get(session.name) is session:
             del self._by_name[session.name]
@@ -237,6 +242,11 @@ class SessionTable:
                 waiting.inbox.post(News.SLOT)
                 started.append(waiting)
         return started
+
+    def leave_to_background(self, session: Session) -> None:
+        """Whoever waits for the end of a closing session goes on."""
+        if session.released is not None:
+            session.released.set()
 
     # A session's object
 
@@ -306,6 +316,7 @@ class SessionTable:
         session.known.object = session.request = None
         self.ready[session.session_id] = session
         session.outcome.reach()
+        session.outcome = _REACHED
         return True
 
     def suspect(self, session: Session) -> bool:
@@ -352,14 +363,16 @@ class SessionTable:
         session.ended = reason
         if keep and session.remains.needs_delete:
             self._set_remains(session, "kept")
+        if session.outcome is _REACHED:
+            session.outcome = Outcome()
         session.outcome.reach(error)
         queued = session.state is SessionState.QUEUED
         if queued:
             del self._queue[session]
             session.state = SessionState.GONE
-            session.released.set()
         else:
             session.state = SessionState.CLOSING
+            session.released = asyncio.Event()
             self.closing[session.session_id] = session
         session.inbox.close()
         return not queued
