@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from .._log import get_logger
-from .pacing import Pace as Pace
 
 RESTART_PAUSE = 1.0
 END_TIMEOUT = 1.0

@@ -13,7 +13,6 @@ import aiohttp
 from kubernetes_asyncio.client.exceptions import ApiException
 
 from .._aio.pacing import Pace
-from .._aio.pacing import backoff as backoff
 from .._aio.single_flight import SingleFlight
 from .._log import get_logger
 from ..config import SandboxManagerConfig

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .._aio.tasks import OwnedTasks, Pace
+from .._aio.pacing import Pace
+from .._aio.tasks import OwnedTasks
 from .._cluster import manifest
 from .._cluster.manifest import Object
 from .._cluster.requests import SandboxResources

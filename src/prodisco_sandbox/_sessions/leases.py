@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable
 
+from .._aio.pacing import backoff
 from .._aio.single_flight import SingleFlight
 from .._cluster import manifest
 from .._cluster.api_errors import NotFoundError, PreconditionError, UnsupportedError
@@ -128,7 +129,8 @@ class Leases:
                 # Gone, or not ours: then the session ends. If not, its lease goes on.
                 self._on_lost(session)
             attempt = self._failures[session] = self._failures.get(session, 0) + 1
-            pause = min(RETRY_MOST, self._duration / 8, RETRY_FIRST * 2.0 ** min(attempt - 1, 10))
+            most = min(RETRY_MOST, self._duration / 8)
+            pause = backoff(attempt - 1, first=RETRY_FIRST, most=most, jitter=0.0)
             self._log.warning("lease_renewal_failed", sandbox=session.name, attempt=attempt, reason=str(e))
             due = begun + pause
         else:

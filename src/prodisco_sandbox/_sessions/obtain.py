@@ -15,7 +15,6 @@ from .._cluster.api_errors import (
     UnsupportedError,
 )
 from .._cluster.manifest import Object
-from .._cluster.requests import backoff
 from ..errors import SandboxConflictError, SandboxError, SandboxPermissionError
 from .clients import Clients
 from .inbox import News
@@ -180,7 +179,7 @@ class Obtain:
     async def _pause(
         self, session: Session, error: RetryableError, verb: str, attempt: int, deadline: float
     ) -> None:
-        pause = backoff(attempt) if error.retry_after is None else error.retry_after
+        pause = error.pause(attempt)
         if self._parts.now() + pause >= deadline:
             raise error
         self._parts.log.info(
@@ -270,7 +269,7 @@ class Obtain:
                 "labels": {manifest.LABEL_INSTANCE: parts.config.instance_label},
             },
             # A lease that nobody renews would end it under the session.
-            "spec": {"shutdownTime": None} if lease is None else manifest.lease_spec(lease),
+            "spec": manifest.lease_spec(lease),
         }
         try:
             claimed = await self._send(session, "claim", partial(parts.resources.patch, name, patch))

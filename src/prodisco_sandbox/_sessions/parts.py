@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .._aio.tasks import OwnedTasks, Pace
+from .._aio.pacing import Pace
+from .._aio.tasks import OwnedTasks
 from .._cluster import manifest
 from .._cluster.manifest import Object
 from .._cluster.requests import SandboxResources

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from .._aio.pacing import backoff
 from .._cluster import manifest
 from .._cluster.api_errors import RetryableError, UnexpectedError
 from .._cluster.manifest import Object
-from .._cluster.requests import backoff
 from ..errors import SandboxError, SandboxUnavailableError
 from .parts import Parts
 from .table import Session
@@ -59,9 +59,7 @@ class Remove:
                     reason=str(e),
                     duration=round(parts.now() - begun, 3),
                 )
-                pause = backoff(attempt)
-                if isinstance(e, RetryableError) and e.retry_after is not None:
-                    pause = e.retry_after
+                pause = e.pause(attempt) if isinstance(e, RetryableError) else backoff(attempt)
                 if self._last_chance and not isinstance(e, SandboxUnavailableError | UnexpectedError):
                     self.abandoned.append(session.name)
                     return
