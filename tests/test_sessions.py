@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, cast, get_args
 
 import pytest
 from _counts import count, tries
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from prodisco_sandbox import SandboxCapacityError, SandboxError
-from prodisco_sandbox._sessions.table import LIVING, Remains, Session, SessionState, SessionTable
+from prodisco_sandbox._sessions.table import LIVING, Remains, Session, SessionState, SessionTable, What
 
 
 def make(session_id: str) -> Session:
@@ -437,6 +439,18 @@ class Table(RuleBasedStateMachine):
 
 TestTable = pytest.mark.unmeasured(Table.TestCase)
 TestTable.settings = settings(max_examples=tries(230), stateful_step_count=50, deadline=None)
+
+
+def test_the_diagram_and_the_table_of_the_documentation_are_those_of_the_code() -> None:
+    text = (Path(__file__).parents[1] / "docs/architecture.md").read_text()
+    diagram = text[text.index("stateDiagram-v2") : text.index("- **obtain**")]
+    states = {
+        name for pair in re.findall(r"^ +(\S+) --> (\w+)", diagram, flags=re.MULTILINE) for name in pair
+    }
+    assert states - {"[*]"} == {state.value for state in SessionState}
+    table = text[text.index("| remains | set when") :].split("\n\n")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert rows == list(get_args(What))
 
 
 def test_a_session_does_not_show_its_id() -> None:
