@@ -113,7 +113,10 @@ async def test_a_pod_deleted_under_a_session_is_another_machine(pods: Pods, sess
         await pods.delete(old)
 
         async def has_another() -> bool:
-            return any(pod["metadata"]["uid"] != old["metadata"]["uid"] for pod in await pods.list(name))
+            conditions = ((await pods.sandbox(name) or {}).get("status") or {}).get("conditions") or ()
+            finished = any(c["type"] == "Finished" and c["status"] == "True" for c in conditions)
+            others = [p for p in await pods.list(name) if p["metadata"]["uid"] != old["metadata"]["uid"]]
+            return bool(others) and not finished
 
         # A use before that may replace the Sandbox: it holds no volumes.
         await until(has_another, "the controller to make another pod", READY)

@@ -145,7 +145,9 @@ async def _is_without_pods(cluster: ControlledNamespace) -> bool:
 
 
 async def _has_another_pod(cluster: ControlledNamespace, sandbox: str, than: str) -> bool:
-    return any(pod["metadata"]["uid"] != than for pod in await cluster.pods(sandbox))
+    """Whether there is another pod, and the status no longer says how the last one ended."""
+    finished = condition(await cluster.get(sandbox), "Finished").get("status") == "True"
+    return not finished and any(pod["metadata"]["uid"] != than for pod in await cluster.pods(sandbox))
 
 
 async def _another_machine(manager: SandboxManager, client: SandboxClient) -> SandboxClient:
