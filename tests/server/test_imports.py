@@ -120,7 +120,7 @@ for value in (1, 2):
     print(child.returncode, end="")
 """
     source = WRITE.format(path="", name="") + pytest_in_child
-    answer = await stub.Execute(code(source, timeout_ms=60_000))
+    answer = await stub.Execute(code(source))
     assert answer.output == "01", answer
 
 

@@ -331,14 +331,14 @@ JAVA = 'class Hello { public static void main(String[] args) { System.out.printl
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 async def test_node_and_webassembly_run(stub: Stub) -> None:
     source = f"import subprocess; print(subprocess.check_output(['node', '-e', {WASM!r}], text=True))"
-    answer = await stub.Execute(code(source, timeout_ms=60_000))
+    answer = await stub.Execute(code(source))
     assert answer.output.strip() == f"{80 << 16} 1,4,9", answer
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="java is not installed")
 async def test_java_runs(stub: Stub) -> None:
     source = "import subprocess; print(subprocess.run(['java', '-version']).returncode)"
-    answer = await stub.Execute(code(source, timeout_ms=60_000))
+    answer = await stub.Execute(code(source))
     assert answer.output.strip().endswith("0"), answer
     assert answer.success
 

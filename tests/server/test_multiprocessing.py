@@ -225,7 +225,6 @@ def test_pool():
         assert pool.map(work, [1, 2]) == [2, 3]
         assert pool.map(twice, [1, 2]) == [3, 4]
 """,
-        timeout_ms=60_000,
     )
     answer = await stub.ExecuteTest(request)
     assert answer.success, answer
