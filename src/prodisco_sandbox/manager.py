@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -303,7 +304,9 @@ class SandboxManager:
         if self._loop is not None and (self._shutdown is None or not self._shutdown.done()):
             self._check_place()
         if self._shutdown is None:
-            self._shutdown = asyncio.create_task(self._run_shutdown(), name="sandbox-shutdown")
+            self._shutdown = asyncio.create_task(
+                self._run_shutdown(), name="sandbox-shutdown", context=contextvars.Context()
+            )
         return self._shutdown
 
     async def _run_shutdown(self) -> None:

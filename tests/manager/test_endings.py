@@ -58,6 +58,19 @@ async def test_a_client_that_can_never_be_healthy_ends_the_creation_at_once() ->
         assert api.objects == []
 
 
+async def test_a_status_that_a_proxy_gives_meanwhile_is_waited_out() -> None:
+    class Behind(StubClient):
+        @property
+        def health_error(self) -> SandboxError:
+            self.healthy = self.health_checks >= 3
+            return SandboxError("the proxy does not know such a method", status="UNIMPLEMENTED")
+
+    clients = Clients(lambda target: Behind(target, healthy=False))
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+        assert await manager.get_client("s") is clients.made[0]
+        assert clients.made[0].health_checks == 4
+
+
 async def test_a_pod_replaced_during_the_health_check_is_not_handed_out() -> None:
     class Moving(StubClient):
         async def wait_for_healthy(self, timeout: float) -> bool:

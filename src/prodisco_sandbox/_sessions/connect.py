@@ -216,7 +216,9 @@ class _Connecting:
             return
         if session.machine.target is None:  # A caller has closed it meanwhile.
             return
-        if type(reason) is SandboxError:  # Not the other side's doing, such as a file for TLS.
+        # The fault is on this side, such as a file for TLS: nobody has answered. A status may pass: that of
+        # a proxy, for one, in front of a pod that starts.
+        if type(reason) is SandboxError and reason.status is None:
             raise reason.copy_for_waiter()
         await asyncio.sleep(HEALTH_PAUSE)
         unread = self._parts.now() - session.known.read_at
