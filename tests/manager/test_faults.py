@@ -413,6 +413,20 @@ async def test_a_get_that_never_answers_hides_nothing_that_the_watch_says() -> N
         assert api.count("get") == 1
 
 
+async def test_what_the_watch_said_before_it_was_refused_counts_although_a_get_hangs() -> None:
+    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=60.0) as manager:
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await settle()
+        api.faults.add("get", latency=math.inf)
+        api.set_ready(manager.sandbox_name("s"))
+        assert manager._engine is not None
+        for sandbox in api.objects:
+            manager._engine.changed(sandbox)
+        manager._engine.down()
+        await waiting
+        assert now() == pytest.approx(0.0, abs=1e-3)
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("verb", ["create", "get", "list", "watch", "delete", "patch", "discovery"])
 async def test_an_unexpected_exception_leaves_nothing_and_keeps_its_cause(verb: Any, after: bool) -> None:

@@ -234,13 +234,15 @@ class _Connecting:
         session, inbox = self._session, self._session.inbox
         patience = self._interval() if patience is None else patience
         remaining = session.known.read_at + patience - self._parts.now()
-        news = News.LOOK
+        news: News = News.LOOK
         try:
             async with asyncio.timeout(max(0.0, remaining)):
                 news = await inbox.get()
         except TimeoutError:
             pass
-        if News.LOOK not in news:
+        if news & ~News.LOOK:
+            if News.LOOK in news:
+                inbox.post(News.LOOK)  # What has been seen may do; a get may hang.
             await self._parts.resources.pace()  # What it hears makes it connect.
             return
         # News that come while it is read count: a get may hang while the watch goes on.
