@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ from prodisco_sandbox import (
 from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, sandbox_name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import Clients, alive, left_behind, managed, now, settle
+from .support import Clients, StubClient, alive, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -483,6 +484,76 @@ async def test_a_client_that_hides_its_cancellation_does_not_undo_a_close() -> N
                 await waiting
             assert manager.stats().closing == 0
         assert api.objects == []
+
+
+async def test_a_client_that_never_heeds_a_cancellation_holds_no_slot() -> None:
+    class Deaf(StubClient):
+        async def wait_for_healthy(self, timeout: float) -> bool:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(timeout)
+            return False
+
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, Clients(Deaf)) as manager:
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(0.5)
+        await manager.on_session_closed("s")
+        assert now() == pytest.approx(0.5, abs=1e-3)
+        with pytest.raises(SandboxError, match="closed"):
+            await waiting
+        assert (manager.stats().closing, api.objects) == (0, [])
+
+
+async def test_a_client_that_cancels_itself_ends_no_more_than_its_check() -> None:
+    class Moody(StubClient):
+        moody = True
+
+        async def wait_for_healthy(self, timeout: float) -> bool:
+            if self.moody:
+                raise asyncio.CancelledError
+            return await super().wait_for_healthy(timeout)
+
+        async def close(self) -> None:
+            await super().close()
+            raise asyncio.CancelledError
+
+    clients = Clients(Moody)
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api, clients, max_sessions=1) as manager:
+            with pytest.raises(SandboxError, match="has cancelled its own health check"):
+                await manager.get_client("s")
+            await settle()
+            assert (manager.stats().failed, api.objects) == (1, [])
+            Moody.moody = False
+            client = await manager.get_client("s")
+            assert isinstance(client, Moody)
+            client.moody = True
+            client.fail()
+            with pytest.raises(SandboxError, match="has cancelled its own health check"):
+                await manager.get_client("s")
+            client.moody = False
+            assert await manager.get_client("s") is client
+        assert api.objects == []
+
+
+async def test_a_client_that_fails_when_its_check_is_cut_short_is_not_lost() -> None:
+    class Rude(StubClient):
+        async def wait_for_healthy(self, timeout: float) -> bool:
+            try:
+                return await super().wait_for_healthy(timeout)
+            except asyncio.CancelledError as e:
+                raise TimeoutError from e
+
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, Clients(Rude)) as manager:
+        client = await manager.get_client("s")
+        assert isinstance(client, Rude)
+        client.healthy = False
+        client.fail()
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(0.5)
+        await manager.on_session_closed("s")
+        with pytest.raises(SandboxError, match="closed"):
+            await waiting
+        assert (manager.stats().lost, api.objects) == (0, [])
 
 
 async def test_shutdown_during_the_first_questions_leaves_no_task() -> None:

@@ -59,6 +59,18 @@ class Clients:
             session.client = self._make(session, target)
         return session.client
 
+    async def is_healthy(self, client: SandboxClient, timeout: float) -> bool:
+        """What the client says of its server; a client cannot end the step, nor hide that it has ended."""
+        try:
+            healthy = await client.wait_for_healthy(timeout)
+        except asyncio.CancelledError as e:
+            if not _is_cancelled():
+                raise SandboxError(f"the client of {client.target} has cancelled its own health check") from e
+            raise
+        if _is_cancelled():
+            raise asyncio.CancelledError
+        return healthy
+
     def is_own(self, session: Session, client: SandboxClient) -> bool:
         """Whether a client has met the session's own machine; notes it if that replaces another one."""
         parts, machine, boot_id = self._parts, session.machine, client._boot_id
@@ -119,7 +131,9 @@ class Clients:
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await client.close()
-        except Exception as e:  # noqa: BLE001 - whatever it is, it is logged
+        except (Exception, asyncio.CancelledError) as e:
+            if isinstance(e, asyncio.CancelledError) and _is_cancelled():
+                raise
             # The channel's end is no reason to keep the object.
             self._parts.log.warning("client_close_failed", sandbox=name, reason=repr(e))
 
@@ -147,6 +161,12 @@ class Clients:
             raise error.copy_for_waiter()
         if session.client is not client or session.state is not SessionState.READY:
             raise SandboxReplacedError(f"the machine of sandbox {session.name} was replaced: nothing was run")
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody has cancelled this task: a client may raise CancelledError by itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Tie:

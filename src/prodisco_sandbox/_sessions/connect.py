@@ -138,7 +138,7 @@ class _Connecting:
                 await self._hear_of_place()
                 continue
             remaining = max(0.0, min(HEALTH_SLICE, self._deadline - self._parts.now()))
-            if not await client.wait_for_healthy(remaining):
+            if not await self._clients.is_healthy(client, remaining):
                 await self._find_out_why(client)
                 continue
             after = self._read().target

@@ -118,9 +118,8 @@ class Lives:
         except asyncio.CancelledError:
             # The end of the session interrupts the step; else the manager ends its tasks.
             task = asyncio.current_task()
-            if not session.inbox.closed or self._stopped or task is None:
+            if not session.inbox.closed or task is None or task.uncancel():
                 raise
-            task.uncancel()
         if session.state is SessionState.CLOSING:
             await self._close(session)
 
@@ -180,8 +179,6 @@ class Lives:
         return await self._connect(session, deadline)
 
     def _ready(self, session: Session, client: SandboxClient) -> bool:
-        if session.inbox.closed:
-            return False  # It has ended meanwhile, and the client has hidden the interruption.
         identity, uid = session.machine.identity, session.known.uid or ""
         boot_id = identity if isinstance(identity, str) else None
         client.sandbox = SandboxRef(session.name, uid, session.incarnation, boot_id)
@@ -197,15 +194,16 @@ class Lives:
             await self._connect.look_at(session)  # The object first, then its server's health.
             async with asyncio.timeout_at(deadline):
                 client = await self._connect(session, deadline)
-        except (LostError, SpentError) as e:
-            if isinstance(e, LostError):
-                self._parts.table.dropped(session)
-            self.lose(session, str(e))
         except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
-            error, in_time = (
-                self._connect.failure(session, e),
-                isinstance(e, SandboxError) or not isinstance(e, TimeoutError),
-            )
+            if session.inbox.closed:
+                return
+            if isinstance(e, LostError | SpentError):
+                if isinstance(e, LostError):
+                    self._parts.table.dropped(session)
+                self.lose(session, str(e))
+                return
+            error = self._connect.failure(session, e)
+            in_time = isinstance(e, SandboxError) or not isinstance(e, TimeoutError)
             if not (in_time or session.machine.misplaced or self._parts.must_keep(session)):
                 self.lose(session, "its server does not answer", error)
                 return
