@@ -23,7 +23,7 @@ from prodisco_sandbox import (
 from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, sandbox_name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import Clients, StubClient, alive, left_behind, managed, now, settle
+from .support import Clients, PlainApi, StubClient, alive, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -554,6 +554,20 @@ async def test_a_client_that_fails_when_its_check_is_cut_short_is_not_lost() -> 
         with pytest.raises(SandboxError, match="closed"):
             await waiting
         assert (manager.stats().lost, api.objects) == (0, [])
+
+
+async def test_an_object_without_uid_that_is_deleted_while_it_starts_is_read_at_once() -> None:
+    api = PlainApi(status={})
+    async with managed(api, ready_poll_interval=20.0, ready_timeout=30.0) as manager:
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(1)
+        [deleted] = api.objects.values()
+        api.objects.clear()
+        assert manager._engine is not None
+        manager._engine.deleted(deleted)
+        with pytest.raises(SandboxError, match="has been deleted"):
+            await waiting
+        assert now() == pytest.approx(1.0, abs=1e-3)
 
 
 async def test_shutdown_during_the_first_questions_leaves_no_task() -> None:

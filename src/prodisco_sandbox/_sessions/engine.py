@@ -212,6 +212,7 @@ class Engine:
         if session.known.uid is None and session.state not in SERVING:
             # Whether this is the object that we are making only the create's answer tells.
             session.known.gone = manifest.uid(sandbox)
+            session.inbox.post(News.LOOK)  # Of an object without uid the answer tells nothing.
             return
         self.table.dropped(session)  # Nobody need delete it, and nobody may if it was claimed.
         text = f"sandbox {session.name} was deleted, or claimed by another manager"

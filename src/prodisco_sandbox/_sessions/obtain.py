@@ -145,6 +145,7 @@ class Obtain:
         Once sent it is never cut off: its answer holds the uid that the object is deleted
         by. The end of the session waits for it.
         """
+        self._parts.table.sent(session)
         task = self._parts.tasks.spawn(self._answered(session, request), f"{verb}:{session.name}")
         session.request = task
         await asyncio.wait({task})
@@ -155,7 +156,6 @@ class Obtain:
     ) -> Object | None:
         """The request's answer, and what it means for the session even if nobody waits any more."""
         table = self._parts.table
-        table.sent(session)
         try:
             sandbox = await request()
         except SandboxError as e:
