@@ -204,6 +204,19 @@ async def test_a_restart_that_fails_keeps_the_volumes() -> None:
         assert (api.count("delete"), modes(api)) == (0, ["Suspended", "Running"] * 2)
 
 
+async def test_a_claim_that_is_never_answered_does_not_cost_its_volumes() -> None:
+    async with FakeCustomObjectsApi() as api:
+        async with managed(api, ready_timeout=20.0, idle_check_interval=5.0) as manager:
+            left = await left_behind(api, "s", instance="another")
+            await change_spec(api, left["metadata"]["name"], volumeClaimTemplates=VOLUMES)
+            api.faults.add("patch", lost=True, name=left["metadata"]["name"])
+            with pytest.raises(SandboxError):
+                await manager.get_client("s")
+            assert manager.stats().events["sandbox_kept"] == 1
+            await asyncio.sleep(120)
+        assert (alive(api), api.count("delete")) == ([left["metadata"]["name"]], 0)
+
+
 async def test_an_unreachable_server_does_not_cost_its_volumes() -> None:
     clients = Clients()
     async with (

@@ -90,6 +90,8 @@ class Remove:
     def remember(self, session: Session) -> None:
         """Notes that a create of a session may still be carried out under its present name."""
         lost_at = session.remains.lost_at
+        if session.remains.what == "kept":  # Its claim was not answered: it is not looked for either.
+            return
         if lost_at is not None and lost_at + UNCONFIRMED_FOR > self._parts.now():
             self._unconfirmed[session.name] = (session.session_hash, lost_at + UNCONFIRMED_FOR)
 
