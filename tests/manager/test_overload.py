@@ -134,6 +134,22 @@ async def test_nobody_starves_behind_one_that_comes_again_and_again() -> None:
 
 
 @pytest.mark.looptime
+async def test_deletes_that_hang_leave_others_their_turns() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=200) as manager:
+        await asyncio.gather(*(manager.get_client(f"session-{number}") for number in range(100)))
+        with api.faults.add("delete", hold=True):
+            closing = [
+                asyncio.create_task(manager.on_session_closed(f"session-{number}")) for number in range(100)
+            ]
+            await settle()
+            begun = now()
+            await manager.get_client("another")
+            assert now() == pytest.approx(begun, abs=1e-3)
+        await asyncio.gather(*closing)
+        assert len(api.objects) == 1
+
+
+@pytest.mark.looptime
 async def test_an_api_server_that_has_enough_is_left_alone_until_it_says() -> None:
     """429 with Retry-After for thirty seconds: everybody gets a sandbox, and nobody presses."""
     async with (

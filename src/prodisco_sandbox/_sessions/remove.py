@@ -17,6 +17,7 @@ QUICK_RETRIES = 5
 UNCONFIRMED_FOR = 60.0
 """How long a create whose answer was lost may still be carried out."""
 CONCURRENT_DELETES = 20
+"""Fewer than `requests.CONCURRENT_REQUESTS`: creates and reads do not wait for hundreds of deletes."""
 ORPHAN_READS = 3
 """How often an orphan that changes while it is being deleted is looked at anew."""
 
@@ -26,6 +27,7 @@ class Remove:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._deletes = asyncio.Semaphore(CONCURRENT_DELETES)
         self._again = asyncio.Event()
         self._last_chance = False
         self._unconfirmed: dict[str, tuple[str, float]] = {}
@@ -45,10 +47,12 @@ class Remove:
     async def __call__(self, session: Session) -> None:
         """Deletes the session's object, however often that takes."""
         parts, attempt, begun = self._parts, 0, self._parts.now()
-        while session.remains.needs_delete:  # else it is gone, or another manager's by now
+        while True:
             again = self._again
             try:
-                await self._delete_once(session)
+                async with self._deletes:
+                    if session.remains.needs_delete:  # else it is gone, or another manager's by now
+                        await self._delete_once(session)
                 return
             except SandboxError as e:
                 attempt += 1
