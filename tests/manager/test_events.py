@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 import prodisco_sandbox
-from prodisco_sandbox import SandboxManagerConfig
+from prodisco_sandbox import SandboxError, SandboxManagerConfig
 from prodisco_sandbox._log import get_logger
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
@@ -135,3 +135,20 @@ async def test_work_for_a_session_carries_no_context_variables_of_its_callers() 
     assert seen == ["none"]
     assert {"sandbox_created", "sandbox_ready", "sandbox_deleted"} <= {event["event"] for event in logged}
     assert [event["event"] for event in logged if "request" in event] == []
+
+
+async def test_a_processor_of_events_that_fails_holds_no_slot() -> None:
+    def fails(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        if event["event"] == "sandbox_ready":
+            raise ZeroDivisionError
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[fails])
+    try:
+        async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+            with pytest.raises(SandboxError, match="ZeroDivisionError"):
+                await manager.get_client("s")
+            await manager.on_session_closed("s")
+            assert (manager.stats().ready, manager.stats().closing, api.objects) == (0, 0, [])
+    finally:
+        structlog.reset_defaults()

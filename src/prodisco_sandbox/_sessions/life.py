@@ -120,6 +120,8 @@ class Lives:
             task = asyncio.current_task()
             if not session.inbox.closed or task is None or task.uncancel():
                 raise
+        except Exception as e:  # noqa: BLE001 - such as what a processor of events raises
+            self.end(session, "failed", self._connect.failure(session, e))
         if session.state is SessionState.CLOSING:
             await self._close(session)
 
