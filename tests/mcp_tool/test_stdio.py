@@ -188,7 +188,7 @@ class Talk:
         """Sends a request, and returns all that comes up to its answer."""
         number, heard = self.request(method, params), []
         assert self._process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(4 * PATIENCE):  # The first answer waits for the program's start.
             while True:
                 heard.append(json.loads(await self._process.stdout.readline()))
                 if heard[-1].get("id") == number:
