@@ -11,7 +11,7 @@ from prodisco_sandbox import SandboxFailedError, SandboxPermissionError
 from prodisco_sandbox._cluster.manifest import name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import alive, left_behind, managed, now
+from .support import alive, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -24,6 +24,17 @@ async def test_what_nobody_asked_for_before_it_was_away_is_asked_again() -> None
             api.faults.add("delete", error=403, times=3)
         assert api.objects == []
         assert api.count("delete") == 5
+
+
+async def test_one_that_was_back_before_anything_was_asked_was_away_for_the_watch() -> None:
+    async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with managed(api) as manager:
+            await manager.get_client("s")
+            api.cut_watches(aiohttp.ClientPayloadError("not all of it came"))
+            api.faults.add("delete", error=403, times=3)
+            await settle()
+        assert api.objects == []
+        assert api.count("delete") == 4
 
 
 async def test_one_that_takes_connections_and_does_not_answer_is_away_too() -> None:

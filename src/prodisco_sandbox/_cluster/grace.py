@@ -22,7 +22,7 @@ class StartupGrace:
         """First refusal of each verb that has worked, since it worked last; infinity: none."""
 
     def unreachable(self) -> None:
-        """A connection failed, or a request got no answer: a server that starts does both first."""
+        """A connection failed or broke, or a request got no answer: that comes before a start."""
         self._unreachable_at = asyncio.get_running_loop().time()
 
     def worked(self, verb: str) -> None:

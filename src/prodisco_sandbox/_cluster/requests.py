@@ -293,6 +293,7 @@ class SandboxResources:
             async with asyncio.timeout(WATCH_TIMEOUT + WATCH_GRACE):
                 return await readline()
         except (aiohttp.ClientError, OSError, ValueError) as e:  # TimeoutError is an OSError
+            self._grace.unreachable()  # The next request may meet a server that is starting.
             raise RetryableError(f"the watch broke: {_described(e)}") from e
 
     def _event(self, line: bytes) -> tuple[str, Object]:
