@@ -23,7 +23,8 @@ from kubernetes_asyncio.client import CoreV1Api, CustomObjectsApi
 from kubernetes_asyncio.config import new_client_from_config
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox._cluster.manifest import GROUP, LABEL_SANDBOX, PLURAL, managed_selector, sandbox_body
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
+from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX, managed_selector
 
 Object = dict[str, Any]
 
@@ -119,7 +120,7 @@ def settings(namespace: str, cpu: str | None) -> SandboxManagerConfig:
     config = SandboxManagerConfig(mode="multi", namespace=namespace)
     if cpu is None:
         return config
-    template = sandbox_body(config, "v1beta1", "any", "any")["spec"]["podTemplate"]
+    template = SANDBOX.body(config, "v1beta1", "any", "any")["spec"]["podTemplate"]
     template["spec"]["containers"][0]["resources"]["limits"]["cpu"] = cpu
     return dataclasses.replace(config, pod_template_spec=template)
 

@@ -16,6 +16,7 @@ from kubernetes_asyncio.watch import Watch
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster import manifest as m
+from prodisco_sandbox._cluster import metadata
 
 from .clusters import Access
 from .controller import GROUP, PLURAL, VERSION
@@ -80,10 +81,10 @@ class _Bare:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def sandbox(self, session: str) -> str:
-        return m.sandbox_name(session)
+        return m.SANDBOX.name(session)
 
     async def _create(self, name: str, session: str) -> None:
-        body = m.sandbox_body(self._config, VERSION, name, m.session_hash(session))
+        body = m.SANDBOX.body(self._config, VERSION, name, metadata.session_hash(session))
         await self._api.create_namespaced_custom_object(*self._at, body)
 
     async def _connect(self, session: str, address: str) -> None:

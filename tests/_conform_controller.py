@@ -14,7 +14,8 @@ from _cluster import GROUP, MERGE, PLURAL
 from _patience import until
 
 from prodisco_sandbox import SandboxManagerConfig
-from prodisco_sandbox._cluster.manifest import sandbox_body, session_hash
+from prodisco_sandbox._cluster.manifest import SANDBOX
+from prodisco_sandbox._cluster.metadata import session_hash
 
 Object = dict[str, Any]
 
@@ -94,7 +95,7 @@ class World:
         return GROUP, "v1beta1", self.config.namespace, PLURAL
 
     async def create(self, **spec: Any) -> None:
-        body = sandbox_body(self.config, "v1beta1", self.name, session_hash("session"))
+        body = SANDBOX.body(self.config, "v1beta1", self.name, session_hash("session"))
         body["spec"] |= spec
         await self.api.create_namespaced_custom_object(*self.at, body)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from _patience import PATIENCE
 
-from prodisco_sandbox._cluster import manifest
+from prodisco_sandbox._cluster import manifest, metadata
 from prodisco_sandbox.local import LocalCluster
 
 Object = dict[str, Any]
@@ -40,7 +40,7 @@ def stub(directory: Path, script: str = STUB) -> Path:
 
 
 async def create(cluster: LocalCluster, name: str, version: str = "v1beta1", **spec: Any) -> Object:
-    body = manifest.sandbox_body(cluster.config(), version, name, manifest.session_hash(name))
+    body = manifest.SANDBOX.body(cluster.config(), version, name, metadata.session_hash(name))
     body["spec"] |= spec
     at = (AT[0], version, *AT[2:])
     made: Object = await cluster.custom_objects_api.create_namespaced_custom_object(*at, body)

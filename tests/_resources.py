@@ -9,7 +9,7 @@ from typing import Any
 from prodisco_sandbox import (
     SandboxManagerConfig,
 )
-from prodisco_sandbox._cluster.manifest import sandbox_body
+from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.requests import SandboxResources
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
@@ -30,4 +30,4 @@ def settings(version: str = "auto") -> SandboxManagerConfig:
 
 
 def body(taken: str = "sandbox-x", version: str = "v1beta1") -> dict[str, Any]:
-    return sandbox_body(settings(), version, taken, "0" * 40)
+    return SANDBOX.body(settings(), version, taken, "0" * 40)

@@ -15,7 +15,7 @@ from prodisco_sandbox import (
 from prodisco_sandbox._cluster.api_errors import (
     RetryableError,
 )
-from prodisco_sandbox._cluster.manifest import name
+from prodisco_sandbox._cluster.metadata import name
 from prodisco_sandbox._cluster.requests import SandboxResources
 from prodisco_sandbox.testing import FakeCustomObjectsApi, plain_error
 

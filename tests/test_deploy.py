@@ -29,7 +29,7 @@ def base() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def default_pod() -> dict[str, Any]:
-    body = manifest.sandbox_body(SandboxManagerConfig(mode="multi"), "v1beta1", "sandbox-1", "5e")
+    body = manifest.SANDBOX.body(SandboxManagerConfig(mode="multi"), "v1beta1", "sandbox-1", "5e")
     template: dict[str, Any] = body["spec"]["podTemplate"]
     return template
 

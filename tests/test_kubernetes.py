@@ -30,7 +30,7 @@ from prodisco_sandbox._cluster.api_errors import (
     UnexpectedError,
     UnsupportedError,
 )
-from prodisco_sandbox._cluster.manifest import managed_selector, name
+from prodisco_sandbox._cluster.metadata import managed_selector, name
 from prodisco_sandbox._cluster.requests import SandboxResources
 from prodisco_sandbox._cluster.watch import SandboxWatch
 from prodisco_sandbox.testing import Watch, api_error, plain_error

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prodisco_sandbox import SandboxManagerConfig, TlsConfig
-from prodisco_sandbox._cluster import manifest, resource
-from prodisco_sandbox._cluster.manifest import Object
+from prodisco_sandbox._cluster import manifest, metadata, resource
+from prodisco_sandbox._cluster.metadata import Object
 
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 """RFC 1035, which a Service's name must keep to: a Sandbox's Service has its name."""
@@ -61,36 +61,36 @@ def multi(**settings: Any) -> SandboxManagerConfig:
 @pytest.mark.parametrize("session_id", SESSION_IDS, ids=ascii)
 def test_every_id_makes_a_valid_name_and_label(session_id: str) -> None:
     for incarnation in (0, 1, 2**63):
-        assert DNS_LABEL.fullmatch(manifest.sandbox_name(session_id, incarnation))
-    assert re.fullmatch(r"[0-9a-f]{40}", manifest.session_hash(session_id))
+        assert DNS_LABEL.fullmatch(manifest.SANDBOX.name(session_id, incarnation))
+    assert re.fullmatch(r"[0-9a-f]{40}", metadata.session_hash(session_id))
 
 
 def test_no_two_ids_meet() -> None:
     names = {
-        manifest.sandbox_name(session_id, incarnation)
+        manifest.SANDBOX.name(session_id, incarnation)
         for session_id, incarnation in itertools.product(SESSION_IDS, range(3))
     }
     assert len(names) == 3 * len(SESSION_IDS)
-    assert len({manifest.session_hash(session_id) for session_id in SESSION_IDS}) == len(SESSION_IDS)
+    assert len({metadata.session_hash(session_id) for session_id in SESSION_IDS}) == len(SESSION_IDS)
 
 
 @given(st.text(st.characters(exclude_categories=())), st.text(st.characters(exclude_categories=())))
 def test_ids_meet_only_where_they_are_equal(one: str, other: str) -> None:
-    assert (manifest.sandbox_name(one) == manifest.sandbox_name(other)) is (one == other)
-    assert (manifest.session_hash(one) == manifest.session_hash(other)) is (one == other)
+    assert (manifest.SANDBOX.name(one) == manifest.SANDBOX.name(other)) is (one == other)
+    assert (metadata.session_hash(one) == metadata.session_hash(other)) is (one == other)
 
 
 @pytest.mark.parametrize("session_id", ["session-1", "x" * 40, "0a1b2c3d4e5f"])
 def test_the_id_shows_in_neither(session_id: str) -> None:
-    assert session_id not in manifest.sandbox_name(session_id)
-    assert session_id not in manifest.session_hash(session_id)
+    assert session_id not in manifest.SANDBOX.name(session_id)
+    assert session_id not in metadata.session_hash(session_id)
 
 
 def test_names_stay_the_same_between_releases() -> None:
     # A successor finds its predecessor's Sandboxes by these.
-    assert manifest.session_hash("session-1") == "84097828fc31a8c8d29210df48901a85de7fd013"
-    assert manifest.sandbox_name("session-1") == "sandbox-c718d840b7292588ee4f51fb4ae35f75"
-    assert manifest.sandbox_name("session-1", 1) == "sandbox-f61c8b91a047b3353ece12822ae113e4"
+    assert metadata.session_hash("session-1") == "84097828fc31a8c8d29210df48901a85de7fd013"
+    assert manifest.SANDBOX.name("session-1") == "sandbox-c718d840b7292588ee4f51fb4ae35f75"
+    assert manifest.SANDBOX.name("session-1", 1) == "sandbox-f61c8b91a047b3353ece12822ae113e4"
 
 
 @pytest.mark.parametrize(
@@ -108,21 +108,21 @@ def test_names_stay_the_same_between_releases() -> None:
     ],
 )
 def test_selector(args: dict[str, str], selector: str) -> None:
-    assert manifest.managed_selector(**args) == selector
+    assert metadata.managed_selector(**args) == selector
 
 
 def test_managed_by_is_the_labels_value_everywhere() -> None:
     config = multi(managed_by="team-a")
-    body = manifest.sandbox_body(config, "v1beta1", "sandbox-x", "5e")
+    body = manifest.SANDBOX.body(config, "v1beta1", "sandbox-x", "5e")
     label = "prodisco.dev/managed-by"
     assert body["metadata"]["labels"][label] == "team-a"
     assert body["spec"]["podTemplate"]["metadata"]["labels"][label] == "team-a"
     assert (
-        manifest.managed_selector(managed_by="team-a", session="5e")
+        metadata.managed_selector(managed_by="team-a", session="5e")
         == f"{label}=team-a,prodisco.dev/session=5e"
     )
-    assert manifest.is_of(body, "5e", "mcp-0", managed_by="team-a")
-    assert not manifest.is_of(body, "5e", "mcp-0")
+    assert metadata.is_of(body, "5e", "mcp-0", managed_by="team-a")
+    assert not metadata.is_of(body, "5e", "mcp-0")
 
 
 # The body
@@ -144,7 +144,7 @@ def env(**variables: str) -> list[dict[str, str]]:
 )
 def test_default_body(api_version: str, running: dict[str, Any]) -> None:
     config = multi(namespace="team-a", sandbox_image="image:1", sandbox_port=6000)
-    assert manifest.sandbox_body(config, api_version, "sandbox-1", "5e") == {
+    assert manifest.SANDBOX.body(config, api_version, "sandbox-1", "5e") == {
         "apiVersion": f"agents.x-k8s.io/{api_version}",
         "kind": "Sandbox",
         "metadata": {"name": "sandbox-1", "namespace": "team-a", "labels": LABELS},
@@ -197,18 +197,18 @@ def test_default_body(api_version: str, running: dict[str, Any]) -> None:
 
 def test_instance_id_that_is_no_label_value_goes_in_hashed() -> None:
     config = multi(instance_id="not a label")
-    body = manifest.sandbox_body(config, "v1beta1", "sandbox-1", "5e")
-    assert manifest.labels(body)["prodisco.dev/instance"] == config.instance_label
+    body = manifest.SANDBOX.body(config, "v1beta1", "sandbox-1", "5e")
+    assert metadata.labels(body)["prodisco.dev/instance"] == config.instance_label
     assert "not a label" not in str(body)
 
 
 @pytest.mark.parametrize("api_version", manifest.API_VERSIONS)
 def test_lease_is_written_with_the_policy_that_makes_it_work(api_version: str) -> None:
-    body = manifest.sandbox_body(multi(), api_version, "sandbox-1", "5e", "2030-01-01T00:00:00Z")
+    body = manifest.SANDBOX.body(multi(), api_version, "sandbox-1", "5e", "2030-01-01T00:00:00Z")
     assert body["spec"]["shutdownTime"] == "2030-01-01T00:00:00Z"
     assert body["spec"]["shutdownPolicy"] == "Delete"
     assert not {"shutdownTime", "shutdownPolicy"} & set(
-        manifest.sandbox_body(multi(), api_version, "sandbox-1", "5e")["spec"]
+        manifest.SANDBOX.body(multi(), api_version, "sandbox-1", "5e")["spec"]
     )
 
 
@@ -236,7 +236,7 @@ def test_lease_is_written_with_the_policy_that_makes_it_work(api_version: str) -
     ids=["tls", "mtls"],
 )
 def test_tls_mounts_the_secret(tls: TlsConfig, variables: dict[str, str]) -> None:
-    spec = manifest.sandbox_body(multi(tls=tls), "v1beta1", "sandbox-1", "5e")["spec"]["podTemplate"]["spec"]
+    spec = manifest.SANDBOX.body(multi(tls=tls), "v1beta1", "sandbox-1", "5e")["spec"]["podTemplate"]["spec"]
     [container] = spec["containers"]
     assert container["env"][-len(variables) :] == env(**variables)
     mount = {"name": "tls", "mountPath": "/etc/prodisco/tls", "readOnly": True}
@@ -262,7 +262,7 @@ OWN_TEMPLATE = {
 def test_own_pod_template_is_kept_whole_and_gains_the_labels(template: dict[str, Any]) -> None:
     before = copy.deepcopy(template)
     config = multi(pod_template_spec=template, tls=TlsConfig(), sandbox_image="not-used")
-    made = manifest.sandbox_body(config, "v1beta1", "sandbox-1", "5e")["spec"]["podTemplate"]
+    made = manifest.SANDBOX.body(config, "v1beta1", "sandbox-1", "5e")["spec"]["podTemplate"]
 
     metadata = template.get("metadata") or {}
     assert made == {
@@ -280,9 +280,9 @@ def test_own_pod_template_is_kept_whole_and_gains_the_labels(template: dict[str,
 def test_bodies_share_nothing() -> None:
     template = copy.deepcopy(OWN_TEMPLATE)
     for config in (multi(), multi(pod_template_spec=template)):
-        one = manifest.sandbox_body(config, "v1beta1", "sandbox-1", "5e")
+        one = manifest.SANDBOX.body(config, "v1beta1", "sandbox-1", "5e")
         one["spec"]["podTemplate"]["spec"]["containers"][0]["image"] = "changed"
-        other = manifest.sandbox_body(config, "v1beta1", "sandbox-1", "5e")
+        other = manifest.SANDBOX.body(config, "v1beta1", "sandbox-1", "5e")
         assert other["spec"]["podTemplate"]["spec"]["containers"][0]["image"] != "changed"
 
 
@@ -299,7 +299,7 @@ def test_bodies_share_nothing() -> None:
     ],
 )
 def test_lease_time(now: float, duration: float, time: str) -> None:
-    assert manifest.lease_time(now, duration) == time
+    assert metadata.lease_time(now, duration) == time
 
 
 NOW = dt.datetime(2030, 1, 1, 12, tzinfo=dt.UTC).timestamp()
@@ -324,19 +324,19 @@ NOW = dt.datetime(2030, 1, 1, 12, tzinfo=dt.UTC).timestamp()
     ],
 )
 def test_lease_lapsed(shutdown_time: object, lapsed: bool) -> None:
-    assert manifest.lease_lapsed({"spec": {"shutdownTime": shutdown_time}}, NOW) is lapsed
+    assert manifest.SANDBOX.lapsed({"spec": {"shutdownTime": shutdown_time}}, NOW) is lapsed
 
 
 @pytest.mark.parametrize("sandbox", [{}, {"spec": None}, {"spec": {}}])
 def test_no_lease_never_lapses(sandbox: dict[str, Any]) -> None:
-    assert manifest.lease_lapsed(sandbox, NOW) is False
+    assert manifest.SANDBOX.lapsed(sandbox, NOW) is False
 
 
 @given(st.floats(0, 4e9), st.floats(0.001, 1e6))
 def test_a_lease_lapses_within_the_second_after_its_time(now: float, duration: float) -> None:
-    sandbox = {"spec": manifest.lease_spec(manifest.lease_time(now, duration))}
-    assert not manifest.lease_lapsed(sandbox, now + duration - 1)
-    assert manifest.lease_lapsed(sandbox, now + duration + 0.001)
+    sandbox = {"spec": manifest.SANDBOX.deadline_spec(metadata.lease_time(now, duration))}
+    assert not manifest.SANDBOX.lapsed(sandbox, now + duration - 1)
+    assert manifest.SANDBOX.lapsed(sandbox, now + duration + 0.001)
 
 
 # Reading a Sandbox
@@ -344,9 +344,9 @@ def test_a_lease_lapses_within_the_second_after_its_time(now: float, duration: f
 
 @pytest.mark.parametrize("sandbox", [{}, {"metadata": None}, {"metadata": {}}])
 def test_an_object_without_metadata_has_nothing_to_tell(sandbox: dict[str, Any]) -> None:
-    assert manifest.labels(sandbox) == {}
-    assert manifest.uid(sandbox) is None
-    assert manifest.is_deleting(sandbox) is False
+    assert metadata.labels(sandbox) == {}
+    assert metadata.uid(sandbox) is None
+    assert metadata.is_deleting(sandbox) is False
     assert manifest.pod_ips(sandbox) == ()
 
 
@@ -360,10 +360,10 @@ def test_metadata_is_read() -> None:
         },
         "status": {"podIPs": ["10.0.0.1", "fd00::1"]},
     }
-    assert manifest.name(sandbox) == "sandbox-1"
-    assert manifest.uid(sandbox) == "u1"
-    assert manifest.labels(sandbox) == {"a": "b"}
-    assert manifest.is_deleting(sandbox) is True
+    assert metadata.name(sandbox) == "sandbox-1"
+    assert metadata.uid(sandbox) == "u1"
+    assert metadata.labels(sandbox) == {"a": "b"}
+    assert metadata.is_deleting(sandbox) is True
     assert manifest.pod_ips(sandbox) == ("10.0.0.1", "fd00::1")
 
 
@@ -443,14 +443,14 @@ def sandbox(*conditions: Any, **status: Any) -> Object:
 )
 def test_readiness(status: dict[str, Any] | None, phase: str, text: str) -> None:
     target = f"{FQDN}:50051" if phase == "running" else None
-    seen = manifest.readiness({"metadata": {"name": "sandbox-1"}, "status": status}, multi(), now=NOW)
+    seen = manifest.SANDBOX.reading({"metadata": {"name": "sandbox-1"}, "status": status}, multi(), now=NOW)
     assert (seen.phase, seen.target, seen.text) == (phase, target, text)
 
 
 def test_what_is_being_deleted_will_never_be_ready() -> None:
     deleted = sandbox(READY, serviceFQDN=FQDN)
     deleted["metadata"]["deletionTimestamp"] = "2030-01-01T00:00:00Z"
-    seen = manifest.readiness(deleted, multi(), now=NOW)
+    seen = manifest.SANDBOX.reading(deleted, multi(), now=NOW)
     assert (seen.phase, seen.target, seen.text) == ("ending", None, "it is being deleted")
 
 
@@ -460,7 +460,7 @@ def test_what_is_being_deleted_will_never_be_ready() -> None:
 )
 def test_expired_counts_only_with_its_own_time_past(until: str | None, phase: str) -> None:
     """Another manager may have moved the time since the controller looked."""
-    seen = manifest.readiness(
+    seen = manifest.SANDBOX.reading(
         {"spec": {"shutdownTime": until}, "status": not_ready("SandboxExpired")}, multi(), now=NOW
     )
     assert (seen.phase, seen.target) == (phase, None)
@@ -493,7 +493,7 @@ def of(generation: int, *args: str) -> Object:
     ],
 )
 def test_readiness_by_generation(found: Object, since: int, phase: str) -> None:
-    assert manifest.readiness(found, multi(), now=NOW, since=since).phase == phase
+    assert manifest.SANDBOX.reading(found, multi(), now=NOW, since=since).phase == phase
 
 
 @pytest.mark.parametrize(
@@ -582,7 +582,7 @@ def test_endpoint(endpoint: Any, tls: TlsConfig | None, status: dict[str, Any], 
     config = multi(endpoint=endpoint, tls=tls)
     found = sandbox(**status)
     assert resource.endpoint(found, manifest.machine(found), config) == target
-    seen = manifest.readiness(sandbox(READY, **status), config, now=NOW)
+    seen = manifest.SANDBOX.reading(sandbox(READY, **status), config, now=NOW)
     assert (seen.phase, seen.target) == ("starting" if target is None else "running", target)
 
 

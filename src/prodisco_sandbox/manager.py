@@ -220,7 +220,7 @@ class SandboxManager:
         """
         session_id = _checked(session_id)
         if self._engine is None or self._loop is None:
-            return manifest.sandbox_name(session_id)
+            return manifest.SANDBOX.name(session_id)
         return self._engine.sandbox_name(session_id, self._loop.time())
 
     async def cleanup_orphaned_sandboxes(self, *, all_instances: bool = False) -> int:

@@ -15,15 +15,8 @@ from kubernetes_asyncio.client import ApiClient, ApiException, CoreV1Api, Custom
 from kubernetes_asyncio.config import new_client_from_config
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox._cluster.manifest import (
-    API_VERSIONS,
-    GROUP,
-    LABEL_SANDBOX,
-    PLURAL,
-    is_deleting,
-    managed_selector,
-    sandbox_body,
-)
+from prodisco_sandbox._cluster.manifest import API_VERSIONS, GROUP, PLURAL, SANDBOX
+from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX, is_deleting, managed_selector
 
 Object = dict[str, Any]
 
@@ -116,7 +109,7 @@ async def managed(**settings: Any) -> AsyncIterator[SandboxManager]:
 def pod_template(**container: Any) -> Object:
     """The default pod template with other fields in its container, for the caller to change."""
     config = SandboxManagerConfig(mode="multi")
-    body = sandbox_body(config, API_VERSIONS[0], "any", "any")
+    body = SANDBOX.body(config, API_VERSIONS[0], "any", "any")
     template: Object = {"spec": body["spec"]["podTemplate"]["spec"]}
     template["spec"]["containers"][0].update(container)
     return template

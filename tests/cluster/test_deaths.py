@@ -14,7 +14,8 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._cluster.manifest import is_deleting, sandbox_name
+from prodisco_sandbox._cluster.manifest import SANDBOX
+from prodisco_sandbox._cluster.metadata import is_deleting
 
 from .support import READY, Pods, limits, managed, output, pod_template, until
 
@@ -160,7 +161,7 @@ async def test_a_name_that_is_still_being_deleted_is_left_alone(pods: Pods, sess
         await until(lambda: manager.stats().lost == 1, "the deletion to be noticed")
         client = await manager.get_client(session)
         assert client.sandbox is not None
-        assert client.sandbox.name == sandbox_name(session, 1) == manager.sandbox_name(session)
+        assert client.sandbox.name == SANDBOX.name(session, 1) == manager.sandbox_name(session)
         lingering = await pods.sandbox(name)
         assert lingering is not None
         assert is_deleting(lingering)

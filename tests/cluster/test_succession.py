@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prodisco_sandbox._cluster.manifest import sandbox_name
+from prodisco_sandbox._cluster.manifest import SANDBOX
 
 from .support import NAMESPACE, READY, Pods, managed, output, until
 
@@ -25,23 +25,23 @@ LEASE = 8.0
 async def test_a_killed_manager_is_succeeded_or_its_lease_ends(pods: Pods, session: str) -> None:
     instance, again, never = secrets.token_hex(8), f"{session}-again", f"{session}-never"
     await run_and_kill(instance, again, never)
-    left = await pods.sandbox(sandbox_name(never))
+    left = await pods.sandbox(SANDBOX.name(never))
     assert left is not None
     ends = dt.datetime.fromisoformat(left["spec"]["shutdownTime"]).timestamp()
-    kept = await pods.one(sandbox_name(again))
+    kept = await pods.one(SANDBOX.name(again))
 
     async with managed(instance_id=instance, lease_duration=LEASE) as manager:
         client = await manager.get_client(again)
-        assert (await pods.one(sandbox_name(again)))["metadata"]["uid"] == kept["metadata"]["uid"]
+        assert (await pods.one(SANDBOX.name(again)))["metadata"]["uid"] == kept["metadata"]["uid"]
         assert await output(client, "print(open('kept').read())") == "42"
         assert manager.stats().created == 0
 
         async def removed() -> bool:
-            return await pods.sandbox(sandbox_name(never)) is None
+            return await pods.sandbox(SANDBOX.name(never)) is None
 
         await until(removed, "the end of the other one's lease", LEASE + 30)
         assert time.time() >= ends
-        await pods.going(sandbox_name(never))
+        await pods.going(SANDBOX.name(never))
         await until(lambda: time.time() > ends + 2, "the first manager's last lease to be over")
         assert await output(client, "print(open('kept').read())") == "42"
         assert manager.stats().lost == 0

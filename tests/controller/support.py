@@ -42,7 +42,7 @@ from envtest.support import GROUP, MERGE_PATCH, PLURAL, AuditedServer, Namespace
 from kubernetes_asyncio.client import ApiException, CoreV1Api
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox._cluster.manifest import LABEL_SANDBOX
+from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX
 
 VERSION = "v1beta1"
 

@@ -21,7 +21,8 @@ from prodisco_sandbox import (
     SandboxManager,
     SandboxRef,
 )
-from prodisco_sandbox._cluster.manifest import sandbox_body, sandbox_name, session_hash, uid
+from prodisco_sandbox._cluster.manifest import SANDBOX
+from prodisco_sandbox._cluster.metadata import session_hash, uid
 
 from .support import ControlledNamespace, condition
 
@@ -36,8 +37,8 @@ def ref(client: SandboxClient) -> SandboxRef:
 async def left_behind(cluster: ControlledNamespace, incarnation: int = 0, **spec: Any) -> Object:
     """A Sandbox as an earlier process would have left it."""
     config = cluster.config(instance_id="earlier")
-    body = sandbox_body(
-        config, cluster.version, sandbox_name("session", incarnation), session_hash("session")
+    body = SANDBOX.body(
+        config, cluster.version, SANDBOX.name("session", incarnation), session_hash("session")
     )
     body["spec"] |= spec
     found: Object = await cluster.api.create_namespaced_custom_object(
@@ -100,7 +101,7 @@ async def test_a_live_sandbox_of_a_later_incarnation_is_not_abandoned(cluster: C
     left = await left_behind(cluster, 1)
     async with cluster.managed() as manager:
         assert ref(await manager.get_client("session")).uid == uid(left)
-        assert await cluster.sandbox(sandbox_name("session")) is None
+        assert await cluster.sandbox(SANDBOX.name("session")) is None
 
 
 async def test_a_pod_that_the_namespace_forbids_is_said_soon(cluster: ControlledNamespace) -> None:

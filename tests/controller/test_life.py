@@ -13,7 +13,8 @@ import pytest
 from _patience import PATIENCE, until
 
 from prodisco_sandbox import SandboxClient, SandboxManager
-from prodisco_sandbox._cluster.manifest import is_deleting, sandbox_name
+from prodisco_sandbox._cluster.manifest import SANDBOX
+from prodisco_sandbox._cluster.metadata import is_deleting
 
 from .support import ControlledNamespace, condition
 
@@ -85,7 +86,7 @@ async def test_a_session_that_somebody_suspends_is_resumed_on_its_next_use(
 
 
 async def test_a_killed_manager_s_lease_ends_its_sandbox(cluster: ControlledNamespace) -> None:
-    name = sandbox_name("session")
+    name = SANDBOX.name("session")
     async with cluster.watched() as events:
         process = await asyncio.create_subprocess_exec(
             sys.executable,

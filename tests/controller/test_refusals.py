@@ -11,7 +11,7 @@ from _patience import PATIENCE
 from envtest.support import GROUP, MERGE_PATCH, PLURAL, Object
 from kubernetes_asyncio.client import AdmissionregistrationV1Api
 
-from prodisco_sandbox._cluster.manifest import sandbox_body
+from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.refusals import exceeded_quota, permanent_refusal
 
 from .support import ControlledNamespace, condition
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.controller
 
 async def refused(cluster: ControlledNamespace, **spec: Any) -> str:
     """Makes a Sandbox, with these fields in its pod's spec besides: what the controller says of it."""
-    body = sandbox_body(cluster.config(), cluster.version, "refused", "0" * 40)
+    body = SANDBOX.body(cluster.config(), cluster.version, "refused", "0" * 40)
     body["spec"]["podTemplate"]["spec"] |= spec
     await cluster.api.create_namespaced_custom_object(GROUP, cluster.version, cluster.name, PLURAL, body)
     async with asyncio.timeout(PATIENCE):

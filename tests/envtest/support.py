@@ -33,7 +33,8 @@ from kubernetes_asyncio.client import (
 from manager.support import Clients
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox._cluster.manifest import LABEL_MANAGED_BY, sandbox_body, sandbox_name, session_hash
+from prodisco_sandbox._cluster.manifest import SANDBOX
+from prodisco_sandbox._cluster.metadata import LABEL_MANAGED_BY, session_hash
 
 Object = dict[str, Any]
 
@@ -147,9 +148,9 @@ class Namespace:
     async def orphan(self, instance: str, lease: str | None, *, managed: bool = True) -> str:
         """Makes a Sandbox as a manager that is no more left it; the controller keeps it past its lease."""
         session = f"of {instance}, {managed}"
-        name = sandbox_name(session)
+        name = SANDBOX.name(session)
         config = SandboxManagerConfig(mode="multi", namespace=self.name, instance_id=instance)
-        body = sandbox_body(config, self.version, name, session_hash(session), lease)
+        body = SANDBOX.body(config, self.version, name, session_hash(session), lease)
         body["spec"]["shutdownPolicy"] = "Retain"
         if not managed:
             del body["metadata"]["labels"][LABEL_MANAGED_BY]

@@ -9,7 +9,7 @@ import pytest
 from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxConflictError, SandboxManagerConfig
-from prodisco_sandbox._cluster.manifest import sandbox_body, sandbox_name
+from prodisco_sandbox._cluster.manifest import SANDBOX
 
 from .support import GROUP, MERGE_PATCH, PLURAL, Controller, Gate, Namespace, Object, until
 
@@ -28,7 +28,7 @@ async def patch(namespace: Namespace, name: str, metadata: Object) -> Object:
 async def foreign(namespace: Namespace, name: str) -> Object:
     """Makes a Sandbox that is no manager's."""
     config = SandboxManagerConfig(mode="multi", namespace=namespace.name)
-    body = sandbox_body(config, namespace.version, name, "0" * 40)
+    body = SANDBOX.body(config, namespace.version, name, "0" * 40)
     body["metadata"]["labels"] = {"app": "something-else"}
     made: Object = await namespace.api.create_namespaced_custom_object(
         GROUP, namespace.version, namespace.name, PLURAL, body
@@ -47,7 +47,7 @@ async def test_a_name_that_is_still_being_deleted_is_left_alone(
         await asyncio.wait_for(manager.on_session_closed("session"), PATIENCE)
         assert "deletionTimestamp" in (await namespace.get(name))["metadata"]
         second = await manager.get_client("session")
-        assert manager.sandbox_name("session") == sandbox_name("session", 1) != name
+        assert manager.sandbox_name("session") == SANDBOX.name("session", 1) != name
         assert first.sandbox is not None
         assert second.sandbox is not None
         assert second.sandbox.incarnation == 1
@@ -59,9 +59,9 @@ async def test_a_name_that_is_still_being_deleted_is_left_alone(
 
 
 async def test_a_name_that_is_somebody_elses_is_a_conflict(namespace: Namespace) -> None:
-    other = await foreign(namespace, sandbox_name("session"))
+    other = await foreign(namespace, SANDBOX.name("session"))
     async with namespace.managed() as manager:
-        with pytest.raises(SandboxConflictError, match=sandbox_name("session")):
+        with pytest.raises(SandboxConflictError, match=SANDBOX.name("session")):
             await manager.get_client("session")
     (left,) = await namespace.list()
     assert left["metadata"]["uid"] == other["metadata"]["uid"]

@@ -21,7 +21,7 @@ from prodisco_sandbox import (
     SandboxManagerConfig,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._cluster.manifest import sandbox_body
+from prodisco_sandbox._cluster.manifest import SANDBOX
 
 from .support import CRD, GROUP, MERGE_PATCH, PLURAL, Controller, Namespace, until
 
@@ -231,7 +231,7 @@ class Quota:
 async def would_be_refused(namespace: Namespace) -> bool:
     """Whether a create gets a 403."""
     config = SandboxManagerConfig(mode="multi", namespace=namespace.name)
-    body = sandbox_body(config, namespace.version, "tried", "0" * 40)
+    body = SANDBOX.body(config, namespace.version, "tried", "0" * 40)
     where = (GROUP, namespace.version, namespace.name, PLURAL)
     try:
         await namespace.api.create_namespaced_custom_object(*where, body, dry_run="All")

@@ -9,7 +9,7 @@ import pytest
 from _sandbox_crd import real_crd
 
 from prodisco_sandbox import SandboxFailedError, SandboxManagerConfig, TlsConfig
-from prodisco_sandbox._cluster.manifest import sandbox_body
+from prodisco_sandbox._cluster.manifest import SANDBOX
 
 from .life import live
 from .support import GROUP, PLURAL, Namespace, examples
@@ -44,7 +44,7 @@ async def test_a_session_lives_on_each_release(namespace: Namespace, definition:
 async def nothing_is_pruned(namespace: Namespace, tls: TlsConfig | None, *, service: bool) -> None:
     """A field that a definition does not know vanishes without a word."""
     config = SandboxManagerConfig(mode="multi", namespace=namespace.name, tls=tls)
-    body = sandbox_body(config, namespace.version, "whole", "0" * 40, "2100-01-01T00:00:00Z")
+    body = SANDBOX.body(config, namespace.version, "whole", "0" * 40, "2100-01-01T00:00:00Z")
     await namespace.api.create_namespaced_custom_object(
         GROUP, namespace.version, namespace.name, PLURAL, body
     )
@@ -79,7 +79,7 @@ async def test_the_documents_pod_template_keeps_every_field(namespace: Namespace
         exec(example, found)
     template, tls = found["pod_template_spec"], found["tls"]
     config = SandboxManagerConfig(mode="multi", namespace=namespace.name, pod_template_spec=template, tls=tls)
-    body = sandbox_body(config, namespace.version, "documented", "0" * 40)
+    body = SANDBOX.body(config, namespace.version, "documented", "0" * 40)
     made = await namespace.api.create_namespaced_custom_object(
         GROUP, namespace.version, namespace.name, PLURAL, body
     )

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from prodisco_sandbox._cluster.manifest import lease_time, sandbox_name
+from prodisco_sandbox._cluster.manifest import SANDBOX
+from prodisco_sandbox._cluster.metadata import lease_time
 
 from .support import Controller, Namespace, Object, until
 
@@ -27,21 +28,21 @@ async def test_a_killed_manager_is_succeeded_or_its_lease_ends(
     kubeconfig.write_text(namespace.server.kubeconfig())
     await asyncio.to_thread(run_and_kill, kubeconfig, namespace.name, "server-0", 20, "again", "never")
     left = {sandbox["metadata"]["name"]: sandbox for sandbox in await namespace.list()}
-    assert set(left) == {sandbox_name("again"), sandbox_name("never")}
+    assert set(left) == {SANDBOX.name("again"), SANDBOX.name("never")}
     assert all(sandbox["spec"]["shutdownPolicy"] == "Delete" for sandbox in left.values())
 
     async with namespace.managed(instance_id="server-0", lease_duration=20.0) as manager:
         client = await manager.get_client("again")
         assert client.sandbox is not None
-        assert client.sandbox.uid == left[sandbox_name("again")]["metadata"]["uid"]
+        assert client.sandbox.uid == left[SANDBOX.name("again")]["metadata"]["uid"]
         assert manager.stats().created == 0
 
         ends = max(lease_end(sandbox) for sandbox in left.values())
         await until(lambda: len(controller.seen) == 1, "the end of the other one's lease")
-        assert await namespace.names() == {sandbox_name("again")}
+        assert await namespace.names() == {SANDBOX.name("again")}
         await until(lambda: time.time() > ends + 1, "the first manager's last lease to be over")
         assert await manager.get_client("again") is client
-        assert lease_end(await namespace.get(sandbox_name("again"))) > ends
+        assert lease_end(await namespace.get(SANDBOX.name("again"))) > ends
         assert manager.stats().lost == 0
     assert not await namespace.list()
 

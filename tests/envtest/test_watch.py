@@ -13,7 +13,7 @@ from kubernetes_asyncio.client import ApiException
 
 from prodisco_sandbox import SandboxManagerConfig
 from prodisco_sandbox._cluster import requests as kubernetes
-from prodisco_sandbox._cluster.manifest import sandbox_body
+from prodisco_sandbox._cluster.manifest import SANDBOX
 
 from .support import (
     GROUP,
@@ -140,7 +140,7 @@ async def test_a_list_whose_pages_expire_begins_again(
     monkeypatch.setattr(kubernetes, "PAGE", 4)
     config = SandboxManagerConfig(mode="multi", namespace=namespace.name, instance_id="before")
     for i in range(10):
-        body = sandbox_body(config, namespace.version, f"orphan-{i}", f"{i:040}")
+        body = SANDBOX.body(config, namespace.version, f"orphan-{i}", f"{i:040}")
         await namespace.api.create_namespaced_custom_object(
             GROUP, namespace.version, namespace.name, PLURAL, body
         )

@@ -23,7 +23,8 @@ from prodisco_sandbox import (
     SandboxUnavailableError,
 )
 from prodisco_sandbox._cluster.connection import OwnClient
-from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, sandbox_body, session_hash
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
+from prodisco_sandbox._cluster.metadata import session_hash
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import Clients, StubClient, conditions, left_behind, now, settle, suspend
@@ -212,7 +213,7 @@ async def a_server_is_never_healthy(w: World) -> None:
 
 @failure("sandbox_failed", "sandbox reason duration", counts={"failed": 1})
 async def the_name_is_taken(w: World) -> None:
-    body = sandbox_body(w.manager._config, "v1beta1", w.sandbox(), session_hash("somebody else's"))
+    body = SANDBOX.body(w.manager._config, "v1beta1", w.sandbox(), session_hash("somebody else's"))
     await w.api.create_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, body)
     await w.fails(w.manager.get_client(SESSION), SandboxConflictError)
 

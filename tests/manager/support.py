@@ -11,16 +11,8 @@ from typing import Any
 from kubernetes_asyncio.client import ApiException
 
 from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox._cluster.manifest import (
-    GROUP,
-    LABEL_INSTANCE,
-    PLURAL,
-    lease_time,
-    sandbox_body,
-    sandbox_name,
-    session_hash,
-    uid,
-)
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
+from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, lease_time, session_hash, uid
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 
@@ -176,9 +168,9 @@ async def left_behind(
 ) -> dict[str, Any]:
     """Makes the Sandbox that a manager of an earlier time would have left; returns it."""
     config = SandboxManagerConfig(mode="multi", instance_id=instance or "nobody")
-    name = sandbox_name(session_id, incarnation)
+    name = SANDBOX.name(session_id, incarnation)
     until = None if lease is None else lease_time(lease, 0)
-    body = sandbox_body(config, "v1beta1", name, session_hash(session_id), until)
+    body = SANDBOX.body(config, "v1beta1", name, session_hash(session_id), until)
     if instance is None:
         del body["metadata"]["labels"][LABEL_INSTANCE]
     await api.create_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, body)

@@ -14,17 +14,8 @@ from prodisco_sandbox import (
     SandboxRef,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._cluster.manifest import (
-    GROUP,
-    LABEL_INSTANCE,
-    LABEL_SESSION,
-    PLURAL,
-    instance,
-    lease_time,
-    name,
-    sandbox_name,
-    uid,
-)
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
+from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, LABEL_SESSION, instance, lease_time, name, uid
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import (
@@ -119,11 +110,11 @@ async def test_a_live_sandbox_of_a_later_incarnation_is_found_by_its_label() -> 
         async with managed(api) as manager:
             api.linger_deletes = True
             await left_behind(api, "s")
-            await api.delete_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, sandbox_name("s"))
+            await api.delete_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, SANDBOX.name("s"))
             live = await left_behind(api, "s", incarnation=2)
             client = await manager.get_client("s")
-            assert client.sandbox == SandboxRef(sandbox_name("s", 2), live["metadata"]["uid"], 2)
-            assert manager.sandbox_name("s") == sandbox_name("s", 2)
+            assert client.sandbox == SandboxRef(SANDBOX.name("s", 2), live["metadata"]["uid"], 2)
+            assert manager.sandbox_name("s") == SANDBOX.name("s", 2)
             api.finish_deletes()
         assert api.objects == []
 
@@ -301,15 +292,15 @@ async def test_a_name_that_is_still_being_deleted_is_left_for_the_next() -> None
                 refs.append(client.sandbox)
                 assert client.sandbox is not None
                 assert client.sandbox.incarnation == incarnation
-                assert manager.sandbox_name("s") == sandbox_name("s", incarnation)
+                assert manager.sandbox_name("s") == SANDBOX.name("s", incarnation)
                 await manager.on_session_closed("s")
             assert now() == pytest.approx(0.0, abs=1e-3), "no waiting, and the slot is free"
             assert len(set(refs)) == 3
             assert alive(api) == []
-            assert manager.sandbox_name("s") == sandbox_name("s", 3), "their pods may not be gone yet"
+            assert manager.sandbox_name("s") == SANDBOX.name("s", 3), "their pods may not be gone yet"
             api.finish_deletes()
             await asyncio.sleep(10)
-            assert manager.sandbox_name("s") == sandbox_name("s")
+            assert manager.sandbox_name("s") == SANDBOX.name("s")
             client = await manager.get_client("s")
             assert client.sandbox is not None
             assert client.sandbox.incarnation == 0
@@ -320,7 +311,7 @@ async def test_a_name_that_becomes_free_meanwhile_is_used() -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         api.linger_deletes = True
         await left_behind(api, "s")
-        await api.delete_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, sandbox_name("s"))
+        await api.delete_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, SANDBOX.name("s"))
         with api.faults.add("get", hold=True, times=1) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
@@ -338,14 +329,14 @@ async def test_a_name_that_is_taken_by_others_is_a_conflict_and_theirs_is_left_a
     labels: dict[str, str],
 ) -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
-        await create_as_others(api, sandbox_name("s"), **labels)
+        await create_as_others(api, SANDBOX.name("s"), **labels)
         [theirs] = api.objects
         with pytest.raises(SandboxConflictError, match="taken by a Sandbox that is not this session's") as e:
             await manager.get_client("s")
         assert e.value.status == 409
         assert e.value.__cause__ is not None
         await settle()
-        assert api.count("delete") == api.count("patch", sandbox_name("s")) == 0
+        assert api.count("delete") == api.count("patch", SANDBOX.name("s")) == 0
         assert uid(api.objects[0]) == uid(theirs)
         await manager.get_client("t")  # The slot is free.
 
@@ -353,7 +344,7 @@ async def test_a_name_that_is_taken_by_others_is_a_conflict_and_theirs_is_left_a
 async def test_a_create_without_an_answer_does_not_take_what_others_have_there() -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         labels = {LABEL_INSTANCE: "me", LABEL_SESSION: "0" * 40}
-        await create_as_others(api, sandbox_name("s"), **labels)
+        await create_as_others(api, SANDBOX.name("s"), **labels)
         api.faults.add("create", error=503, times=1)
         with pytest.raises(SandboxConflictError):
             await manager.get_client("s")
@@ -364,7 +355,7 @@ async def test_a_create_without_an_answer_does_not_take_what_others_have_there()
 async def test_closing_a_create_without_an_answer_does_not_delete_what_others_have_there() -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         labels = {LABEL_INSTANCE: "me", LABEL_SESSION: "0" * 40}
-        await create_as_others(api, sandbox_name("s"), **labels)
+        await create_as_others(api, SANDBOX.name("s"), **labels)
         with api.faults.add("create", error=503, hold=True) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
@@ -378,7 +369,7 @@ async def test_closing_a_create_without_an_answer_does_not_delete_what_others_ha
 async def test_the_live_sandbox_of_another_session_is_never_adopted() -> None:
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         other = await manager.get_client("other")
-        await create_as_others(api, sandbox_name("s"))
+        await create_as_others(api, SANDBOX.name("s"))
         with pytest.raises(SandboxConflictError):
             await manager.get_client("s")
         assert await manager.get_client("other") is other
@@ -418,7 +409,7 @@ async def test_a_sandbox_that_is_claimed_while_it_is_made_fails_its_creation() -
         winning = asyncio.create_task(second.get_client("s"))
         with pytest.raises(SandboxFailedError, match="claimed by another manager"):
             await losing
-        api.set_ready(sandbox_name("s"))
+        api.set_ready(SANDBOX.name("s"))
         await winning
         assert api.count("delete") == 0
 

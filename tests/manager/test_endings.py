@@ -16,7 +16,7 @@ from prodisco_sandbox import (
     SandboxManagerConfig,
     SandboxTimeoutError,
 )
-from prodisco_sandbox._cluster.manifest import sandbox_name
+from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import Clients, PlainApi, StubClient, alive, managed, now, settle
@@ -75,7 +75,7 @@ async def test_a_pod_replaced_during_the_health_check_is_not_handed_out() -> Non
     class Moving(StubClient):
         async def wait_for_healthy(self, timeout: float) -> bool:
             if not self.target.startswith("10.9."):
-                api.set_ready(sandbox_name("s"), podIPs=["10.9.9.9"])
+                api.set_ready(SANDBOX.name("s"), podIPs=["10.9.9.9"])
             await settle()
             return True
 
@@ -177,9 +177,9 @@ async def test_shutdown_names_what_may_yet_appear(caplog: pytest.LogCaptureFixtu
             await asking
         assert api.objects == []
         [record] = [r for r in caplog.records if "shutdown_incomplete" in r.message]
-        assert sandbox_name("s") in record.message
+        assert SANDBOX.name("s") in record.message
         await asyncio.sleep(60.0)
-        assert alive(api) == [sandbox_name("s")], "it has landed, as the log said that it may"
+        assert alive(api) == [SANDBOX.name("s")], "it has landed, as the log said that it may"
 
 
 async def test_a_sandbox_that_is_not_ready_any_more_after_its_health_check_is_waited_for() -> None:
@@ -187,10 +187,10 @@ async def test_a_sandbox_that_is_not_ready_any_more_after_its_health_check_is_wa
         async def wait_for_healthy(self, timeout: float) -> bool:
             self.health_checks += 1
             if self.health_checks == 1:
-                api.set_condition(sandbox_name("s"), "Ready", "False", "DependenciesNotReady")
+                api.set_condition(SANDBOX.name("s"), "Ready", "False", "DependenciesNotReady")
                 await settle()
                 asyncio.get_running_loop().call_later(
-                    5, api.set_condition, sandbox_name("s"), "Ready", "True"
+                    5, api.set_condition, SANDBOX.name("s"), "Ready", "True"
                 )
             return True
 

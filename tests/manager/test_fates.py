@@ -13,7 +13,8 @@ from prodisco_sandbox import (
     SandboxFailedError,
     SandboxTimeoutError,
 )
-from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, lease_time, sandbox_name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
+from prodisco_sandbox._cluster.metadata import lease_time
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import (
@@ -549,11 +550,11 @@ async def test_a_name_that_its_last_pod_still_holds_is_exchanged_once() -> None:
     async with refusing as api, managed(api) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(10)
-        assert alive(api) == [sandbox_name("s", 1)], "and that one is waited for"
-        api.set_ready(sandbox_name("s", 1))
+        assert alive(api) == [SANDBOX.name("s", 1)], "and that one is waited for"
+        api.set_ready(SANDBOX.name("s", 1))
         client = await waiting
         assert client.sandbox is not None
-        assert client.sandbox.name == manager.sandbox_name("s") == sandbox_name("s", 1)
+        assert client.sandbox.name == manager.sandbox_name("s") == SANDBOX.name("s", 1)
 
 
 async def test_a_session_that_comes_back_does_not_wait_for_its_old_name() -> None:
@@ -565,7 +566,7 @@ async def test_a_session_that_comes_back_does_not_wait_for_its_old_name() -> Non
             await manager.on_session_closed("s")
         await asyncio.sleep(10)
         await manager.get_client("s")
-        assert [*names, manager.sandbox_name("s")] == [sandbox_name("s", i) for i in (0, 1, 2, 0)]
+        assert [*names, manager.sandbox_name("s")] == [SANDBOX.name("s", i) for i in (0, 1, 2, 0)]
 
 
 # A Sandbox under another name than the first is not abandoned after a restart
@@ -596,7 +597,7 @@ async def test_a_sandbox_that_another_manager_has_claimed_is_found_again_by_its_
         await first.get_client("s")
         await first.on_session_closed("s")
         mine = await first.get_client("s")
-        assert first.sandbox_name("s") == sandbox_name("s", 1)
+        assert first.sandbox_name("s") == SANDBOX.name("s", 1)
         await asyncio.sleep(20)
         await second.get_client("s")
         assert len(alive(api)) == 1, "its survey has found it"

@@ -20,7 +20,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, sandbox_name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import Clients, PlainApi, StubClient, alive, left_behind, managed, now, settle
@@ -621,7 +621,7 @@ async def test_a_create_that_lands_under_a_name_that_was_left_is_found() -> None
     ):
         api.linger_deletes = True
         await left_behind(api, "s")
-        await api.delete_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, sandbox_name("s"))
+        await api.delete_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, SANDBOX.name("s"))
         api.linger_deletes = False
         api.faults.add("create", latency=25.0, lands=True, times=1)
         await manager.get_client("s")

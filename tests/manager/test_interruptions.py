@@ -21,7 +21,7 @@ import pytest
 from _counts import count
 
 from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox._cluster.manifest import LABEL_SESSION, is_deleting, labels
+from prodisco_sandbox._cluster.metadata import LABEL_SESSION, is_deleting, labels
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import Clients, StubClient, alive, settle

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from prodisco_sandbox import SandboxUnavailableError
-from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, lease_time, name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL
+from prodisco_sandbox._cluster.metadata import lease_time, name
 from prodisco_sandbox._sessions.leases import PROBE
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 

@@ -20,7 +20,7 @@ from prodisco_sandbox import (
     SandboxRef,
     SandboxTimeoutError,
 )
-from prodisco_sandbox._cluster.manifest import session_hash
+from prodisco_sandbox._cluster.metadata import session_hash
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import Clients, StubClient, alive, conditions, managed, settle

@@ -16,7 +16,8 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, name, sandbox_name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
+from prodisco_sandbox._cluster.metadata import name
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import Clients, PlainApi, StubClient, alive, conditions, managed, now, settle
@@ -375,15 +376,15 @@ async def test_an_endpoint_function_that_fails_harms_nobody_else() -> None:
 
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, endpoint=endpoint) as manager:
         clients = {s: await manager.get_client(s) for s in "ab"}
-        api.set_status(sandbox_name("a"), {"podIPs": []})
+        api.set_status(SANDBOX.name("a"), {"podIPs": []})
         await settle()
         with pytest.raises(SandboxError, match="IndexError"):
             await manager.get_client("a")
         assert manager.stats().ready == 2
-        api.delete_now(sandbox_name("b"))
+        api.delete_now(SANDBOX.name("b"))
         await settle()
         assert manager.stats().lost == 1, "the watch goes on"
-        api.set_ready(sandbox_name("a"))
+        api.set_ready(SANDBOX.name("a"))
         assert await manager.get_client("a") is not clients["a"], "another pod"
 
 
@@ -446,11 +447,11 @@ async def test_who_only_polls_notices_a_death_at_the_reapers_tick() -> None:
         for session_id in "abc":
             await manager.get_client(session_id)
         await asyncio.sleep(59.5)
-        api.delete_now(sandbox_name("a"))
-        api.set_condition(sandbox_name("b"), "Ready", "False", "PodFailed")
+        api.delete_now(SANDBOX.name("a"))
+        api.set_condition(SANDBOX.name("b"), "Ready", "False", "PodFailed")
         await asyncio.sleep(1)
         assert (manager.stats().ready, manager.stats().lost) == (2, 2)
-        assert alive(api) == [sandbox_name("b"), sandbox_name("c")]
+        assert alive(api) == [SANDBOX.name("b"), SANDBOX.name("c")]
 
 
 async def test_who_only_polls_notices_a_death_of_what_has_no_uid() -> None:

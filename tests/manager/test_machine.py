@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox._cluster.manifest import LABEL_SESSION, is_deleting, labels, name, session_hash, uid
+from prodisco_sandbox._cluster.metadata import LABEL_SESSION, is_deleting, labels, name, session_hash, uid
 from prodisco_sandbox._sessions.table import Session
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 

@@ -13,7 +13,8 @@ from prodisco_sandbox import (
     SandboxPermissionError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, name, sandbox_name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
+from prodisco_sandbox._cluster.metadata import name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request, api_error
 
 from .support import PlainApi, alive, left_behind, managed, now, settle
@@ -71,10 +72,10 @@ async def test_siblings_that_live_are_spared_and_those_whose_lease_has_lapsed_ar
         await left_behind(api, "without a lease", instance="sibling")
         await left_behind(api, "lapsed", instance="sibling", lease=now() - 60)
         assert await manager.cleanup_orphaned_sandboxes() == 1
-        assert set(alive(api)) == {sandbox_name("live"), sandbox_name("without a lease")}
+        assert set(alive(api)) == {SANDBOX.name("live"), SANDBOX.name("without a lease")}
         await asyncio.sleep(62)
         assert await manager.cleanup_orphaned_sandboxes() == 1
-        assert alive(api) == [sandbox_name("without a lease")]
+        assert alive(api) == [SANDBOX.name("without a lease")]
 
 
 async def test_all_instances_spares_only_what_is_in_the_table() -> None:
@@ -95,7 +96,7 @@ async def test_all_instances_spares_only_what_is_in_the_table() -> None:
 
 async def test_sessions_in_any_state_are_spared() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=lambda o: name(o) != sandbox_name("creating")) as api,
+        FakeCustomObjectsApi(auto_ready=lambda o: name(o) != SANDBOX.name("creating")) as api,
         managed(api) as manager,
     ):
         ready = await manager.get_client("ready")
@@ -203,7 +204,7 @@ def expire_once(api: FakeCustomObjectsApi) -> Any:
     """Lets the continue token of the second page expire while it is on its way."""
 
     def expire(request: Request) -> float:
-        api.set_condition(sandbox_name("s0"), "Ready", "False")
+        api.set_condition(SANDBOX.name("s0"), "Ready", "False")
         api.compact()
         return 0.0
 
@@ -261,10 +262,10 @@ async def test_missing_permissions_are_named_and_the_rest_is_deleted() -> None:
     async with FakeCustomObjectsApi() as api, managed(api) as manager:
         await left_behind(api, "a", ready=False)
         await left_behind(api, "b", ready=False)
-        api.faults.add("delete", error=403, name=sandbox_name("a"))
+        api.faults.add("delete", error=403, name=SANDBOX.name("a"))
         with pytest.raises(SandboxPermissionError, match=r'verbs \["delete"\]'):
             await manager.cleanup_orphaned_sandboxes()
-        assert alive(api) == [sandbox_name("a")]
+        assert alive(api) == [SANDBOX.name("a")]
         api.forbid("list")
         await asyncio.sleep(0)
     async with FakeCustomObjectsApi() as api, managed(api) as manager:

@@ -16,7 +16,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._cluster.manifest import sandbox_name
+from prodisco_sandbox._cluster.manifest import SANDBOX
 
 from .support import Clients, PlainApi, StubClient, conditions, managed, now, settle
 
@@ -45,12 +45,12 @@ async def test_a_whole_life_on_a_plain_fake(caplog: pytest.LogCaptureFixture) ->
         first = await manager.get_client("a")
         second = await manager.get_client("b")
         assert clients.made == [first, second]
-        assert first.target == f"{sandbox_name('a')}.prodisco.svc:50051"
+        assert first.target == f"{SANDBOX.name('a')}.prodisco.svc:50051"
         assert first.sandbox is not None
-        assert (first.sandbox.name, first.sandbox.uid) == (sandbox_name("a"), "")
+        assert (first.sandbox.name, first.sandbox.uid) == (SANDBOX.name("a"), "")
         assert await manager.get_client("a") is first
         await manager.on_session_closed("a")
-        assert list(api.objects) == [sandbox_name("b")]
+        assert list(api.objects) == [SANDBOX.name("b")]
         assert clients.made[0].closed
         again = await manager.get_client("a")
         assert again is not first
@@ -145,7 +145,7 @@ async def test_extra_arguments_may_be_taken_and_ignored() -> None:
 
 async def test_a_plain_409_of_a_foreign_object_is_a_conflict() -> None:
     api = PlainApi()
-    api.objects[sandbox_name("s")] = {"metadata": {"name": sandbox_name("s")}, "status": {}}
+    api.objects[SANDBOX.name("s")] = {"metadata": {"name": SANDBOX.name("s")}, "status": {}}
     async with managed(api) as manager:
         with pytest.raises(SandboxConflictError):
             await manager.get_client("s")

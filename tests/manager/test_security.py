@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig, TlsConfig
-from prodisco_sandbox._cluster.manifest import LABEL_SESSION, labels, sandbox_body, sandbox_name, session_hash
+from prodisco_sandbox._cluster.manifest import SANDBOX
+from prodisco_sandbox._cluster.metadata import LABEL_SESSION, labels, session_hash
 from prodisco_sandbox._targets import grpc_address
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
@@ -35,7 +36,7 @@ LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
 def checked(session_id: str) -> tuple[str, str]:
-    name, value = sandbox_name(session_id), session_hash(session_id)
+    name, value = SANDBOX.name(session_id), session_hash(session_id)
     assert DNS_LABEL.fullmatch(name), session_id
     assert LABEL_VALUE.fullmatch(value), session_id
     return name, value
@@ -44,9 +45,9 @@ def checked(session_id: str) -> tuple[str, str]:
 @given(st.text(min_size=1) | st.text(st.characters(), min_size=1, max_size=300))
 def test_whatever_the_id_the_body_is_as_another_ids(session_id: str) -> None:
     name, value = checked(session_id)
-    body = json.dumps(sandbox_body(CONFIG, "v1beta1", name, value))
-    plain = json.dumps(sandbox_body(CONFIG, "v1beta1", *checked("x")))
-    assert body.replace(name, sandbox_name("x")).replace(value, session_hash("x")) == plain
+    body = json.dumps(SANDBOX.body(CONFIG, "v1beta1", name, value))
+    plain = json.dumps(SANDBOX.body(CONFIG, "v1beta1", *checked("x")))
+    assert body.replace(name, SANDBOX.name("x")).replace(value, session_hash("x")) == plain
 
 
 def hostile_ids(seed: int, number: int) -> Iterator[str]:
@@ -62,7 +63,7 @@ def hostile_ids(seed: int, number: int) -> Iterator[str]:
         lambda: last[::-1],
         lambda: unicodedata.normalize(chance.choice(["NFC", "NFD", "NFKC", "NFKD"]), last),
         lambda: session_hash(last),
-        lambda: sandbox_name(last),
+        lambda: SANDBOX.name(last),
         lambda: last * 2 if len(last) < 5_000 else "y",
     ]
     while len(given_out) < number:
@@ -273,7 +274,7 @@ def test_the_pod_is_hardened() -> None:
     for version, config in itertools.product(
         ("v1alpha1", "v1beta1"), (CONFIG, SandboxManagerConfig(mode="multi", instance_id="me", tls=tls))
     ):
-        body = sandbox_body(config, version, *checked("s"))
+        body = SANDBOX.body(config, version, *checked("s"))
         pod = body["spec"]["podTemplate"]["spec"]
         [container] = pod["containers"]
         assert container["securityContext"] == {

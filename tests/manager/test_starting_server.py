@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 
 from prodisco_sandbox import SandboxFailedError, SandboxPermissionError
-from prodisco_sandbox._cluster.manifest import name
+from prodisco_sandbox._cluster.metadata import name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import alive, left_behind, managed, now, settle

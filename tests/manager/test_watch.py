@@ -11,7 +11,8 @@ import aiohttp
 import pytest
 
 from prodisco_sandbox import SandboxFailedError
-from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, name, sandbox_name
+from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
+from prodisco_sandbox._cluster.metadata import name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Watch, api_error
 
 from .support import conditions, left_behind, managed, now, settle
@@ -102,7 +103,7 @@ async def test_an_event_that_comes_before_the_answer_of_the_create_counts() -> N
         with api.faults.add("create", hold=True, after=True) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
-            api.set_ready(sandbox_name("s"))
+            api.set_ready(SANDBOX.name("s"))
             await asyncio.sleep(2)
         await waiting
         assert now() == pytest.approx(2.0, abs=1e-3)
@@ -114,7 +115,7 @@ async def test_a_death_that_comes_before_the_answer_of_the_create_counts() -> No
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
             await settle()
-            api.delete_now(sandbox_name("s"))
+            api.delete_now(SANDBOX.name("s"))
             await asyncio.sleep(2)
         with pytest.raises(SandboxFailedError, match="deleted"):
             await waiting
@@ -149,7 +150,7 @@ async def test_events_of_an_older_object_do_not_end_a_creation() -> None:
         watch.send("DELETED", old)
         await asyncio.sleep(1)
         assert not waiting.done()
-        api.set_ready(sandbox_name("s"))
+        api.set_ready(SANDBOX.name("s"))
         await waiting
         assert now() == pytest.approx(1.0, abs=1e-3)
 

@@ -10,28 +10,8 @@ import copy
 from typing import Literal
 
 from ..config import SandboxManagerConfig, TlsConfig
-from .metadata import APP as APP
-from .metadata import LABEL_APP as LABEL_APP
-from .metadata import LABEL_INSTANCE as LABEL_INSTANCE
-from .metadata import LABEL_MANAGED_BY as LABEL_MANAGED_BY
-from .metadata import LABEL_SANDBOX as LABEL_SANDBOX
-from .metadata import LABEL_SESSION as LABEL_SESSION
-from .metadata import MANAGED_BY as MANAGED_BY
-from .metadata import Object as Object
-from .metadata import conditions as conditions
-from .metadata import generation as generation
-from .metadata import instance as instance
-from .metadata import is_deleting as is_deleting
-from .metadata import is_of as is_of
-from .metadata import labels as labels
-from .metadata import lease_time as lease_time
-from .metadata import managed_selector as managed_selector
-from .metadata import matches as matches
-from .metadata import name as name
-from .metadata import resource_version as resource_version
-from .metadata import session_hash as session_hash
-from .metadata import uid as uid
-from .resource import Machine, Reading, Resource
+from .metadata import Object, conditions, name
+from .resource import Machine, Resource
 
 GROUP = "agents.x-k8s.io"
 PLURAL = "sandboxes"
@@ -186,11 +166,3 @@ SANDBOX = Resource(
     expired="SandboxExpired",
 )
 """agent-sandbox's Sandbox, which holds its pod's template itself."""
-
-# For callers that know no other kind.
-sandbox_name = SANDBOX.name
-sandbox_body = SANDBOX.body
-lease_spec = SANDBOX.deadline_spec
-lease_lapsed = SANDBOX.lapsed
-readiness = SANDBOX.reading
-Readiness = Reading

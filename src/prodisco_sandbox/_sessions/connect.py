@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Literal
 
-from .._cluster import manifest
+from .._cluster import manifest, metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError, UnsupportedError
+from .._cluster.resource import Reading
 from ..errors import (
     SandboxCapacityError,
     SandboxError,
@@ -148,13 +149,13 @@ class _Connecting:
                 return client
             await self._hear_of_place()
 
-    def _read(self) -> manifest.Readiness:
+    def _read(self) -> Reading:
         observed = self._session.known.object or {}
-        if manifest.is_deleting(observed):
+        if metadata.is_deleting(observed):
             raise LostError(f"sandbox {self._session.name} is being deleted by somebody else")
         return self._parts.reading(observed, self._session.known.generation, strict=True)
 
-    async def _started_again(self, reading: manifest.Readiness) -> bool:
+    async def _started_again(self, reading: Reading) -> bool:
         """Starts what is suspended, and restarts what is dead, where that keeps volumes.
 
         Returns:
@@ -189,7 +190,7 @@ class _Connecting:
                 return True
         return False
 
-    async def _wait_for_pod(self, reading: manifest.Readiness) -> None:
+    async def _wait_for_pod(self, reading: Reading) -> None:
         """Waits for news of a pod that is not ready; what refuses it for good is an error soon."""
         session, now = self._session, self._parts.now()
         if reading.refusal == "occupied" and self._exchange:
@@ -292,7 +293,7 @@ class _Connecting:
                 f" may not patch it to start it: {e}",
                 status=e.status,
             ) from e
-        known.generation = max(known.generation, manifest.generation(patched))
+        known.generation = max(known.generation, metadata.generation(patched))
         if manifest.is_to_run(known.object or {}) != (mode == "Running"):
             # The watch has not shown it yet, nor does every stand-in of the API return the object.
             spec = {**(observed.get("spec") or {}), **manifest.mode_spec(observed, mode)}
@@ -311,12 +312,12 @@ async def refresh(parts: Parts, session: Session, deadline: float) -> None:
     if found is None:
         raise LostError(f"sandbox {session.name} has been deleted")
     if known.uid is None:
-        known.uid = manifest.uid(found)
-    elif manifest.uid(found) != known.uid:
+        known.uid = metadata.uid(found)
+    elif metadata.uid(found) != known.uid:
         raise LostError(f"sandbox {session.name} has been deleted and made again by somebody else")
-    if manifest.is_deleting(found):
+    if metadata.is_deleting(found):
         raise LostError(f"sandbox {session.name} is being deleted by somebody else")
-    if known.claimed and manifest.instance(found) not in (None, parts.config.instance_label):
+    if known.claimed and metadata.instance(found) not in (None, parts.config.instance_label):
         raise LostError(f"sandbox {session.name} has been claimed by another manager")
     if known.read_at <= asked:  # else the watch has told since, of something newer
         known.object = found

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._aio.pacing import Pace
 from .._aio.tasks import OwnedTasks
-from .._cluster import manifest
-from .._cluster.manifest import Object
+from .._cluster import manifest, metadata
+from .._cluster.metadata import Object
 from .._cluster.requests import SandboxResources
 from .._cluster.watch import SandboxWatch
 from .._log import get_logger
@@ -54,8 +54,8 @@ class Engine:
         self._tasks = OwnedTasks(self.events)
         self._past = Past(manifest.grace_period(config))
         self._resources = SandboxResources(config, api, self.events)
-        selector = manifest.managed_selector(instance=config.instance_label, managed_by=config.managed_by)
-        everyone = manifest.managed_selector(managed_by=config.managed_by)
+        selector = metadata.managed_selector(instance=config.instance_label, managed_by=config.managed_by)
+        everyone = metadata.managed_selector(managed_by=config.managed_by)
         self._selector = selector
         self._watch = SandboxWatch(self._resources, selector, self, survey=(everyone, self._past.survey))
         self._watch_task: asyncio.Task[None] | None = None
@@ -105,7 +105,7 @@ class Engine:
         raise SandboxFailedError(f"the session's sandbox died {ROUNDS} times before it could be used")
 
     def _admit(self, session_id: str) -> Session:
-        now, session_hash = self._parts.now(), manifest.session_hash(session_id)
+        now, session_hash = self._parts.now(), metadata.session_hash(session_id)
         name, incarnation = self._past.fresh_name(session_id, now)
         session = Session(
             session_id=session_id,
@@ -171,8 +171,8 @@ class Engine:
     # The watch tells
 
     def synced(self, sandboxes: list[Object], since: float) -> None:
-        listed = {manifest.uid(sandbox) for sandbox in sandboxes}
-        names = {manifest.name(sandbox) for sandbox in sandboxes}
+        listed = {metadata.uid(sandbox) for sandbox in sandboxes}
+        names = {metadata.name(sandbox) for sandbox in sandboxes}
         for sandbox in sandboxes:
             self.changed(sandbox)
         for session in list(self.table.current.values()):
@@ -196,7 +196,7 @@ class Engine:
             return
         reading, ips = self._parts.reading(sandbox), manifest.pod_ips(sandbox)
         if reading.phase == "ending":
-            if manifest.is_deleting(sandbox):
+            if metadata.is_deleting(sandbox):
                 self.table.dropped(session)
             self._lives.lose(session, reading.text)
         elif reading.phase in ("dead", "suspended"):
@@ -211,7 +211,7 @@ class Engine:
             return
         if session.known.uid is None and session.state not in SERVING:
             # Whether this is the object that we are making only the create's answer tells.
-            session.known.gone = manifest.uid(sandbox)
+            session.known.gone = metadata.uid(sandbox)
             session.inbox.post(News.LOOK)  # Of an object without uid the answer tells nothing.
             return
         self.table.dropped(session)  # Nobody need delete it, and nobody may if it was claimed.
@@ -236,12 +236,12 @@ class Engine:
 
     def _session_of(self, sandbox: Object) -> Session | None:
         """The session that an object belongs to; not one of the same name's past."""
-        session = self.table.named(manifest.name(sandbox))
+        session = self.table.named(metadata.name(sandbox))
         if session is None:
             return None
         if session.known.uid is not None:
-            return session if session.known.uid == manifest.uid(sandbox) else None
-        ours = manifest.labels(sandbox).get(manifest.LABEL_SESSION) == session.session_hash
+            return session if session.known.uid == metadata.uid(sandbox) else None
+        ours = metadata.labels(sandbox).get(metadata.LABEL_SESSION) == session.session_hash
         return session if ours else None
 
     # The reaper

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from .._aio.pacing import backoff
 from .._aio.single_flight import SingleFlight
-from .._cluster import manifest
+from .._cluster import manifest, metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError, UnsupportedError
 from .._cluster.requests import SandboxResources
 from .._log import get_logger
@@ -57,7 +57,7 @@ class Leases:
 
     def next(self) -> str:
         """The shutdownTime of a Sandbox that is about to be made, or to be renewed."""
-        return manifest.lease_time(self._wall_clock(), self._duration)
+        return metadata.lease_time(self._wall_clock(), self._duration)
 
     async def allowed(self, deadline: float) -> bool:
         """Whether a Sandbox that is about to be made has a lease.
@@ -121,7 +121,7 @@ class Leases:
             return
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        body = {"metadata": {"uid": session.known.uid}, "spec": manifest.lease_spec(self.next())}
+        body = {"metadata": {"uid": session.known.uid}, "spec": manifest.SANDBOX.deadline_spec(self.next())}
         try:
             await self._resources.patch(session.name, body)
         except SandboxError as e:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from .._cluster import manifest
+from .._cluster import manifest, metadata
 from .._cluster.api_errors import (
     AlreadyExistsError,
     NotFoundError,
@@ -14,7 +14,7 @@ from .._cluster.api_errors import (
     RetryableError,
     UnsupportedError,
 )
-from .._cluster.manifest import Object
+from .._cluster.metadata import Object
 from ..errors import SandboxConflictError, SandboxError, SandboxPermissionError
 from .clients import Clients
 from .inbox import News
@@ -85,7 +85,7 @@ class Obtain:
         parts = self._parts
         parts.log.warning("sandbox_replaced", sandbox=session.name, reason=reason)
         name, incarnation, known = session.name, session.incarnation, session.known
-        version = manifest.resource_version(known.object or {})
+        version = metadata.resource_version(known.object or {})
         self._clients.discard(session)
         parts.table.machines.forget(session)
         session.machine.identity = ()
@@ -98,7 +98,7 @@ class Obtain:
             self._rename(session, name, incarnation)
             session.known.uid = known.uid  # Whoever ends the session deletes it.
             raise
-        if found is not None and manifest.uid(found) == known.uid and not manifest.is_deleting(found):
+        if found is not None and metadata.uid(found) == known.uid and not metadata.is_deleting(found):
             self._rename(session, name, incarnation)
             self._found(session, found)
             return
@@ -118,7 +118,7 @@ class Obtain:
         try:
             async with self._creates:
                 lease = parts.leases.next() if leased else None
-                body = manifest.sandbox_body(parts.config, version, session.name, session.session_hash, lease)
+                body = manifest.SANDBOX.body(parts.config, version, session.name, session.session_hash, lease)
                 created = await self._send(session, "create", partial(parts.resources.create, body))
             created = created or await parts.resources.get(session.name, deadline)
         except RetryableError as e:
@@ -165,13 +165,13 @@ class Obtain:
                 table.refused(session)
             raise
         if sandbox is not None:
-            table.answered(session, manifest.uid(sandbox))
+            table.answered(session, metadata.uid(sandbox))
         return sandbox
 
     async def _landed(self, session: Session, deadline: float) -> Object | None:
         """After a create whose answer was lost: the object, if it is there and is ours."""
         found = await self._parts.resources.get(session.name, deadline)
-        if found is None or manifest.is_deleting(found):
+        if found is None or metadata.is_deleting(found):
             return None
         is_ours = self._parts.is_of(found, session.session_hash, self._parts.config.instance_label)
         return found if is_ours else None
@@ -193,7 +193,7 @@ class Obtain:
         await asyncio.sleep(pause)
 
     def _found(self, session: Session, sandbox: Object) -> None:
-        uid = manifest.uid(sandbox)
+        uid = metadata.uid(sandbox)
         self._parts.table.found(session, sandbox, uid, self._parts.now())
         if uid is not None and uid == session.known.gone:
             raise LostError(f"sandbox {session.name} has been deleted by somebody else")
@@ -217,7 +217,7 @@ class Obtain:
         taken = await self._parts.resources.get(session.name, deadline)
         if taken is None:
             return False  # It has gone since the list.
-        if manifest.is_deleting(taken):
+        if metadata.is_deleting(taken):
             self._next_name(session)
         elif not self._parts.is_of(taken, session.session_hash):  # else it has come since the list
             raise SandboxConflictError(
@@ -235,11 +235,11 @@ class Obtain:
         """
         parts = self._parts
         found, _ = await parts.resources.list(parts.selector(session=session.session_hash), deadline)
-        alive = [sandbox for sandbox in found if not manifest.is_deleting(sandbox)]
+        alive = [sandbox for sandbox in found if not metadata.is_deleting(sandbox)]
         spent = [sandbox for sandbox in alive if parts.is_spent(sandbox)]
         for sandbox in spent:
-            name, version = manifest.name(sandbox), manifest.resource_version(sandbox)
-            deleted = await parts.resources.delete(name, manifest.uid(sandbox), deadline, version=version)
+            name, version = metadata.name(sandbox), metadata.resource_version(sandbox)
+            deleted = await parts.resources.delete(name, metadata.uid(sandbox), deadline, version=version)
             if name == session.name:
                 self._next_name(session)
             if not deleted:
@@ -256,20 +256,20 @@ class Obtain:
         The last claimer wins; the loser's watch reports it gone, and it is not deleted.
         """
         parts, known = self._parts, session.known
-        name, metadata = manifest.name(sandbox), sandbox["metadata"]
-        names = (manifest.sandbox_name(session.session_id, i) for i in range(INCARNATIONS))
+        name, about = metadata.name(sandbox), sandbox["metadata"]
+        names = (manifest.SANDBOX.name(session.session_id, i) for i in range(INCARNATIONS))
         incarnation = next((i for i, own in enumerate(names) if own == name), session.incarnation)
         self._rename(session, name, incarnation)
         known.object, known.used = sandbox, True  # What is known if the claim is not answered.
         lease = parts.leases.next() if await parts.leases.allowed(deadline) else None
         patch: Object = {
             "metadata": {
-                "uid": metadata.get("uid"),
-                "resourceVersion": metadata.get("resourceVersion"),
-                "labels": {manifest.LABEL_INSTANCE: parts.config.instance_label},
+                "uid": about.get("uid"),
+                "resourceVersion": about.get("resourceVersion"),
+                "labels": {metadata.LABEL_INSTANCE: parts.config.instance_label},
             },
             # A lease that nobody renews would end it under the session.
-            "spec": manifest.lease_spec(lease),
+            "spec": manifest.SANDBOX.deadline_spec(lease),
         }
         try:
             claimed = await self._send(session, "claim", partial(parts.resources.patch, name, patch))
@@ -282,7 +282,7 @@ class Obtain:
         except (SandboxPermissionError, UnsupportedError) as e:
             parts.log.warning("sandbox_not_claimed", sandbox=name, reason=str(e))
             lease = claimed = None
-            known.claimed = manifest.instance(sandbox) == parts.config.instance_label
+            known.claimed = metadata.instance(sandbox) == parts.config.instance_label
         if known.object is sandbox:  # else the watch has told since
             known.object = None
         self._found(session, claimed or sandbox)
@@ -293,7 +293,7 @@ class Obtain:
 
     def _next_name(self, session: Session) -> None:
         incarnation = session.incarnation + 1
-        self._rename(session, manifest.sandbox_name(session.session_id, incarnation), incarnation)
+        self._rename(session, manifest.SANDBOX.name(session.session_id, incarnation), incarnation)
 
     def _rename(self, session: Session, name: str, incarnation: int) -> None:
         if session.name != name:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from .._aio.pacing import Pace
 from .._aio.tasks import OwnedTasks
-from .._cluster import manifest
-from .._cluster.manifest import Object
+from .._cluster import manifest, metadata
+from .._cluster.metadata import Object
 from .._cluster.requests import SandboxResources
+from .._cluster.resource import Reading
 from .._cluster.watch import SandboxWatch
 from .._log import Logger
 from ..config import SandboxManagerConfig
@@ -56,15 +57,15 @@ class Parts:
         """Whether the watch tells of the session's object."""
         return session.known.claimed and self.watch.active
 
-    def reading(self, sandbox: Object, since: int = 0, *, strict: bool = False) -> manifest.Readiness:
+    def reading(self, sandbox: Object, since: int = 0, *, strict: bool = False) -> Reading:
         """How far an object is; unless `strict`, as far as that can be told."""
         try:
-            return manifest.readiness(sandbox, self.config, now=self.wall_clock(), since=since)
+            return manifest.SANDBOX.reading(sandbox, self.config, now=self.wall_clock(), since=since)
         except Exception as e:
             if strict:
                 raise
             # `endpoint` may be the caller's own function.
-            return manifest.Readiness("starting", None, f"its endpoint cannot be told: {e!r}")
+            return Reading("starting", None, f"its endpoint cannot be told: {e!r}")
 
     def is_spent(self, sandbox: Object) -> bool:
         """Whether nothing is lost with it: its pod has ended, and no volume outlives that."""
@@ -82,7 +83,7 @@ class Parts:
 
     def selector(self, *, instance: str | None = None, session: str | None = None) -> str:
         """Of the managed objects, those of an instance or a session."""
-        return manifest.managed_selector(instance, session, managed_by=self.config.managed_by)
+        return metadata.managed_selector(instance, session, managed_by=self.config.managed_by)
 
     def is_of(self, sandbox: Object, session_hash: str, instance: str | None = None) -> bool:
-        return manifest.is_of(sandbox, session_hash, instance, managed_by=self.config.managed_by)
+        return metadata.is_of(sandbox, session_hash, instance, managed_by=self.config.managed_by)

@@ -6,8 +6,8 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .._cluster import manifest
-from .._cluster.manifest import Object
+from .._cluster import manifest, metadata
+from .._cluster.metadata import Object
 from .table import Session
 
 NAME_MARGIN = 5.0
@@ -33,8 +33,8 @@ class Past:
 
     def survey(self, sandboxes: Iterable[Object]) -> None:
         """All managed objects, as the first list shows them: sessions that come back may have one."""
-        living = (sandbox for sandbox in sandboxes if not manifest.is_deleting(sandbox))
-        self._strays = {manifest.labels(sandbox).get(manifest.LABEL_SESSION, "") for sandbox in living}
+        living = (sandbox for sandbox in sandboxes if not metadata.is_deleting(sandbox))
+        self._strays = {metadata.labels(sandbox).get(metadata.LABEL_SESSION, "") for sandbox in living}
 
     def may_have_one(self, session: Session) -> bool:
         """Whether an object of the session may be there which this manager does not follow."""
@@ -73,5 +73,5 @@ class Past:
 
     def fresh_name(self, session_id: str, now: float) -> tuple[str, int]:
         """The first incarnation of the session's name that no pod may still hold, and its number."""
-        names = ((manifest.sandbox_name(session_id, i), i) for i in itertools.count())
+        names = ((manifest.SANDBOX.name(session_id, i), i) for i in itertools.count())
         return next((name, i) for name, i in names if self._occupied.get(name, now) <= now)

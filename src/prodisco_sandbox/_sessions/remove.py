@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from .._aio.pacing import backoff
-from .._cluster import manifest
+from .._cluster import manifest, metadata
 from .._cluster.api_errors import RetryableError, UnexpectedError
-from .._cluster.manifest import Object
+from .._cluster.metadata import Object
 from ..errors import SandboxError, SandboxUnavailableError
 from .parts import Parts
 from .table import Session
@@ -82,7 +82,7 @@ class Remove:
             found = await resources.get(name)
             if found is None or not self._may_delete(found, session.session_hash):
                 return
-            uid = uid or manifest.uid(found)
+            uid = uid or metadata.uid(found)
         await resources.delete(name, uid)
         self._parts.log.info("sandbox_deleted", sandbox=name, uid=uid)
 
@@ -139,12 +139,12 @@ class Remove:
         return sum(result is True for result in results)
 
     def _is_orphan(self, sandbox: Object, *, all_instances: bool) -> bool:
-        if manifest.is_deleting(sandbox) or self._parts.table.named(manifest.name(sandbox)) is not None:
+        if metadata.is_deleting(sandbox) or self._parts.table.named(metadata.name(sandbox)) is not None:
             return False
         return (
             all_instances
-            or manifest.instance(sandbox) == self._parts.config.instance_label
-            or manifest.lease_lapsed(sandbox, self._parts.wall_clock())
+            or metadata.instance(sandbox) == self._parts.config.instance_label
+            or manifest.SANDBOX.lapsed(sandbox, self._parts.wall_clock())
         )
 
     async def _delete_orphan(self, sandbox: Object, deadline: float, *, all_instances: bool) -> bool:
@@ -155,14 +155,14 @@ class Remove:
                 return False
             if await self._delete_seen(seen, deadline):
                 return True
-            seen = await self._parts.resources.get(manifest.name(seen), deadline)
+            seen = await self._parts.resources.get(metadata.name(seen), deadline)
         return False
 
     async def _delete_seen(self, sandbox: Object, deadline: float | None = None) -> bool:
         """Deletes an object of no session, unless somebody has changed it since it was read."""
-        name, uid = manifest.name(sandbox), manifest.uid(sandbox)
-        version = manifest.resource_version(sandbox)
+        name, uid = metadata.name(sandbox), metadata.uid(sandbox)
+        version = metadata.resource_version(sandbox)
         deleted = await self._parts.resources.delete(name, uid, deadline, version=version)
         if deleted:
-            self._parts.log.info("orphan_deleted", sandbox=name, uid=uid, instance=manifest.instance(sandbox))
+            self._parts.log.info("orphan_deleted", sandbox=name, uid=uid, instance=metadata.instance(sandbox))
         return deleted

@@ -15,8 +15,8 @@ from typing import Any, Literal, Self
 
 from .._aio.tasks import outlast
 from .._checks import integer, seconds
-from .._cluster import manifest
-from .._cluster.manifest import Object
+from .._cluster import metadata
+from .._cluster.metadata import Object
 from .._log import get_logger
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError
@@ -144,7 +144,7 @@ class LocalCluster:
         """
         if self._controller is None:
             raise SandboxError(_NOT_STARTED)
-        pod = self._controller.pod_of(str(manifest.uid(sandbox)), manifest.name(sandbox))
+        pod = self._controller.pod_of(str(metadata.uid(sandbox)), metadata.name(sandbox))
         return pod.server.target if pod and pod.server else None
 
     def config(self, **settings: Any) -> SandboxManagerConfig:

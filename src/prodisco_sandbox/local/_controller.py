@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from .._aio.tasks import OwnedTasks
-from .._cluster import manifest
+from .._cluster import metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError
-from .._cluster.manifest import Object
+from .._cluster.metadata import Object
 from .._cluster.requests import SandboxResources
 from .._cluster.watch import SandboxWatch
 from .._log import get_logger
@@ -69,8 +69,8 @@ class Worker:
 
     def __init__(self, sandbox: Object) -> None:
         self.sandbox = sandbox
-        self.uid = str(manifest.uid(sandbox))
-        self.name = manifest.name(sandbox)
+        self.uid = str(metadata.uid(sandbox))
+        self.name = metadata.name(sandbox)
         self.seen_at = 0.0
         self.wakes_at: float | None = None
         self.changed = asyncio.Event()
@@ -104,7 +104,7 @@ class Controller:
         self._addresses = itertools.count(1)
         self._config = config
         self._resources = SandboxResources(config, api)
-        self._selector = f"{manifest.LABEL_APP}={manifest.APP}"  # of every manager
+        self._selector = f"{metadata.LABEL_APP}={metadata.APP}"  # of every manager
         self._watch = SandboxWatch(self._resources, self._selector, self)
         self._keeper = keeper
         self._command = command
@@ -129,16 +129,16 @@ class Controller:
     def synced(self, sandboxes: list[Object], since: float) -> None:
         for sandbox in sandboxes:
             self.changed(sandbox)
-        listed = {manifest.uid(sandbox) for sandbox in sandboxes}
+        listed = {metadata.uid(sandbox) for sandbox in sandboxes}
         for worker in list(self.workers.values()):
             if worker.uid not in listed and worker.seen_at < since:
                 self.deleted(worker.sandbox)
 
     def changed(self, sandbox: Object) -> None:
-        if manifest.is_deleting(sandbox):
+        if metadata.is_deleting(sandbox):
             self.deleted(sandbox)
             return
-        worker = self.workers.get(str(manifest.uid(sandbox)))
+        worker = self.workers.get(str(metadata.uid(sandbox)))
         if worker is None:
             worker = Worker(sandbox)
             self.workers[worker.uid] = worker
@@ -148,7 +148,7 @@ class Controller:
         worker.changed.set()
 
     def deleted(self, sandbox: Object) -> None:
-        worker = self.workers.pop(str(manifest.uid(sandbox)), None)
+        worker = self.workers.pop(str(metadata.uid(sandbox)), None)
         if worker is None:
             return
         if worker.task is not None:
@@ -293,15 +293,14 @@ class Controller:
         """
         # By resourceVersion, since a status patch ignores the uid and would reach a successor of this name.
         version = worker.sandbox["metadata"]["resourceVersion"]
-        metadata = {**change.get("metadata", {}), "resourceVersion": version}
-        body = {**change, "metadata": metadata}
+        body = {**change, "metadata": {**change.get("metadata", {}), "resourceVersion": version}}
         try:
             found = await self._resources.patch(worker.name, body, math.inf, status=status)
         except NotFoundError:  # Deleted; the watch will tell.
             return False
         except PreconditionError:
             found = await self._resources.get(worker.name, math.inf)
-            if found is not None and manifest.uid(found) == worker.uid:
+            if found is not None and metadata.uid(found) == worker.uid:
                 self.changed(found)
             return False
         if found is not None:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .._cluster import manifest
-from .._cluster.manifest import Object
+from .._cluster import metadata
+from .._cluster.metadata import Object
 
 POD_NAME = "agents.x-k8s.io/pod-name"
 """The annotation that names a Sandbox's pod."""
@@ -76,13 +76,13 @@ class Pass:
 
 def new_pod(sandbox: Object) -> Pod:
     """The pod that the controller creates."""
-    name = manifest.name(sandbox)
-    return Pod(name, (name, str(manifest.uid(sandbox))))
+    name = metadata.name(sandbox)
+    return Pod(name, (name, str(metadata.uid(sandbox))))
 
 
 def pod_name(sandbox: Object) -> str:
     """The name of the Sandbox's pod, there or not."""
-    return _annotation(sandbox) or manifest.name(sandbox)
+    return _annotation(sandbox) or metadata.name(sandbox)
 
 
 def is_suspended(sandbox: Object) -> bool:
@@ -103,12 +103,12 @@ def reconcile(
         refusal: What the API server answers to the creation of a pod; empty: it creates it.
         expires: Whether spec.shutdownTime counts.
     """
-    if manifest.is_deleting(sandbox):
+    if metadata.is_deleting(sandbox):
         return Pass(pod_name=_annotation(sandbox))
     left = _seconds_left(sandbox, now) if expires else None
     if left is not None and left <= 0:
         return _expired(sandbox, pod, now)
-    name = manifest.name(sandbox)
+    name = metadata.name(sandbox)
     suspended, create, error = is_suspended(sandbox), False, ""
     if not suspended and pod is None:
         create, error = not refusal, refusal
@@ -130,7 +130,7 @@ def reconcile(
 def _expired(sandbox: Object, pod: Pod | None, now: float) -> Pass:
     """Writes the condition first; the next pass does the rest, unless the time was moved meanwhile."""
     status = sandbox.get("status") or {}
-    conditions = Conditions(sandbox, lambda: manifest.lease_time(now, 0))
+    conditions = Conditions(sandbox, lambda: metadata.lease_time(now, 0))
     marked = conditions.reason("Ready") == "SandboxExpired"
     conditions.set("Ready", "False", "SandboxExpired", "Sandbox has expired")
     if not marked:
@@ -147,8 +147,7 @@ def _expired(sandbox: Object, pod: Pod | None, now: float) -> Pass:
 
 
 def _status(sandbox: Object, pod: Pod | None, owned: Pod | None, error: str, now: float) -> Object:
-    metadata, status = sandbox["metadata"], dict(sandbox.get("status") or {})
-    name = metadata["name"]
+    name, status = metadata.name(sandbox), dict(sandbox.get("status") or {})
     for field in ("podIPs", "nodeName", "service", "serviceFQDN"):
         status.pop(field, None)
     if pod is not None:
@@ -158,8 +157,11 @@ def _status(sandbox: Object, pod: Pod | None, owned: Pod | None, error: str, now
     if owned is not None and owned.node:
         status["nodeName"] = owned.node
     if sandbox["spec"].get("service"):
-        status |= {"service": name, "serviceFQDN": f"{name}.{metadata['namespace']}.svc.cluster.local"}
-    conditions = Conditions(sandbox, lambda: manifest.lease_time(now, 0))
+        status |= {
+            "service": name,
+            "serviceFQDN": f"{name}.{sandbox['metadata']['namespace']}.svc.cluster.local",
+        }
+    conditions = Conditions(sandbox, lambda: metadata.lease_time(now, 0))
     conditions.set("Suspended", *_suspended(sandbox, pod, owned))
     finished = _FINISHED.get(owned.phase) if owned else None
     if owned and finished:
@@ -259,7 +261,7 @@ def name_hash(name: str) -> str:
 
 
 def _owns(sandbox: Object, pod: Pod) -> bool:
-    return pod.owner[1] == manifest.uid(sandbox)
+    return pod.owner[1] == metadata.uid(sandbox)
 
 
 def _annotation(sandbox: Object) -> str | None:

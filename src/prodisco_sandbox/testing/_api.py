@@ -9,7 +9,8 @@ from typing import Any
 
 from kubernetes_asyncio.client import ApiException
 
-from .._cluster.manifest import GROUP, KIND, PLURAL, Object
+from .._cluster.manifest import GROUP, KIND, PLURAL
+from .._cluster.metadata import Object
 from . import _status
 from ._arguments import (
     COMMON,

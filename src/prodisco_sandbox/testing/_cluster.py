@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
-from .._cluster.manifest import API_VERSIONS, Object
+from .._cluster.manifest import API_VERSIONS
+from .._cluster.metadata import Object
 from ._arguments import verbs_of
 from ._controller import AutoReady, Controller, Reason
 from ._faults import VERBS, Faults, Request, Verb

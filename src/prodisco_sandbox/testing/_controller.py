@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .._cluster.manifest import Object
+from .._cluster.metadata import Object
 from ._agent_sandbox import POD_NAME, Conditions, Pod, new_pod, pod_name, reconcile
 from ._store import Change, Key, Store, copied, plain
 

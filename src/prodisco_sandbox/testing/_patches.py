@@ -7,7 +7,7 @@ from typing import Any
 
 from kubernetes_asyncio.client import ApiException
 
-from .._cluster.manifest import Object
+from .._cluster.metadata import Object
 from ._status import api_error, unreadable
 
 MERGE_PATCH = "application/merge-patch+json"

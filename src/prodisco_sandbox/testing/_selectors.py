@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from .._cluster.manifest import Object
+from .._cluster.metadata import Object
 from ._status import bad_request
 from ._validation import label_key_error, label_value_error
 

@@ -10,7 +10,8 @@ from typing import Any
 from kubernetes_asyncio.client import ApiException
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from .._cluster.manifest import GROUP, KIND, PLURAL, Object
+from .._cluster.manifest import GROUP, KIND, PLURAL
+from .._cluster.metadata import Object
 
 RESOURCE = f"{PLURAL}.{GROUP}"
 

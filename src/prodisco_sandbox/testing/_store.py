@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .._cluster.manifest import GROUP, KIND, PLURAL, Object
+from .._cluster.manifest import GROUP, KIND, PLURAL
+from .._cluster.metadata import Object
 from . import _status
 from ._patches import check_content_type, patched
 from ._selectors import Selector

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .._cluster.manifest import GROUP, KIND, Object
+from .._cluster.manifest import GROUP, KIND
+from .._cluster.metadata import Object
 from ._status import Cause, bad_request, invalid, unreadable
 
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")

@@ -11,7 +11,8 @@ import aiohttp
 from kubernetes_asyncio.client import ApiException
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from .._cluster.manifest import GROUP, KIND, Object
+from .._cluster.manifest import GROUP, KIND
+from .._cluster.metadata import Object
 from . import _status
 from ._selectors import Selector
 from ._store import Change, shown
