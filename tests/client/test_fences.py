@@ -9,14 +9,13 @@ from typing import Any, Self
 
 import grpc
 import pytest
-from _patience import PATIENCE
+from _machines import broken, reached, restart
 
 from prodisco_sandbox import (
     SandboxClient,
     SandboxError,
     SandboxReplacedError,
     SandboxTimeoutError,
-    SandboxUnavailableError,
 )
 from prodisco_sandbox.proto import metadata
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
@@ -82,34 +81,6 @@ def server(meant: Meant) -> FakeSandboxServer:
     return meant.server
 
 
-async def restart(server: FakeSandboxServer, **changes: Any) -> None:
-    """Another machine at the same address."""
-    await server.kill()
-    for name, value in changes.items():
-        setattr(server, name, value)
-    await server.start()
-    server.calls.clear()
-
-
-async def reached(call: Call, client: SandboxClient) -> Any:
-    """A call that gets to the server: not one that finds its old connection broken."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            try:
-                return await call(client)
-            except SandboxUnavailableError:
-                await asyncio.sleep(0.01)
-
-
-async def broken(client: SandboxClient) -> None:
-    """Waits until the channel has noticed that its connection is broken."""
-    channel = client._connection.channel.grpc_channel
-    assert channel is not None
-    async with asyncio.timeout(PATIENCE):
-        while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
-            await channel.wait_for_state_change(state)
-
-
 @pytest.mark.parametrize("name", CALLS)
 async def test_no_call_runs_on_a_server_that_started_anew(
     server: FakeSandboxServer, meant: Meant, name: str
@@ -118,7 +89,7 @@ async def test_no_call_runs_on_a_server_that_started_anew(
     assert meant.client._boot_id == server.boot_id
     await restart(server)
     with pytest.raises(SandboxReplacedError, match=r"started anew.*nothing was run") as caught:
-        await reached(CALLS[name], meant.client)
+        await reached(lambda: CALLS[name](meant.client))
     assert not caught.value.ran
     assert server.calls == []
     assert len(meant.reasons) == 1
@@ -130,7 +101,7 @@ async def test_first_contact_with_another_pod_is_refused(
 ) -> None:
     await restart(server, pod_name="sandbox-2")
     with pytest.raises(SandboxReplacedError, match=r"another pod.*nothing was run") as caught:
-        await reached(CALLS[name], meant.client)
+        await reached(lambda: CALLS[name](meant.client))
     assert not caught.value.ran
     assert server.calls == []
     assert meant.client._boot_id is None
@@ -162,7 +133,7 @@ async def test_a_client_of_a_replaced_machine_sends_nothing_more(
     await restart(server)
     for _ in range(3):
         with pytest.raises(SandboxReplacedError):
-            await reached(CALLS["execute"], meant.client)
+            await reached(lambda: CALLS["execute"](meant.client))
     assert len(meant.reasons) == 1
     assert meant.client._boot_id == boot_id, "it never means another machine"
 
@@ -174,7 +145,7 @@ async def test_a_server_without_fences_in_its_place_is_told(
     await meant.client.execute(code="1")
     await restart(server, fences=False)
     with pytest.raises(SandboxReplacedError, match=r"without fences.*the call ran there") as caught:
-        await reached(CALLS[name], meant.client)
+        await reached(lambda: CALLS[name](meant.client))
     assert caught.value.ran
     assert len(meant.reasons) == 1
     with pytest.raises(SandboxReplacedError, match="nothing was run"):
@@ -189,7 +160,7 @@ async def test_a_failure_said_by_a_server_without_fences_is_told_too(
     await restart(server, fences=False)
     server.script("GetExecution", FakeStatus("NOT_FOUND"))
     with pytest.raises(SandboxReplacedError) as caught:
-        await reached(CALLS["get_execution"], meant.client)
+        await reached(lambda: CALLS["get_execution"](meant.client))
     assert caught.value.ran
     assert len(meant.reasons) == 1
 
@@ -239,7 +210,7 @@ async def test_a_server_without_fences_is_accepted(health: Any) -> None:
         await restart(meant.server)
         await broken(meant.client)
         assert meant.looks == 0
-        assert (await reached(CALLS["execute"], meant.client)).success
+        assert (await reached(lambda: CALLS["execute"](meant.client))).success
         assert meant.looks == 1, "before the call on the new connection, not before each"
         assert meant.reasons == []
 
@@ -290,7 +261,7 @@ async def test_what_a_proxy_answers_is_no_other_machine(
     port = int(server.target.rpartition(":")[2])
     async with await asyncio.start_server(proxy.answer, "127.0.0.1", port):
         with pytest.raises(SandboxError) as caught:
-            await reached(CALLS[name], meant.client)
+            await reached(lambda: CALLS[name](meant.client))
     await meant.client.close()
     await asyncio.wait(proxy.tasks)
     assert proxy.calls
@@ -315,7 +286,7 @@ async def test_a_server_with_fences_in_the_place_of_one_without_is_told() -> Non
         await meant.client.execute(code="1")
         await restart(meant.server, fences=True)
         with pytest.raises(SandboxReplacedError):
-            await reached(CALLS["execute"], meant.client)
+            await reached(lambda: CALLS["execute"](meant.client))
 
 
 async def test_a_server_that_was_not_told_its_pod_is_fenced_by_its_boot_id() -> None:
@@ -323,7 +294,7 @@ async def test_a_server_that_was_not_told_its_pod_is_fenced_by_its_boot_id() -> 
         assert await meant.client.wait_for_healthy(5)
         await restart(meant.server)
         with pytest.raises(SandboxReplacedError):
-            await reached(CALLS["execute"], meant.client)
+            await reached(lambda: CALLS["execute"](meant.client))
         assert meant.server.calls == []
 
 
@@ -348,5 +319,5 @@ async def test_a_direct_client_is_meant_for_whoever_answers(server: FakeSandboxS
         await client.execute(code="1")
         for changes in ({}, {"pod_name": "sandbox-2"}, {"fences": False}):
             await restart(server, **changes)
-            assert (await reached(CALLS["execute"], client)).success
+            assert (await reached(lambda: CALLS["execute"](client))).success
         assert client.sandbox is None

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-import grpc
 import pytest
+from _machines import broken, reached, restart
 from _patience import PATIENCE, put_forward, until
 
 from prodisco_sandbox import (
@@ -68,25 +68,6 @@ async def pods(*servers: FakeSandboxServer) -> AsyncIterator[Pods]:
             pods.leads_to[f"10.0.0.{number}"] = await stack.enter_async_context(server)
         await stack.enter_async_context(pods.manager)
         yield pods
-
-
-async def restart(server: FakeSandboxServer, **changes: Any) -> None:
-    """Another machine at the same address."""
-    await server.kill()
-    for name, value in changes.items():
-        setattr(server, name, value)
-    await server.start()
-    server.calls.clear()
-
-
-async def reached(call: Callable[[], Awaitable[Any]]) -> Any:
-    """A call that gets to the server: not one that finds its old connection broken."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            try:
-                return await call()
-            except SandboxUnavailableError:
-                await asyncio.sleep(0.01)
 
 
 def ran(server: FakeSandboxServer) -> list[str]:
@@ -201,15 +182,6 @@ async def test_a_machine_without_fences_in_the_place_of_one_with_is_another() ->
         assert after.sandbox != client.sandbox
         assert (await after.execute(code="1")).success
         assert at.manager.stats().recreated == 1
-
-
-async def broken(client: SandboxClient) -> None:
-    """Waits until the channel has noticed that its connection is broken."""
-    channel = client._connection.channel.grpc_channel
-    assert channel is not None
-    async with asyncio.timeout(PATIENCE):
-        while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
-            await channel.wait_for_state_change(state)
 
 
 @pytest.mark.parametrize("how", CALLS)

@@ -7,8 +7,8 @@ import logging
 from typing import Any
 
 import anyio
-import grpc
 import pytest
+from _machines import broken
 from _patience import PATIENCE, put_forward, until
 from mcp import Client
 from mcp.server import MCPServer
@@ -521,22 +521,13 @@ async def test_a_call_to_a_machine_that_was_restarted_in_place_is_repeated_with_
         await r.sandbox.kill()
         await r.sandbox.start()
         (key,) = r.manager.sessions
-        await reconnected(await r.manager.get_client(key))
+        await broken(await r.manager.get_client(key))
         r.sandbox.calls.clear()
         result = await run(client, "", **arguments, **known)
         assert "This is a new sandbox" in result["note"]
         assert [call.rpc for call in r.sandbox.calls].count(CALLS[mode]) == 1
         assert "note" not in await run(client, "", **known)
         assert r.manager.stats().recreated == 1
-
-
-async def reconnected(client: SandboxClient) -> None:
-    """Waits until the channel has noticed that its old connection is broken."""
-    channel = client._connection.channel.grpc_channel
-    assert channel is not None
-    async with asyncio.timeout(PATIENCE):
-        while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
-            await channel.wait_for_state_change(state)
 
 
 async def test_a_first_call_whose_machine_is_replaced_at_once_leaves_no_sandbox_behind(
