@@ -14,7 +14,7 @@ from kubernetes_asyncio.client.exceptions import ApiException
 
 from .._aio.pacing import Pace
 from .._aio.single_flight import SingleFlight
-from .._log import get_logger
+from .._log import Logger, get_logger
 from ..config import SandboxManagerConfig
 from ..errors import (
     SandboxError,
@@ -333,16 +333,8 @@ class SandboxResources:
             try:
                 return await once()
             except RetryableError as e:
-                pause = e.pause(attempt)
+                await wait_to_retry(self._log, e, verb, attempt, deadline, sandbox)
                 attempt += 1
-                if deadline is None or asyncio.get_running_loop().time() + pause >= deadline:
-                    raise
-                name = {} if sandbox is None else {"sandbox": sandbox}
-                took = round(pause, 3)
-                self._log.info(
-                    "request_retried", verb=verb, **name, attempt=attempt, pause=took, reason=str(e)
-                )
-                await asyncio.sleep(pause)
 
     async def _versioned(self, verb: str, args: Args, options: Options) -> Any:
         """A request; if its API version is not served, discovers again and repeats it once."""
@@ -429,6 +421,29 @@ class SandboxResources:
         if isinstance(error, SandboxPermissionError) and doubtful and self._grace.may_pass(verb, code):
             return retryable(code, str(error), None, ambiguous=False)
         return error
+
+
+async def wait_to_retry(
+    log: Logger, error: RetryableError, verb: str, attempt: int, deadline: float | None, sandbox: str | None
+) -> None:
+    """Waits after a request has failed for a reason that may pass.
+
+    Args:
+        log: Tells of it.
+        error: The failure, raised again if there is no time for another try.
+        verb: Of the request.
+        attempt: How many tries have failed before this one.
+        deadline: On the loop's clock; None: there is no other try.
+        sandbox: Name of the object, if the request is about one.
+    """
+    pause = error.pause(attempt)
+    if deadline is None or asyncio.get_running_loop().time() + pause >= deadline:
+        raise error
+    name = {} if sandbox is None else {"sandbox": sandbox}
+    log.info(
+        "request_retried", verb=verb, **name, attempt=attempt + 1, pause=round(pause, 3), reason=str(error)
+    )
+    await asyncio.sleep(pause)
 
 
 async def _check_stream(response: Any) -> None:

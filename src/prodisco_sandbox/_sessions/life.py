@@ -191,7 +191,6 @@ class Lives:
         """Suspect → ready: finds out whether its machine lives."""
         begun = self._parts.now()
         deadline = begun + self._parts.config.ready_timeout
-        session.machine.misplaced = False
         try:
             await self._connect.look_at(session)  # The object first, then its server's health.
             async with asyncio.timeout_at(deadline):

@@ -15,6 +15,7 @@ from .._cluster.api_errors import (
     UnsupportedError,
 )
 from .._cluster.metadata import Object
+from .._cluster.requests import wait_to_retry
 from ..errors import SandboxConflictError, SandboxError, SandboxPermissionError
 from .clients import Clients
 from .inbox import News
@@ -66,7 +67,7 @@ class Obtain:
                 if await self._resolve_conflict(session, e, names, deadline):
                     return
             except RetryableError as e:
-                await self._pause(session, e, "create", attempt, deadline)
+                await wait_to_retry(self._parts.log, e, "create", attempt, deadline, session.name)
                 attempt += 1
         raise SandboxConflictError(f"no free name for the sandbox after {names} tries: {session.name}")
 
@@ -176,22 +177,6 @@ class Obtain:
         is_ours = self._parts.is_of(found, session.session_hash, self._parts.config.instance_label)
         return found if is_ours else None
 
-    async def _pause(
-        self, session: Session, error: RetryableError, verb: str, attempt: int, deadline: float
-    ) -> None:
-        pause = error.pause(attempt)
-        if self._parts.now() + pause >= deadline:
-            raise error
-        self._parts.log.info(
-            "request_retried",
-            verb=verb,
-            sandbox=session.name,
-            attempt=attempt + 1,
-            pause=round(pause, 3),
-            reason=str(error),
-        )
-        await asyncio.sleep(pause)
-
     def _found(self, session: Session, sandbox: Object) -> None:
         uid = metadata.uid(sandbox)
         self._parts.table.found(session, sandbox, uid, self._parts.now())
@@ -277,7 +262,7 @@ class Obtain:
             known.object, known.used = None, False
             return False  # It has changed, or is gone: look again.
         except RetryableError as e:
-            await self._pause(session, e, "patch", attempt - 1, deadline)
+            await wait_to_retry(parts.log, e, "patch", attempt - 1, deadline, session.name)
             return False
         except (SandboxPermissionError, UnsupportedError) as e:
             parts.log.warning("sandbox_not_claimed", sandbox=name, reason=str(e))
