@@ -22,9 +22,11 @@ pytestmark = pytest.mark.cluster
 LEASE = 8.0
 
 
-async def test_a_killed_manager_is_succeeded_or_its_lease_ends(pods: Pods, session: str) -> None:
+async def test_a_killed_manager_is_succeeded_or_its_lease_ends(
+    pods: Pods, session: str, tmp_path: Path
+) -> None:
     instance, again, never = secrets.token_hex(8), f"{session}-again", f"{session}-never"
-    await run_and_kill(instance, again, never)
+    await run_and_kill(tmp_path, instance, again, never)
     left = await pods.sandbox(SANDBOX.name(never))
     assert left is not None
     ends = dt.datetime.fromisoformat(left["spec"]["shutdownTime"]).timestamp()
@@ -47,12 +49,16 @@ async def test_a_killed_manager_is_succeeded_or_its_lease_ends(pods: Pods, sessi
         assert manager.stats().lost == 0
 
 
-async def run_and_kill(instance: str, *sessions: str) -> None:
+async def run_and_kill(directory: Path, instance: str, *sessions: str) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         Path(__file__).with_name("manager_process.py"),
         *(NAMESPACE, instance, str(LEASE), *sessions),
-        env={"PATH": os.environ["PATH"], "KUBECONFIG": os.environ["KUBECONFIG"]},
+        env={
+            "PATH": os.environ["PATH"],
+            "KUBECONFIG": os.environ["KUBECONFIG"],
+            "TMPDIR": str(directory),  # A killed process leaves kubernetes_asyncio's certificates.
+        },
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None

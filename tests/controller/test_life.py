@@ -92,7 +92,10 @@ async def test_a_killed_manager_s_lease_ends_its_sandbox(cluster: ControlledName
             sys.executable,
             Path(__file__).with_name("manager_process.py"),
             *(cluster.name, str(cluster.server.sandbox_port), "2.0", "session"),
-            env={"KUBECONFIG": str(cluster.server.directory / "admin.kubeconfig")},
+            env={
+                "KUBECONFIG": str(cluster.server.directory / "admin.kubeconfig"),
+                "TMPDIR": str(cluster.server.directory),  # It is killed, and leaves files.
+            },
             stdout=asyncio.subprocess.PIPE,
         )
         assert process.stdout is not None

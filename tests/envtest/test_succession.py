@@ -51,7 +51,9 @@ def run_and_kill(kubeconfig: Path, *args: object) -> None:
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("manager_process.py")), *map(str, args)],
-        env=os.environ | {"KUBECONFIG": str(kubeconfig), "PYTHONPATH": path},
+        # A killed process leaves the certificates that kubernetes_asyncio writes to files.
+        env=os.environ
+        | {"KUBECONFIG": str(kubeconfig), "PYTHONPATH": path, "TMPDIR": str(kubeconfig.parent)},
         stdout=subprocess.PIPE,
         text=True,
     )
