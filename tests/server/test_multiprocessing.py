@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -96,8 +97,14 @@ async def test_all_kinds_of_children(
     tmp_path_factory: pytest.TempPathFactory, options: list[str], command: list[str]
 ) -> None:
     # A path that is too long for the sockets of managers, but for the one without namespaces.
-    name = "c" if command[1] == "-c" else "a-name-that-makes-the-path-too-long-for-sockets"
-    with running(tmp_path_factory.mktemp(name), *options, command=command) as server:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        long = tmp_path_factory.mktemp("a-name-that-makes-the-path-too-long-for-sockets")
+        directory = Path(short) if command[1] == "-c" else long
+        await run_all_kinds_of_children(directory, options, command)
+
+
+async def run_all_kinds_of_children(directory: Path, options: list[str], command: list[str]) -> None:
+    with running(directory, *options, command=command) as server:
         async with server.connect() as stub:
             for method in ("fork", "spawn", "forkserver"):
                 assert await output(stub, f"METHOD = {method!r}{POOL}") == "[2, 3, 4]", method
