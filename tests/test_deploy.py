@@ -15,6 +15,7 @@ from prodisco_sandbox._cluster import manifest
 DEPLOY = Path(__file__).parents[1] / "deploy"
 BASE = DEPLOY / "base"
 API_ACCESS = DEPLOY / "overlays" / "api-access"
+WARM_POOL = DEPLOY / "overlays" / "warm-pool"
 
 
 def objects(*paths: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -34,9 +35,19 @@ def default_pod() -> dict[str, Any]:
     return template
 
 
+def warm_pool() -> dict[tuple[str, str], dict[str, Any]]:
+    """The objects that the overlay adds to the base."""
+    return objects(WARM_POOL / "template.yaml", WARM_POOL / "pool.yaml")
+
+
+def warm_pod() -> dict[str, Any]:
+    template: dict[str, Any] = warm_pool()["SandboxTemplate", "python"]["spec"]["podTemplate"]
+    return template
+
+
 def test_everything_is_in_the_default_namespace() -> None:
     namespace = SandboxManagerConfig(mode="multi").namespace
-    for (kind, name), item in base().items():
+    for (kind, name), item in (base() | warm_pool()).items():
         assert (name if kind == "Namespace" else item["metadata"]["namespace"]) == namespace
     [subject] = base()["RoleBinding", "sandbox-manager"]["subjects"]
     assert subject == {"kind": "ServiceAccount", "name": "mcp-server", "namespace": namespace}
@@ -59,8 +70,9 @@ def test_a_sandbox_gets_no_token() -> None:
     assert "automountServiceAccountToken" not in default_pod()["spec"], "the service account decides"
 
 
-def test_the_policies_select_the_managers_pods() -> None:
-    labels = default_pod()["metadata"]["labels"]
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_policies_select_the_managers_pods(warm: bool) -> None:
+    labels = (warm_pod() if warm else default_pod())["metadata"]["labels"]
     policies = [*base().items(), *objects(API_ACCESS / "networkpolicy.yaml").items()]
     selectors = [item["spec"]["podSelector"] for (kind, _), item in policies if kind == "NetworkPolicy"]
     assert len(selectors) == 3
@@ -133,3 +145,46 @@ def test_the_overlay_opens_one_address_and_mounts_the_token() -> None:
     assert reaches("192.0.2.1", 6443, rule)
     assert not reaches("192.0.2.2", 6443, rule)
     assert not reaches("192.0.2.1", 443, rule)
+
+
+def test_a_warm_pod_is_the_default_one_with_a_probe() -> None:
+    template = warm_pool()["SandboxTemplate", "python"]["spec"]
+    assert template.keys() == {"networkPolicyManagement", "podTemplate"}
+    assert template["networkPolicyManagement"] == "Unmanaged", "deploy/base has the policies"
+    pod = warm_pod()
+    # A pod of the pool belongs to no session yet.
+    shared = {"app": "sandbox-server", "prodisco.dev/managed-by": "mcp-server"}
+    assert shared.items() <= default_pod()["metadata"]["labels"].items()
+    assert pod["metadata"] == {"labels": shared}
+    [container] = pod["spec"]["containers"]
+    [port] = container["ports"]
+    assert container.pop("readinessProbe") == {
+        "tcpSocket": {"port": port["containerPort"]},
+        "periodSeconds": 1,
+    }
+    assert pod["spec"] == default_pod()["spec"]
+
+
+def test_the_pool_is_made_of_the_template() -> None:
+    pool = warm_pool()["SandboxWarmPool", "python"]
+    assert pool["spec"]["sandboxTemplateRef"] == {"name": "python"}
+    assert {item["apiVersion"] for item in warm_pool().values()} == {"extensions.agents.x-k8s.io/v1beta1"}
+
+
+def test_the_warm_pool_overlay_adds_claims_to_the_managers_role() -> None:
+    kustomization = yaml.safe_load((WARM_POOL / "kustomization.yaml").read_text())
+    assert kustomization["resources"] == ["../../base", "template.yaml", "pool.yaml"]
+    image = default_pod()["spec"]["containers"][0]["image"]
+    assert [f"{entry['name']}:{entry['newTag']}" for entry in kustomization["images"]] == [image]
+    [patch] = kustomization["patches"]
+    assert ("Role", patch["target"]["name"]) in base()
+    [operation] = yaml.safe_load(patch["patch"])
+    assert operation == {
+        "op": "add",
+        "path": "/rules/-",
+        "value": {
+            "apiGroups": ["extensions.agents.x-k8s.io"],
+            "resources": ["sandboxclaims"],
+            "verbs": ["create", "delete", "get", "list", "patch", "watch"],
+        },
+    }

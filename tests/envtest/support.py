@@ -195,6 +195,15 @@ class Namespace:
         return self.server.requests(self.account)
 
 
+def accepted(server: AuditedServer, *args: str, text: str | None = None) -> set[str]:
+    """The kinds of what the API server would take."""
+    said = server.kubectl("apply", "--server-side", "--dry-run=server", *args, text=text)
+    lines = said.splitlines()
+    assert lines
+    assert all(line.endswith("serverside-applied (server dry run)") for line in lines)
+    return {line.split("/")[0].split(".")[0] for line in lines}
+
+
 def examples(language: str) -> list[str]:
     """The examples of docs/kubernetes.md."""
     found = re.findall(rf"^ *```{language}\n(.*?)^ *```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from .support import DEPLOY, AuditedServer, examples
+from .support import DEPLOY, AuditedServer, accepted, examples
 
 pytestmark = pytest.mark.envtest
 
@@ -15,15 +15,6 @@ def prodisco(server: AuditedServer) -> AuditedServer:
     """A dry run does not make the namespace that the other objects are in."""
     server.kubectl("apply", "-f", str(DEPLOY / "base" / "namespace.yaml"))
     return server
-
-
-def accepted(server: AuditedServer, *args: str, text: str | None = None) -> set[str]:
-    """The kinds of what the API server would take."""
-    said = server.kubectl("apply", "--server-side", "--dry-run=server", *args, text=text)
-    lines = said.splitlines()
-    assert lines
-    assert all(line.endswith("serverside-applied (server dry run)") for line in lines)
-    return {line.split("/")[0].split(".")[0] for line in lines}
 
 
 @pytest.mark.parametrize("directory", ["base", "overlays/api-access"])
