@@ -248,6 +248,16 @@ class Conditions:
         fields = {"status": status, "reason": reason, "message": message}
         found.update(fields, observedGeneration=self._generation)
 
+    def copy(self, condition: Object) -> None:
+        """Takes over a condition of another object; its time only where its status is new."""
+        found = next((c for c in self.all if c["type"] == condition["type"]), None)
+        if found is None:
+            self.all.append(dict(condition))
+        else:
+            same = found.get("status") == condition["status"]
+            kept = {"lastTransitionTime": found["lastTransitionTime"]} if same else {}
+            found.update(condition | kept)
+
     def remove(self, kind: str) -> None:
         self.all = [c for c in self.all if c["type"] != kind]
 

@@ -1,4 +1,4 @@
-"""An API server for Sandboxes, in memory."""
+"""An API server for agent-sandbox's kinds, in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from kubernetes_asyncio.client import ApiException
 
-from .._cluster.manifest import GROUP, KIND, PLURAL
 from .._cluster.metadata import Object
 from . import _status
 from ._arguments import (
@@ -30,23 +29,21 @@ from ._arguments import (
 )
 from ._cluster import FakeCluster
 from ._faults import Request
+from ._kinds import KINDS, SANDBOX, Kind
 from ._patches import content_type
 from ._selectors import selector
-from ._store import copied, plain, shown
+from ._store import Store, copied, plain, shown
 from ._watch import Response, Watch
 
 WATCH_SECONDS = 1800.0
 """How long a watch without timeoutSeconds lasts; the API server takes 30 to 60 minutes."""
 
-_RBAC = {
-    "patch_status": ("patch", f"{PLURAL}/status"),
-    "replace": ("update", PLURAL),
-    "replace_status": ("update", f"{PLURAL}/status"),
-}
+_NAMES = frozenset(of.kind for of in KINDS)
+_RBAC = {"patch_status": "patch", "replace": "update", "replace_status": "update"}
 
 
 class FakeCustomObjectsApi(FakeCluster):
-    """`kubernetes_asyncio.client.CustomObjectsApi` for Sandboxes, in memory, for tests::
+    """`kubernetes_asyncio.client.CustomObjectsApi` for agent-sandbox's kinds, in memory, for tests::
 
         async def test_a_lost_answer_makes_no_second_sandbox() -> None:
             async with FakeSandboxServer() as server, FakeCustomObjectsApi(auto_ready=True) as api:
@@ -70,6 +67,12 @@ class FakeCustomObjectsApi(FakeCluster):
     `resume`, `expire`), and for a name that an old pod still holds. It leaves a Sandbox alone
     once somebody else has written its status, until the test does something to its pod.
 
+    Controllers of SandboxClaims and SandboxWarmPools run then too (`add_warm_pool`), and decide
+    as the real ones do: a claim binds a member of its pool that has an address, or else starts
+    cold under its own name; a Sandbox that is deleted under it is replaced by another; the pool
+    is filled up again. What a claim or pool owns goes with it, with or without `auto_ready`.
+    Where a test names an object, the name of a claim stands for its Sandbox's pod as well.
+
     Every call yields to the loop before the operation is carried out and again before it
     answers, so that races show. All delays are on the loop's clock. The constructor needs
     no running loop, and no tasks are made at all.
@@ -89,6 +92,7 @@ class FakeCustomObjectsApi(FakeCluster):
             one more comes shortly before its end.
         pod_termination: Seconds that a deleted pod takes until it is gone; for the second half
             it is Succeeded or Failed.
+        extensions: Whether the group of claims and pools is installed.
 
     Attributes:
         faults: Makes requests slow, hang or fail: `Faults.add`.
@@ -96,6 +100,7 @@ class FakeCustomObjectsApi(FakeCluster):
             held it, until `finish_deletes`.
         quota: How many Sandboxes a namespace may hold before a create is refused with 403
             ``exceeded quota``; None: any number.
+        claim_quota: The same for SandboxClaims.
         pod_refusal: What the API server answers when the controller creates a pod, such as
             ``pods "x" is forbidden: violates PodSecurity``; empty: it creates it.
     """
@@ -109,7 +114,7 @@ class FakeCustomObjectsApi(FakeCluster):
         def create() -> Object:
             if self._namespaces is not None and namespace not in self._namespaces:
                 raise _status.namespace_not_found(namespace)
-            return self._store.create(namespace, version, body, dry_run=dry(kwargs))
+            return self._store_of(call).create(namespace, version, body, dry_run=dry(kwargs))
 
         return await self._call(call, kwargs, WRITE | {"pretty"}, create)
 
@@ -117,13 +122,13 @@ class FakeCustomObjectsApi(FakeCluster):
         self, group: str, version: str, namespace: str, plural: str, name: str, **kwargs: Any
     ) -> Any:
         call = Call("get", group, version, namespace, plural, name)
-        return await self._call(call, kwargs, COMMON, lambda: self._store.find(namespace, name))
+        return await self._call(call, kwargs, COMMON, lambda: self._store_of(call).find(namespace, name))
 
     async def get_namespaced_custom_object_status(
         self, group: str, version: str, namespace: str, plural: str, name: str, **kwargs: Any
     ) -> Any:
         call = Call("get", group, version, namespace, plural, name)
-        return await self._call(call, kwargs, COMMON, lambda: self._store.find(namespace, name))
+        return await self._call(call, kwargs, COMMON, lambda: self._store_of(call).find(namespace, name))
 
     async def list_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, **kwargs: Any
@@ -169,20 +174,20 @@ class FakeCustomObjectsApi(FakeCluster):
     async def delete_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, name: str, **kwargs: Any
     ) -> Any:
-        """Deletes; ``body`` is a V1DeleteOptions or a dict, for preconditions. Dependents are
-        none, so that all propagation policies are the same."""
+        """Deletes; ``body`` is a V1DeleteOptions or a dict, for preconditions. Of the propagation
+        policies, Foreground counts for claims and pools; all others are Background."""
         options = plain(kwargs.get("body")) or {}
         call = Call("delete", group, version, namespace, plural, name, options)
 
         def delete() -> Object:
-            return self._store.delete(namespace, name, options, dry_run=dry(kwargs))
+            return self._store_of(call).delete(namespace, name, options, dry_run=dry(kwargs))
 
         return await self._call(call, kwargs, DELETE, delete)
 
     async def get_api_resources(self, group: str, version: str, **kwargs: Any) -> Any:
         """Tells what a version serves; a plain-text 404 where it is not served."""
         call = Call("discovery", group, version)
-        return await self._call(call, kwargs, COMMON, lambda: resources(version))
+        return await self._call(call, kwargs, COMMON, lambda: resources(self._served(call), version))
 
     async def _call(
         self, call: Call, kwargs: dict[str, Any], known: Iterable[str], operation: Callable[[], Any]
@@ -191,7 +196,8 @@ class FakeCustomObjectsApi(FakeCluster):
         check_arguments(call, kwargs, known)
         loop = asyncio.get_running_loop()
         request = Request(
-            call.verb, call.name, call.namespace, call.version, call.body, dict(kwargs), loop.time()
+            *(call.verb, call.name, call.namespace, call.version, call.body, dict(kwargs)),
+            *(loop.time(), call.plural),
         )
         self._requests.append(request)
         self._counts[call.verb] += 1
@@ -214,7 +220,7 @@ class FakeCustomObjectsApi(FakeCluster):
                 raise RuntimeError("Session is closed")
             self._check_served(call)
             found = operation()
-            if isinstance(found, dict) and found.get("kind") == KIND:
+            if isinstance(found, dict) and found.get("kind") in _NAMES:
                 return copied(shown(found, call.version))
             return found
 
@@ -241,21 +247,39 @@ class FakeCustomObjectsApi(FakeCluster):
 
     def _check_served(self, call: Call) -> None:
         """Authorization comes first: a caller that may not list does not learn what is served."""
+        served = self._served(call)
         if call.verb in self._forbidden:
             if call.verb == "discovery":
                 raise _status.discovery_forbidden(self._user, f"/apis/{call.group}/{call.version}")
-            verb, resource = _RBAC.get(call.verb, (call.verb, PLURAL))
+            verb = _RBAC.get(call.verb, call.verb)
+            of = next((of for of in KINDS if (of.group, of.plural) == (call.group, call.plural)), SANDBOX)
+            resource = f"{of.plural}/status" if call.verb.endswith("_status") else of.plural
             name = None if call.verb == "create" else call.name
-            raise _status.forbidden(self._user, verb, resource, name, call.namespace)
-        if call.group != GROUP or call.version not in self._versions or call.plural != PLURAL:
+            raise _status.forbidden(of, self._user, verb, resource, name, call.namespace)
+        if not served:
             raise _status.page_not_found()
+
+    def _served(self, call: Call) -> list[Kind]:
+        """The kinds that a request is for: one, or for discovery all of the group."""
+        return [
+            of
+            for of in KINDS
+            if of.group == call.group
+            and call.version in (self._versions if of is SANDBOX else of.versions)
+            and call.plural in ("", of.plural)
+            and (self.extensions or of is SANDBOX)
+        ]
+
+    def _store_of(self, call: Call) -> Store:
+        (of,) = self._served(call)
+        return self._stores[of]
 
     async def _patch(self, call: Call, kwargs: dict[str, Any]) -> Any:
         kind = content_type(kwargs.get("_content_type"))
         namespace, name, status = call.namespace, call.name or "", call.verb == "patch_status"
 
         def patch() -> Object:
-            return self._store.patch(
+            return self._store_of(call).patch(
                 namespace, call.version, name, call.body, kind, status=status, dry_run=dry(kwargs)
             )
 
@@ -265,7 +289,7 @@ class FakeCustomObjectsApi(FakeCluster):
         namespace, name, status = call.namespace, call.name or "", call.verb == "replace_status"
 
         def replace() -> Object:
-            return self._store.replace(
+            return self._store_of(call).replace(
                 namespace, call.version, name, call.body, status=status, dry_run=dry(kwargs)
             )
 
@@ -278,10 +302,11 @@ class FakeCustomObjectsApi(FakeCluster):
         if token and at:
             raise _status.bad_request("specifying resource version is not allowed when using continue")
         exact = kwargs.get("resource_version_match") == "Exact"
-        items, metadata = self._store.list(
+        store = self._store_of(call)
+        items, metadata = store.list(
             chosen, limit=number(kwargs, "limit") or 0, token=token, revision=at, exact=exact
         )
-        answer = {"apiVersion": f"{GROUP}/{call.version}", "kind": f"{KIND}List"}
+        answer = {"apiVersion": f"{call.group}/{call.version}", "kind": f"{store.of.kind}List"}
         return {
             **answer,
             "items": [copied(shown(item, call.version)) for item in items],
@@ -291,10 +316,12 @@ class FakeCustomObjectsApi(FakeCluster):
     def _watch(self, call: Call, kwargs: dict[str, Any]) -> Watch:
         chosen = selector(call.namespace, kwargs.get("label_selector"), kwargs.get("field_selector"))
         since, seconds = revision(kwargs), number(kwargs, "timeout_seconds")
+        store = self._store_of(call)
         watch = Watch(
+            store.of,
             chosen,
             call.version,
-            lambda: self._store.revision,
+            lambda: store.revision,
             since=since or 0,
             seconds=seconds or WATCH_SECONDS,
             bookmarks=self._bookmark_interval if kwargs.get("allow_watch_bookmarks") else None,
@@ -303,13 +330,13 @@ class FakeCustomObjectsApi(FakeCluster):
         )
         self._watches[watch] = None
         if not since:
-            for sandbox in self._store.list(chosen)[0]:
+            for sandbox in store.list(chosen)[0]:
                 watch.send("ADDED", sandbox)
-        elif since < self._store.compacted:
-            watch.send("ERROR", _status.expired_watch(since, self._store.compacted))
+        elif since < store.compacted:
+            watch.send("ERROR", _status.expired_watch(since, store.compacted))
             watch.cut()
         else:
-            for change in self._store.since(since):
+            for change in store.since(since):
                 watch.offer(change)
         self._poke()
         return watch

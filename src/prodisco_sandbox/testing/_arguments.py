@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
 from kubernetes_asyncio.client import V1APIResource, V1APIResourceList
 from kubernetes_asyncio.client.exceptions import ApiTypeError, ApiValueError
 
-from .._cluster.manifest import GROUP, KIND, PLURAL
 from . import _status
 from ._faults import VERBS, Verb
+from ._kinds import Kind
 from ._watch import Timeouts
 
 COMMON = frozenset(
@@ -51,7 +51,7 @@ class Call(NamedTuple):
     group: str
     version: str
     namespace: str = ""
-    plural: str = PLURAL
+    plural: str = ""
     name: str | None = None
     body: Any = None
 
@@ -126,26 +126,19 @@ def parsed(text: str) -> Any:
         return text
 
 
-def resources(version: str) -> Any:
+def resources(kinds: Sequence[Kind], version: str) -> Any:
     verbs = ["delete", "deletecollection", "get", "list", "patch", "create", "update", "watch"]
-    whole = V1APIResource(
-        name=PLURAL,
-        singular_name=KIND.lower(),
-        short_names=[KIND.lower()],
-        namespaced=True,
-        kind=KIND,
-        verbs=verbs,
-    )
-    status = V1APIResource(
-        name=f"{PLURAL}/status",
-        singular_name="",
-        namespaced=True,
-        kind=KIND,
-        verbs=["get", "patch", "update"],
-    )
+    found = []
+    for of in kinds:
+        names = {"singular_name": of.kind.lower(), "short_names": [of.short]}
+        common = {"namespaced": True, "kind": of.kind}
+        found.append(V1APIResource(name=of.plural, verbs=verbs, **names, **common))
+        if "status" in of.schema.fields:
+            own = ["get", "patch", "update"]
+            found.append(V1APIResource(name=f"{of.plural}/status", singular_name="", verbs=own, **common))
     return V1APIResourceList(
         api_version="v1",
         kind="APIResourceList",
-        group_version=f"{GROUP}/{version}",
-        resources=[whole, status],
+        group_version=f"{kinds[0].group}/{version}",
+        resources=found,
     )

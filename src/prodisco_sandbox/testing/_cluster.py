@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 from .._cluster.manifest import API_VERSIONS
 from .._cluster.metadata import Object
+from ._agent_sandbox import Conditions
 from ._arguments import verbs_of
+from ._claims import ClaimController
 from ._controller import AutoReady, Controller, Reason
 from ._faults import VERBS, Faults, Request, Verb
+from ._kinds import CLAIM, KINDS, POOL, SANDBOX, TEMPLATE
 from ._patches import MERGE_PATCH
-from ._store import Change, EventType, Key, Store, copied, plain, shown
+from ._store import Change, EventType, Key, Revisions, Store, copied, plain, shown
 from ._watch import Watch
 
 
@@ -36,11 +40,19 @@ class FakeCluster:
         history: int = 10_000,
         bookmark_interval: float = 60.0,
         pod_termination: float = 0.7,
+        extensions: bool = True,
     ) -> None:
         self.faults = Faults(self._call_later)
-        self._store = Store(now, history)
-        self._store.on_change = self._changed
+        self.extensions = extensions
+        revisions = Revisions()
+        self._stores = {of: Store(of, revisions, now, history) for of in KINDS}
+        for store in self._stores.values():
+            store.on_change = functools.partial(self._changed, store)
+        self._store = self._stores[SANDBOX]
         self._controller = Controller(self._store, auto_ready, self._call_later, now, pod_termination)
+        self._claims = ClaimController(
+            self._stores, self._call_later, now, lambda: self.pod_termination, runs=auto_ready is not False
+        )
         self._versions = tuple(versions)
         self._namespaces = None if namespaces is None else frozenset(namespaces)
         self._user = user
@@ -72,13 +84,25 @@ class FakeCluster:
 
     @property
     def objects(self) -> list[Object]:
-        """Copies of all objects, by namespace and name, in the first version that is served."""
+        """Copies of all Sandboxes, by namespace and name, in the first version that is served."""
         return [self._copy(self._store.objects[key]) for key in sorted(self._store.objects)]
 
-    def get(self, name: str, namespace: str | None = None) -> Object | None:
-        """A copy of the object of that name (in any namespace, if None is given); None: there is none."""
-        key = self._find(name, namespace)
-        return None if key is None else self._copy(self._store.objects[key])
+    @property
+    def claims(self) -> list[Object]:
+        """Copies of all SandboxClaims, by namespace and name."""
+        objects = self._stores[CLAIM].objects
+        return [self._copy(objects[key]) for key in sorted(objects)]
+
+    def get(self, name: str, namespace: str | None = None, *, kind: str | None = None) -> Object | None:
+        """A copy of the object of that name; None: there is none.
+
+        Args:
+            name: Its name.
+            namespace: Its namespace; None: any.
+            kind: Such as ``"Sandbox"``; None: any, a SandboxClaim before a Sandbox.
+        """
+        found = self._find(name, namespace, kind)
+        return None if found is None else self._copy(found[0].objects[found[1]])
 
     @property
     def requests(self) -> list[Request]:
@@ -129,7 +153,7 @@ class FakeCluster:
     @property
     def versions(self) -> tuple[str, ...]:
         """The API versions that are served. Setting them ends all watches, as a change of the
-        definition does; objects are there in every version."""
+        definition does; objects are there in every version. Claims have v1beta1 alone."""
         return self._versions
 
     @versions.setter
@@ -143,7 +167,8 @@ class FakeCluster:
 
     @linger_deletes.setter
     def linger_deletes(self, lingers: bool) -> None:
-        self._store.lingers = lingers
+        for store in self._stores.values():
+            store.lingers = lingers
 
     @property
     def quota(self) -> int | None:
@@ -152,6 +177,14 @@ class FakeCluster:
     @quota.setter
     def quota(self, quota: int | None) -> None:
         self._store.quota = quota
+
+    @property
+    def claim_quota(self) -> int | None:
+        return self._stores[CLAIM].quota
+
+    @claim_quota.setter
+    def claim_quota(self, quota: int | None) -> None:
+        self._stores[CLAIM].quota = quota
 
     def forbid(self, *verbs: Verb) -> None:
         """Answers these requests with the 403 of missing RBAC rules, until `allow`."""
@@ -163,7 +196,27 @@ class FakeCluster:
 
     def compact(self) -> None:
         """Forgets the history: watches and lists from older versions get 410."""
-        self._store.compact()
+        for store in self._stores.values():
+            store.compact()
+
+    def add_warm_pool(self, name: str, replicas: int = 1, *, namespace: str = "prodisco") -> None:
+        """Makes a SandboxWarmPool, and a SandboxTemplate of the same name; or scales that pool.
+
+        With `auto_ready`, the pool's Sandboxes become ready as all others do.
+        """
+        key = (namespace, name)
+        if key in self._stores[POOL].objects:
+            self._stores[POOL].patch(
+                *(namespace, "v1beta1", name, {"spec": {"replicas": replicas}}), MERGE_PATCH
+            )
+            return
+        pod = {"spec": {"containers": [{"name": "sandbox", "image": "sandbox-server"}]}}
+        for of, spec in (
+            (TEMPLATE, {"podTemplate": pod}),
+            (POOL, {"replicas": replicas, "sandboxTemplateRef": {"name": name}}),
+        ):
+            body = {"apiVersion": f"{of.group}/v1beta1", "kind": of.kind, "metadata": {"name": name}}
+            self._stores[of].create(namespace, "v1beta1", {**body, "spec": spec})
 
     def cut_watches(self, error: BaseException | None = None) -> None:
         """Ends all open watches: `Watch.cut`."""
@@ -180,11 +233,16 @@ class FakeCluster:
         serviceFQDN where the spec asks for a Service, and the Ready condition.
 
         Args:
-            name: The Sandbox's name.
+            name: The name of the Sandbox, or of a SandboxClaim: its Sandbox is meant, and if it
+                has none, a cold one is pretended.
             namespace: Its namespace; None: whichever has one of that name.
             status: Fields of the status to set otherwise: ``podIPs=["10.0.0.7"]``.
         """
-        self._controller.set_ready(self._existing(name, namespace), status)
+        store, key = self._existing(name, namespace)
+        if store.of is CLAIM and not _bound(store.objects[key]):
+            self._controller.set_claim_ready(store, key, status)
+        else:
+            self._controller.set_ready(self._sandbox(name, namespace), status)
 
     def delete_pod(
         self,
@@ -201,7 +259,7 @@ class FakeCluster:
         another pod in the same Sandbox, and `auto_ready` makes that ready.
 
         Args:
-            name: The Sandbox's name.
+            name: The Sandbox's name, or that of its SandboxClaim.
             graceful: False: the pod is gone at once, as with ``--force``.
             reason: How its containers end.
             namespace: The Sandbox's namespace; None: whichever has one of that name.
@@ -209,7 +267,7 @@ class FakeCluster:
         Raises:
             KeyError: There is no such Sandbox, or it has no pod.
         """
-        self._controller.delete_pod(self._existing(name, namespace), reason, graceful=graceful)
+        self._controller.delete_pod(self._sandbox(name, namespace), reason, graceful=graceful)
 
     def fail_pod(
         self,
@@ -223,7 +281,7 @@ class FakeCluster:
         is, as under restartPolicy Never, until it is deleted.
 
         Args:
-            name: The Sandbox's name.
+            name: The Sandbox's name, or that of its SandboxClaim.
             reason: PodFailed, or PodSucceeded where all containers end with status 0.
             message: The conditions' message; empty: the controller's own words.
             namespace: The Sandbox's namespace; None: whichever has one of that name.
@@ -231,7 +289,7 @@ class FakeCluster:
         Raises:
             KeyError: There is no such Sandbox, or it has no pod.
         """
-        self._controller.fail_pod(self._existing(name, namespace), reason, message)
+        self._controller.fail_pod(self._sandbox(name, namespace), reason, message)
 
     def suspend(self, name: str, *, namespace: str | None = None) -> None:
         """Patches ``spec.operatingMode`` to Suspended, as somebody else would with kubectl:
@@ -243,10 +301,14 @@ class FakeCluster:
         self._patch_mode(name, namespace, "Running", 1)
 
     def expire(self, name: str, *, namespace: str | None = None) -> None:
-        """Patches ``spec.shutdownTime`` to now: the controller writes SandboxExpired, and 70 ms
-        later the Sandbox is gone, if its shutdownPolicy is Delete, or else its pod."""
-        self._controller.expire(self._existing(name, namespace))
-        self._patch_spec(name, namespace, {"shutdownTime": self._store.timestamp()})
+        """Patches the shutdownTime of a SandboxClaim or a Sandbox to now: the controller writes
+        ClaimExpired or SandboxExpired, and soon after it is gone, if its shutdownPolicy is Delete,
+        or else its pod."""
+        store, key = self._existing(name, namespace)
+        fields: Object = {"shutdownTime": self._store.timestamp()}
+        if store.of is SANDBOX:
+            self._controller.expire(key)
+        self._patch_spec(store, key, {"lifecycle": fields} if store.of is CLAIM else fields)
 
     def set_condition(
         self,
@@ -259,16 +321,27 @@ class FakeCluster:
         namespace: str | None = None,
     ) -> None:
         """Writes one condition of the status: ``set_condition(name, "Ready", "False", "PodFailed")``."""
-        key = self._existing(name, namespace)
-        self._controller.set_condition(key, kind, status, reason, message)
+        store, key = self._existing(name, namespace)
+        obj = store.objects[key]
+        conditions = Conditions(obj, store.timestamp)
+        conditions.set(kind, status, reason, message)
+        store.set_status(key, {**(obj.get("status") or {}), "conditions": conditions.all})
 
     def set_status(self, name: str, status: Object, *, namespace: str | None = None) -> None:
         """Replaces the whole status."""
-        self._controller.set_status(self._existing(name, namespace), plain(status))
+        store, key = self._existing(name, namespace)
+        store.set_status(key, plain(status))
 
-    def delete_now(self, name: str, *, namespace: str | None = None) -> None:
-        """Takes an object away at once, finalizers or not, as if somebody else had deleted it."""
-        self._store.remove(*self._existing(name, namespace))
+    def delete_now(self, name: str, *, namespace: str | None = None, kind: str | None = None) -> None:
+        """Takes an object away at once, finalizers or not, as if somebody else had deleted it.
+
+        Args:
+            name: Its name.
+            namespace: Its namespace; None: whichever has one of that name.
+            kind: Such as ``"Sandbox"``; None: any, a SandboxClaim before a Sandbox.
+        """
+        store, key = self._existing(name, namespace, kind)
+        store.remove(*key)
 
     @property
     def pod_termination(self) -> float:
@@ -289,32 +362,35 @@ class FakeCluster:
     def finish_deletes(self) -> None:
         """Takes away all objects that are being deleted, and ends `linger_deletes`."""
         self.linger_deletes = False
-        for key, sandbox in list(self._store.objects.items()):
-            if "deletionTimestamp" in sandbox["metadata"]:
-                self._store.remove(*key)
+        for store in self._stores.values():
+            for key, obj in list(store.objects.items()):
+                if "deletionTimestamp" in obj["metadata"]:
+                    store.remove(*key)
 
     def _patch_mode(self, name: str, namespace: str | None, mode: str, replicas: int) -> None:
-        spec = self._store.objects[self._existing(name, namespace)]["spec"]
+        key = self._sandbox(name, namespace)
+        spec = self._store.objects[key]["spec"]
         is_old = "replicas" in spec and "operatingMode" not in spec
-        self._patch_spec(name, namespace, {"replicas": replicas} if is_old else {"operatingMode": mode})
+        self._patch_spec(self._store, key, {"replicas": replicas} if is_old else {"operatingMode": mode})
 
-    def _patch_spec(self, name: str, namespace: str | None, fields: Object) -> None:
-        key = self._existing(name, namespace)
-        sandbox = self._store.objects[key]
-        version = sandbox["apiVersion"].rpartition("/")[2]
-        self._store.patch(key[0], version, name, {"spec": fields}, MERGE_PATCH)
+    def _patch_spec(self, store: Store, key: Key, fields: Object) -> None:
+        version = store.objects[key]["apiVersion"].rpartition("/")[2]
+        store.patch(key[0], version, key[1], {"spec": fields}, MERGE_PATCH)
 
     def _watch_ended(self, watch: Watch) -> None:
         self._watches.pop(watch, None)
         self._poke()
 
-    def _changed(self, change: Change) -> None:
+    def _changed(self, store: Store, change: Change) -> None:
         for watch in self.watches:
-            watch.offer(change)
+            if watch.kind is store.of:
+                watch.offer(change)
         kind: EventType = "DELETED" if change.new is None else "MODIFIED" if change.old else "ADDED"
         for callback in list(self._subscribers.values()):
             callback(kind, self._copy(change.new or change.old or {}))
-        self._controller.changed(change)
+        if store.of is SANDBOX:
+            self._controller.changed(change)
+        self._claims.changed(store.of, change)
         self._poke()
 
     def _poke(self) -> None:
@@ -343,19 +419,34 @@ class FakeCluster:
         self._timers.add(handle)
         return cancel
 
-    def _copy(self, sandbox: Object) -> Object:
-        version = self._versions[0] if self._versions else API_VERSIONS[0]
-        return dict(copied(shown(sandbox, version)))
+    def _copy(self, obj: Object) -> Object:
+        versions = self._versions or API_VERSIONS
+        return dict(copied(shown(obj, versions[0]) if obj["kind"] == SANDBOX.kind else obj))
 
-    def _find(self, name: str, namespace: str | None) -> Key | None:
-        for key in self._store.objects:
-            if key[1] == name and namespace in (None, key[0]):
-                return key
+    def _find(self, name: str, namespace: str | None, kind: str | None = None) -> tuple[Store, Key] | None:
+        for store in self._stores.values():
+            for key in store.objects if kind in (None, store.of.kind) else ():
+                if key[1] == name and namespace in (None, key[0]):
+                    return store, key
         return None
 
-    def _existing(self, name: str, namespace: str | None) -> Key:
-        key = self._find(name, namespace)
-        if key is None:
-            names = ", ".join(sorted(known for _, known in self._store.objects)) or "none"
-            raise KeyError(f"there is no Sandbox {name!r}; there are: {names}")
+    def _existing(self, name: str, namespace: str | None, kind: str | None = None) -> tuple[Store, Key]:
+        found = self._find(name, namespace, kind)
+        if found is None:
+            known = {key[1] for store in self._stores.values() for key in store.objects}
+            names = ", ".join(sorted(known)) or "none"
+            raise KeyError(f"there is no {kind or 'Sandbox'} {name!r}; there are: {names}")
+        return found
+
+    def _sandbox(self, name: str, namespace: str | None) -> Key:
+        """The Sandbox of that name, or of the claim of that name."""
+        store, key = self._existing(name, namespace)
+        if store.of is CLAIM:
+            bound = _bound(store.objects[key])
+            _, key = self._existing(bound or name, key[0], SANDBOX.kind)
         return key
+
+
+def _bound(claim: Object) -> str | None:
+    found: str | None = ((claim.get("status") or {}).get("sandbox") or {}).get("name")
+    return found

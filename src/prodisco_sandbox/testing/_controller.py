@@ -20,7 +20,7 @@ Reason = Literal["PodFailed", "PodSucceeded"]
 Ended = Literal["Failed", "Succeeded"]
 
 NODE = "node-1"
-_TIMER_SLACK = 0.001
+TIMER_SLACK = 0.001
 _PHASES: dict[Reason, Ended] = {"PodFailed": "Failed", "PodSucceeded": "Succeeded"}
 
 
@@ -144,11 +144,12 @@ class Controller:
     def expire(self, key: Key) -> None:
         self._records.setdefault(self._store.find(*key)["metadata"]["uid"], _Record()).expires = True
 
-    def set_condition(self, key: Key, kind: str, status: str, reason: str, message: str) -> None:
-        sandbox = self._store.find(*key)
-        conditions = Conditions(sandbox, self._store.timestamp)
-        conditions.set(kind, status, reason, message)
-        self.set_status(key, {**(sandbox.get("status") or {}), "conditions": conditions.all})
+    def set_claim_ready(self, store: Store, key: Key, fields: Object) -> None:
+        """Writes the status of a claim whose Sandbox has its own name."""
+        conditions = Conditions(store.find(*key), store.timestamp)
+        conditions.set("Ready", "True", "DependenciesReady", "Pod is Ready")
+        sandbox = {"name": key[1], "podIPs": fields.pop("podIPs", None) or [self._address()]}
+        store.set_status(key, {"conditions": conditions.all, "sandbox": sandbox, **plain(fields)})
 
     def delete_pod(self, key: Key, reason: Reason, *, graceful: bool) -> None:
         pod_key, pod = self._pod(key)
@@ -239,7 +240,7 @@ class Controller:
             self._start(key, pod, start)
         if made.delete_pod and pod is not None:
             self._end(pod_key, pod, "Succeeded")
-        self._wake(key, made.wait and made.wait + _TIMER_SLACK)
+        self._wake(key, made.wait and made.wait + TIMER_SLACK)
         if made.delete_sandbox:
             self._store.delete(*key, {}, dry_run=False)
             return

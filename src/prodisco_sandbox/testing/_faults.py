@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import aiohttp
 from kubernetes_asyncio.client import ApiException
 
+from ._kinds import SANDBOX
 from ._status import api_error
 
 Verb = Literal[
@@ -40,6 +41,7 @@ class Request(NamedTuple):
         body: What it sent, as JSON values.
         options: Its keyword arguments.
         time: When it was made, on the loop's clock.
+        plural: The kind of object, as in paths; empty for discovery.
     """
 
     verb: Verb
@@ -49,6 +51,7 @@ class Request(NamedTuple):
     body: Any
     options: Mapping[str, Any]
     time: float
+    plural: str = SANDBOX.plural
 
 
 Error = int | BaseException | type[BaseException]

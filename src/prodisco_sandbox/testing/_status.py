@@ -10,10 +10,8 @@ from typing import Any
 from kubernetes_asyncio.client import ApiException
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from .._cluster.manifest import GROUP, KIND, PLURAL
 from .._cluster.metadata import Object
-
-RESOURCE = f"{PLURAL}.{GROUP}"
+from ._kinds import SANDBOX, Kind
 
 Cause = tuple[str, str, str]
 """Reason, field and message of one error in an object."""
@@ -21,7 +19,7 @@ Cause = tuple[str, str, str]
 _DEFAULTS = {
     400: ("BadRequest", "the server rejected our request for an unknown reason"),
     401: ("Unauthorized", "Unauthorized"),
-    403: ("Forbidden", f"{RESOURCE} is forbidden"),
+    403: ("Forbidden", f"{SANDBOX.resource} is forbidden"),
     404: ("NotFound", "the server could not find the requested resource"),
     409: ("Conflict", "the object has been modified; please apply your changes to the latest version"),
     410: ("Expired", "The resourceVersion for the provided watch is too old."),
@@ -111,8 +109,8 @@ def bad_request(message: str) -> ApiException:
     return api_error(400, message)
 
 
-def not_found(name: str) -> ApiException:
-    return api_error(404, f'{RESOURCE} "{name}" not found', details=_details(name, PLURAL))
+def not_found(of: Kind, name: str) -> ApiException:
+    return api_error(404, f'{of.resource} "{name}" not found', details=_details(of, name, of.plural))
 
 
 def namespace_not_found(namespace: str) -> ApiException:
@@ -120,55 +118,59 @@ def namespace_not_found(namespace: str) -> ApiException:
     return api_error(404, f'namespaces "{namespace}" not found', details=details)
 
 
-def already_exists(name: str, *, deleting: bool) -> ApiException:
-    message = f'{"object is being deleted: " if deleting else ""}{RESOURCE} "{name}" already exists'
-    return api_error(409, message, reason="AlreadyExists", details=_details(name, PLURAL))
+def already_exists(of: Kind, name: str, *, deleting: bool) -> ApiException:
+    message = f'{"object is being deleted: " if deleting else ""}{of.resource} "{name}" already exists'
+    return api_error(409, message, reason="AlreadyExists", details=_details(of, name, of.plural))
 
 
-def conflict(name: str, why: str, kind: str = PLURAL) -> ApiException:
-    message = f'Operation cannot be fulfilled on {kind}.{GROUP} "{name}": {why}'
-    return api_error(409, message, details=_details(name, kind))
+def conflict(of: Kind, name: str, why: str, kind: str | None = None) -> ApiException:
+    kind = kind or of.plural
+    message = f'Operation cannot be fulfilled on {kind}.{of.group} "{name}": {why}'
+    return api_error(409, message, details=_details(of, name, kind))
 
 
-def modified(name: str) -> ApiException:
+def modified(of: Kind, name: str) -> ApiException:
     return conflict(
+        of,
         name,
         "the object has been modified; please apply your changes to the latest version and try again",
     )
 
 
-def invalid(name: str, causes: Iterable[Cause], kind: str = KIND) -> ApiException:
+def invalid(of: Kind, name: str, causes: Iterable[Cause], kind: str | None = None) -> ApiException:
     """422 with all errors in an object."""
-    found = list(causes)
+    found, kind = list(causes), kind or of.kind
     texts = [f"{field}: {message}" for _, field, message in found]
     listed = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
-    details = _details(name, kind)
+    details = _details(of, name, kind)
     details["causes"] = [{"reason": r, "message": m, "field": f} for r, f, m in found]
-    return api_error(422, f'{kind}.{GROUP} "{name}" is invalid: {listed}', details=details)
+    return api_error(422, f'{kind}.{of.group} "{name}" is invalid: {listed}', details=details)
 
 
-def forbidden(user: str, verb: str, resource: str, name: str | None, namespace: str) -> ApiException:
+def forbidden(
+    of: Kind, user: str, verb: str, resource: str, name: str | None, namespace: str
+) -> ApiException:
     """403 as RBAC gives it."""
     which = "" if name is None else f' "{name}"'
     message = (
-        f'{RESOURCE}{which} is forbidden: User "{user}" cannot {verb} resource "{resource}"'
-        f' in API group "{GROUP}" in the namespace "{namespace}"'
+        f'{of.resource}{which} is forbidden: User "{user}" cannot {verb} resource "{resource}"'
+        f' in API group "{of.group}" in the namespace "{namespace}"'
     )
-    return api_error(403, message, details=_details(name or "", PLURAL))
+    return api_error(403, message, details=_details(of, name or "", of.plural))
 
 
 def discovery_forbidden(user: str, path: str) -> ApiException:
     return api_error(403, f'forbidden: User "{user}" cannot get path "{path}"', details={})
 
 
-def quota_exceeded(name: str, limit: int, used: int) -> ApiException:
-    """403 as a ResourceQuota on the number of Sandboxes gives it."""
-    count = f"count/{RESOURCE}"
+def quota_exceeded(of: Kind, name: str, limit: int, used: int) -> ApiException:
+    """403 as a ResourceQuota on the number of objects gives it."""
+    count = f"count/{of.resource}"
     message = (
-        f'{RESOURCE} "{name}" is forbidden: exceeded quota: sandboxes,'
+        f'{of.resource} "{name}" is forbidden: exceeded quota: {of.plural},'
         f" requested: {count}=1, used: {count}={used}, limited: {count}={limit}"
     )
-    return api_error(403, message, details=_details(name, PLURAL))
+    return api_error(403, message, details=_details(of, name, of.plural))
 
 
 def expired_watch(asked: int, oldest: int) -> Object:
@@ -178,5 +180,5 @@ def expired_watch(asked: int, oldest: int) -> Object:
     return {**body, "reason": "Expired", "code": 410}
 
 
-def _details(name: str, kind: str) -> dict[str, Any]:
-    return {**({"name": name} if name else {}), "group": GROUP, "kind": kind}
+def _details(of: Kind, name: str, kind: str) -> dict[str, Any]:
+    return {**({"name": name} if name else {}), "group": of.group, "kind": kind}

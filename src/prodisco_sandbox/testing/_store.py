@@ -1,4 +1,4 @@
-"""The Sandboxes of a fake API server: versions, history, and what each request does to them.
+"""The objects of one kind on a fake API server: versions, history, and what each request does to them.
 
 Synchronous and pure, except for the wall clock. Objects are never changed in place, so that
 answers, history and watches may share them; they are copied where they enter and leave.
@@ -16,12 +16,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .._cluster.manifest import GROUP, KIND, PLURAL
 from .._cluster.metadata import Object
 from . import _status
+from ._kinds import SANDBOX, Kind
 from ._patches import check_content_type, patched
 from ._selectors import Selector
-from ._validation import check_delete_options, check_patched, check_sandbox, check_status, check_type
+from ._validation import (
+    check_delete_options,
+    check_object,
+    check_patched,
+    check_status,
+    check_type,
+    with_defaults,
+)
 
 Key = tuple[str, str]
 EventType = Literal["ADDED", "MODIFIED", "DELETED"]
@@ -67,27 +74,45 @@ class Change:
         return None
 
 
-class Store:
-    """All objects, under one counter of resourceVersions.
+class Revisions:
+    """The counter of resourceVersions, one for all kinds.
 
     Attributes:
+        newest: The resourceVersion of the newest change.
+    """
+
+    def __init__(self) -> None:
+        # Just below 100, so that code which compares versions as text soon fails.
+        self.newest = 97
+
+
+class Store:
+    """All objects of a kind.
+
+    Attributes:
+        of: The kind.
         objects: By namespace and name.
-        revision: The newest resourceVersion.
         compacted: The newest resourceVersion that the history no longer holds.
         quota: How many objects a namespace may hold; None: any number.
         lingers: Whether deletions wait until somebody removes the finalizer.
     """
 
-    def __init__(self, now: Callable[[], float], history: int) -> None:
+    def __init__(self, of: Kind, revisions: Revisions, now: Callable[[], float], history: int) -> None:
+        self.of = of
         self.objects: dict[Key, Object] = {}
-        # Just below 100, so that code which compares versions as text soon fails.
-        self.revision = self.compacted = 97
+        self._revisions = revisions
+        self.compacted = revisions.newest
         self.quota: int | None = None
         self.lingers = False
         self.on_change: Callable[[Change], None] = lambda change: None
         self._now = now
         self._history: collections.deque[Change] = collections.deque()
         self._most = history
+
+    @property
+    def revision(self) -> int:
+        """The newest resourceVersion, of any kind."""
+        return self._revisions.newest
 
     def find(self, namespace: str, name: str) -> Object:
         """The object.
@@ -98,12 +123,12 @@ class Store:
         try:
             return self.objects[namespace, name]
         except KeyError:
-            raise _status.not_found(name) from None
+            raise _status.not_found(self.of, name) from None
 
     def create(self, namespace: str, version: str, body: Any, *, dry_run: bool = False) -> Object:
-        check_type(body, version)
+        check_type(self.of, body, version)
         given = _without_null(body.get("metadata"))
-        _check_kind(given.get("name", ""), body["kind"])
+        self._check_kind(given.get("name", ""), body["kind"])
         if given.get("namespace", namespace) != namespace:
             raise _status.bad_request(
                 "the namespace of the provided object does not match the namespace sent on the request"
@@ -115,13 +140,13 @@ class Store:
             given["name"] = given["generateName"] + secrets.token_hex(3)[:5]
         own = {"uid": str(uuid.uuid4()), "creationTimestamp": self.timestamp(), "generation": 1}
         metadata = {**_without_own(given), "namespace": namespace, **own}
-        sandbox = _with_defaults({**body, "metadata": metadata})
+        sandbox = with_defaults({**body, "metadata": metadata}, self.of.schema)
         sandbox.pop("status", None)
-        check_sandbox(sandbox)
+        check_object(self.of, sandbox)
         name = metadata["name"]
         self._check_quota(namespace, name)
         if (existing := self.objects.get((namespace, name))) is not None:
-            raise _status.already_exists(name, deleting="deletionTimestamp" in existing["metadata"])
+            raise _status.already_exists(self.of, name, deleting="deletionTimestamp" in existing["metadata"])
         return sandbox if dry_run else self._put((namespace, name), sandbox)
 
     def patch(
@@ -139,40 +164,40 @@ class Store:
         check_content_type(kind)
         current = self.find(namespace, name)
         wanted = patched(shown(current, version), body, kind)
-        check_patched(wanted)
+        check_patched(self.of, wanted)
         given = _without_null(wanted.get("metadata"))
         if not given.get("name"):
             raise _status.bad_request(
                 f"the name of the object ({name} based on URL) was undeterminable: name must be provided"
             )
         _check_address(given, namespace, name)
-        _check_kind(name, wanted.get("kind", ""))
-        if wanted.get("apiVersion") != f"{GROUP}/{version}":
-            text = f'Invalid value: "{wanted.get("apiVersion")}": must be {GROUP}/{version}'
-            raise _status.invalid(name, [("FieldValueInvalid", "apiVersion", text)])
-        _check_version(current, given)
+        self._check_kind(name, wanted.get("kind", ""))
+        if wanted.get("apiVersion") != f"{self.of.group}/{version}":
+            text = f'Invalid value: "{wanted.get("apiVersion")}": must be {self.of.group}/{version}'
+            raise _status.invalid(self.of, name, [("FieldValueInvalid", "apiVersion", text)])
+        self._check_version(current, given)
         if not status and given.get("uid", current["metadata"]["uid"]) != current["metadata"]["uid"]:
             text = f'Invalid value: "{given["uid"]}": field is immutable'
-            raise _status.invalid(name, [("FieldValueInvalid", "metadata.uid", text)] * 2)
+            raise _status.invalid(self.of, name, [("FieldValueInvalid", "metadata.uid", text)] * 2)
         return self._update(current, wanted, given, status=status, dry_run=dry_run)
 
     def replace(
         self, namespace: str, version: str, name: str, body: Any, *, status: bool, dry_run: bool
     ) -> Object:
-        check_type(body, version)
-        _check_kind(name, body["kind"])
+        check_type(self.of, body, version)
+        self._check_kind(name, body["kind"])
         given = _without_null(body.get("metadata"))
         _check_address(given, namespace, name)
         current = self.find(namespace, name)
         if not given.get("resourceVersion"):
             text = "Invalid value: 0x0: must be specified for an update"
             cause = ("FieldValueInvalid", "metadata.resourceVersion", text)
-            raise _status.invalid(name, [cause], kind=PLURAL)
+            raise _status.invalid(self.of, name, [cause], kind=self.of.plural)
         uid = current["metadata"]["uid"]
         if given.get("uid", uid) != uid:
             why = f"Precondition failed: UID in precondition: {given['uid']}, UID in object meta: {uid}"
-            raise _status.conflict(name, why)
-        _check_version(current, given)
+            raise _status.conflict(self.of, name, why)
+        self._check_version(current, given)
         return self._update(current, body, given, status=status, dry_run=dry_run)
 
     def delete(self, namespace: str, name: str, options: Any, *, dry_run: bool) -> Object:
@@ -191,14 +216,15 @@ class Store:
                     f"the {label} in the precondition ({wanted[field]}) does not match"
                     f" the {label} in record ({metadata[field]}). {hint}"
                 )
-                raise _status.conflict(name, why, KIND)
+                raise _status.conflict(self.of, name, why, self.of.kind)
         finalizers = list(metadata.get("finalizers") or ())
-        if self.lingers and LINGERING not in finalizers:
+        waits = options.get("propagationPolicy") == "Foreground" and self.of is not SANDBOX
+        if (self.lingers or waits) and LINGERING not in finalizers:
             finalizers.append(LINGERING)
         if not finalizers:
             if not dry_run:
                 self.remove(namespace, name)
-            details = {"name": name, "group": GROUP, "kind": PLURAL, "uid": metadata["uid"]}
+            details = {"name": name, "group": self.of.group, "kind": self.of.plural, "uid": metadata["uid"]}
             answer: Object = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
             return {**answer, "details": details}
         if "deletionTimestamp" in metadata:
@@ -281,18 +307,18 @@ class Store:
         old = current["metadata"]
         if status:
             sandbox = {**current, "status": wanted.get("status")}
-            check_status(sandbox)
+            check_status(self.of, sandbox)
         else:
             own = {field: old[field] for field in _OWN if field in old}
             kept = {"name": old["name"], "namespace": old["namespace"], **own}
             kept["resourceVersion"] = old["resourceVersion"]
             metadata = {**_without_own(given), **kept}
-            _check_finalizers(old, metadata)
+            self._check_finalizers(old, metadata)
             sandbox = {**wanted, "metadata": metadata, "status": current.get("status")}
-            sandbox = _with_defaults({**sandbox, "apiVersion": current["apiVersion"]})
+            sandbox = with_defaults({**sandbox, "apiVersion": current["apiVersion"]}, self.of.schema)
             if _desired(sandbox) != _desired(current):
                 metadata["generation"] = old["generation"] + 1
-            check_sandbox(sandbox)
+            check_object(self.of, sandbox)
         if sandbox["status"] is None:
             del sandbox["status"]
         if dry_run or sandbox == current:
@@ -312,7 +338,7 @@ class Store:
         return sandbox
 
     def _record(self, old: Object | None, new: Object | None) -> None:
-        self.revision += 1
+        self._revisions.newest += 1
         change = Change(self.revision, old, new)
         self._history.append(change)
         if len(self._history) > self._most:
@@ -323,7 +349,7 @@ class Store:
         if self.quota is not None:
             used = sum(1 for key in self.objects if key[0] == namespace)
             if used >= self.quota:
-                raise _status.quota_exceeded(name, self.quota, used)
+                raise _status.quota_exceeded(self.of, name, self.quota, used)
 
     def _objects_at(self, revision: int) -> dict[Key, Object]:
         if revision == self.revision:
@@ -356,10 +382,33 @@ class Store:
             )
         return start, revision
 
+    def _check_kind(self, name: str, kind: str) -> None:
+        if kind != self.of.kind:
+            text = f'Invalid value: "{kind}": must be {self.of.kind}'
+            raise _status.invalid(self.of, name, [("FieldValueInvalid", "kind", text)], kind=kind)
+
+    def _check_version(self, current: Object, given: Object) -> None:
+        if (
+            given.get("resourceVersion", current["metadata"]["resourceVersion"])
+            != current["metadata"]["resourceVersion"]
+        ):
+            raise _status.modified(self.of, current["metadata"]["name"])
+
+    def _check_finalizers(self, old: Object, metadata: Object) -> None:
+        added = [f for f in metadata.get("finalizers") or () if f not in (old.get("finalizers") or ())]
+        if "deletionTimestamp" in old and added:
+            text = (
+                "Forbidden: no new finalizers can be added if the object is being deleted,"
+                f" found new finalizers {added}"
+            )
+            raise _status.invalid(
+                self.of, old["name"], [("FieldValueForbidden", "metadata.finalizers", text)] * 2
+            )
+
 
 def shown(sandbox: Object, version: str) -> Object:
     """An object as a version shows it; a view that shares its parts."""
-    return {**sandbox, "apiVersion": f"{GROUP}/{version}"}
+    return {**sandbox, "apiVersion": f"{sandbox['apiVersion'].rpartition('/')[0]}/{version}"}
 
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
@@ -404,21 +453,8 @@ def _without_own(metadata: Object) -> Object:
     return {key: value for key, value in metadata.items() if key not in _OWN and value not in ([], {})}
 
 
-def _with_defaults(sandbox: Object) -> Object:
-    spec = sandbox.get("spec")
-    if not isinstance(spec, dict) or spec.get("shutdownPolicy") is not None:
-        return sandbox
-    return {**sandbox, "spec": {**spec, "shutdownPolicy": "Retain"}}
-
-
 def _desired(sandbox: Object) -> Object:
     return {key: value for key, value in sandbox.items() if key not in ("metadata", "status")}
-
-
-def _check_kind(name: str, kind: str) -> None:
-    if kind != KIND:
-        text = f'Invalid value: "{kind}": must be {KIND}'
-        raise _status.invalid(name, [("FieldValueInvalid", "kind", text)], kind=kind)
 
 
 def _check_address(given: Object, namespace: str, name: str) -> None:
@@ -431,24 +467,6 @@ def _check_address(given: Object, namespace: str, name: str) -> None:
             f"the namespace of the object ({given['namespace']})"
             f" does not match the namespace on the request ({namespace})"
         )
-
-
-def _check_version(current: Object, given: Object) -> None:
-    if (
-        given.get("resourceVersion", current["metadata"]["resourceVersion"])
-        != current["metadata"]["resourceVersion"]
-    ):
-        raise _status.modified(current["metadata"]["name"])
-
-
-def _check_finalizers(old: Object, metadata: Object) -> None:
-    added = [f for f in metadata.get("finalizers") or () if f not in (old.get("finalizers") or ())]
-    if "deletionTimestamp" in old and added:
-        text = (
-            "Forbidden: no new finalizers can be added if the object is being deleted,"
-            f" found new finalizers {added}"
-        )
-        raise _status.invalid(old["name"], [("FieldValueForbidden", "metadata.finalizers", text)] * 2)
 
 
 def _token(revision: int, start: str) -> str:

@@ -1,16 +1,15 @@
-"""The API server's checks of a Sandbox: names, labels, and the parts of the schema that
-mistakes are likely to violate."""
+"""The API server's checks of an object: names, labels and its definition's schema."""
 
 from __future__ import annotations
 
 import datetime as dt
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from .._cluster.manifest import GROUP, KIND
 from .._cluster.metadata import Object
+from ._kinds import Kind, Schema
 from ._status import Cause, bad_request, invalid, unreadable
 
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
@@ -31,14 +30,9 @@ _KEY_RULE = (
 )
 
 _GO_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
-# The path to a Sandbox's required fields.
-_REQUIRED = (("spec", dict), ("podTemplate", dict), ("spec", dict), ("containers", list))
-_SPEC = {"service": bool, "shutdownTime": str, "shutdownPolicy": str, "operatingMode": str}
-_STATUS = {"conditions": list, "podIPs": list, "serviceFQDN": str}
 _TYPED = (
     r'struct { APIVersion string "json:\"apiVersion,omitempty\""; Kind string "json:\"kind,omitempty\"" }'
 )
-_CONDITION_FIELDS = ("lastTransitionTime", "message", "reason", "status", "type")
 
 
 @functools.lru_cache(maxsize=256)
@@ -51,26 +45,25 @@ def label_value_error(value: str) -> str | None:
     return None
 
 
-def check_type(body: Any, version: str) -> None:
-    """Checks that a body to create or replace is a Sandbox of that version, with a metadata dict.
+def check_type(of: Kind, body: Any, version: str) -> None:
+    """Checks that a body to create or replace is of that version, with a metadata dict.
 
     Raises:
         ApiException: 400, 422 or 500, as the API server has it.
     """
     if not isinstance(body, dict):
-        raise bad_request(f"the object provided is unrecognized (must be of type {KIND})")
+        raise bad_request(f"the object provided is unrecognized (must be of type {of.kind})")
+    unusable = f'{of.kind} in version "{version}" cannot be handled as a {of.kind}'
     if not body.get("kind"):
-        raise bad_request(
-            f"{KIND} in version \"{version}\" cannot be handled as a {KIND}: Object 'Kind' is missing"
-        )
-    expected = f"{GROUP}/{version}"
+        raise bad_request(f"{unusable}: Object 'Kind' is missing")
+    expected = f"{of.group}/{version}"
     if body.get("apiVersion") != expected:
         raise bad_request(
             f"the API version in the data ({body.get('apiVersion', '')})"
             f" does not match the expected API version ({expected})"
         )
     if field := _undecodable(body):
-        raise bad_request(f'{KIND} in version "{version}" cannot be handled as a {KIND}: {field}')
+        raise bad_request(f"{unusable}: {field}")
 
 
 def check_delete_options(options: Any) -> None:
@@ -90,14 +83,14 @@ def check_delete_options(options: Any) -> None:
             raise unreadable("", value, f"struct field Preconditions.preconditions.{field} of type {kind}")
 
 
-def check_patched(body: Any) -> None:
+def check_patched(of: Kind, body: Any) -> None:
     """Checks that a patched object can still be read as one.
 
     Raises:
         ApiException: 422.
     """
     if not isinstance(body, dict) or _undecodable(body):
-        raise invalid("", [("FieldValueInvalid", "patch", f"Invalid value: {body!r}: cannot be handled")])
+        raise invalid(of, "", [("FieldValueInvalid", "patch", f"Invalid value: {body!r}: cannot be handled")])
 
 
 def _undecodable(body: Object) -> str | None:
@@ -110,24 +103,41 @@ def _undecodable(body: Object) -> str | None:
     return None
 
 
-def check_sandbox(sandbox: Object) -> None:
+def check_object(of: Kind, obj: Object) -> None:
     """Checks metadata and spec as they would be stored.
 
     Raises:
         ApiException: 422 with all causes.
     """
-    if causes := [*_metadata_causes(sandbox["metadata"]), *_spec_causes(sandbox)]:
-        raise invalid(sandbox["metadata"].get("name", ""), causes)
+    stored = {key: value for key, value in obj.items() if key != "status"}
+    if causes := [*_metadata_causes(obj["metadata"]), *_causes("", stored, of.schema)]:
+        raise invalid(of, obj["metadata"].get("name", ""), causes)
 
 
-def check_status(sandbox: Object) -> None:
+def check_status(of: Kind, obj: Object) -> None:
     """Checks the status as it would be stored.
 
     Raises:
         ApiException: 422 with all causes.
     """
-    if causes := list(_status_causes(sandbox.get("status"))):
-        raise invalid(sandbox["metadata"]["name"], causes)
+    status = obj.get("status")
+    if status is not None and (causes := list(_causes("status", status, of.schema.fields["status"]))):
+        raise invalid(of, obj["metadata"]["name"], causes)
+
+
+def with_defaults(value: Any, schema: Schema) -> Any:
+    """A value with the schema's defaults where it has none."""
+    if isinstance(value, list) and schema.items is not None:
+        return [with_defaults(item, schema.items) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = dict(value)
+    for name, field in schema.fields.items():
+        if found.get(name) is not None:
+            found[name] = with_defaults(found[name], field)
+        elif field.default is not None:
+            found[name] = field.default
+    return found
 
 
 def _metadata_causes(metadata: Object) -> Iterator[Cause]:
@@ -156,61 +166,40 @@ def label_key_error(key: str) -> str | None:
     return f'Invalid value: "{key}": {_KEY_RULE}'
 
 
-def _spec_causes(sandbox: Object) -> Iterator[Cause]:
-    path = ""
-    value: Any = sandbox
-    for key, kind in _REQUIRED:
-        path, value = f"{path}.{key}".lstrip("."), value.get(key)
-        if value is None:
-            yield "FieldValueRequired", path, "Required value"
-            return
-        if not isinstance(value, kind):
-            yield _wrong_type(path, value, kind)
-            return
-    spec = sandbox["spec"]
-    if wrong := list(_type_causes("spec", spec, _SPEC)):
-        yield from wrong
+def _causes(path: str, value: Any, schema: Schema) -> Iterator[Cause]:
+    """What is wrong with a value; where types are wrong, nothing else is looked at."""
+    found = list(_value_causes(path, value, schema))
+    wrong = [cause for cause in found if cause[0] == "FieldValueTypeInvalid"]
+    yield from wrong or found
+
+
+def _value_causes(path: str, value: Any, schema: Schema) -> Iterator[Cause]:
+    if type(value) is not schema.type and not (schema.type is dict and isinstance(value, dict)):
+        yield _wrong_type(path, value, schema.type)
         return
-    yield from _date_causes("spec.shutdownTime", spec.get("shutdownTime"))
-    if (policy := spec.get("shutdownPolicy")) not in (None, "Delete", "Retain"):
-        yield _unsupported("spec.shutdownPolicy", policy, "Delete", "Retain")
-    if (mode := spec.get("operatingMode")) not in (None, "Running", "Suspended"):
-        yield _unsupported("spec.operatingMode", mode, "Running", "Suspended")
+    if schema.values and value not in schema.values:
+        yield _unsupported(path, value, *schema.values)
+    if schema.date:
+        yield from _date_causes(path, value)
+    if schema.least is not None:
+        yield from _least_causes(path, value, schema.least)
+    if isinstance(value, list) and schema.items is not None:
+        for index, item in enumerate(value):
+            yield from _value_causes(f"{path}[{index}]", item, schema.items)
+    for name in schema.required:
+        if value.get(name) is None:
+            yield "FieldValueRequired", f"{path}.{name}".lstrip("."), "Required value"
+    for name, field in schema.fields.items():
+        if value.get(name) is not None:
+            yield from _value_causes(f"{path}.{name}".lstrip("."), value[name], field)
 
 
-def _status_causes(status: Any) -> Iterator[Cause]:
-    if status is not None and not isinstance(status, dict):
-        yield _wrong_type("status", status, dict)
-        return
-    if wrong := list(_type_causes("status", status or {}, _STATUS)):
-        yield from wrong
-        return
-    for index, condition in enumerate((status or {}).get("conditions") or ()):
-        yield from _condition_causes(f"status.conditions[{index}]", condition)
-
-
-def _type_causes(parent: str, values: Object, kinds: Mapping[str, type]) -> Iterator[Cause]:
-    for field, kind in kinds.items():
-        value = values.get(field)
-        if value is not None and not isinstance(value, kind):
-            yield _wrong_type(f"{parent}.{field}", value, kind)
-
-
-def _condition_causes(path: str, condition: Any) -> Iterator[Cause]:
-    if not isinstance(condition, dict):
-        yield _wrong_type(path, condition, dict)
-        return
-    for field in _CONDITION_FIELDS:
-        if condition.get(field) is None:
-            yield "FieldValueRequired", f"{path}.{field}", "Required value"
-        elif not isinstance(condition[field], str):
-            yield _wrong_type(f"{path}.{field}", condition[field], str)
-    if condition.get("status", "True") not in ("True", "False", "Unknown"):
-        yield _unsupported(f"{path}.status", condition["status"], "True", "False", "Unknown")
-    if condition.get("reason") == "":
-        rule = f"{path}.reason in body should be at least 1 chars long"
-        yield "FieldValueInvalid", f"{path}.reason", f'Invalid value: "": {rule}'
-    yield from _date_causes(f"{path}.lastTransitionTime", condition.get("lastTransitionTime"))
+def _least_causes(path: str, value: Any, least: int) -> Iterator[Cause]:
+    size, rule = value, f"should be greater than or equal to {least}"
+    if isinstance(value, str):
+        size, rule, value = len(value), f"should be at least {least} chars long", f'"{value}"'
+    if size < least:
+        yield "FieldValueInvalid", path, f"Invalid value: {value}: {path} in body {rule}"
 
 
 def _date_causes(path: str, value: Any) -> Iterator[Cause]:

@@ -11,9 +11,9 @@ import aiohttp
 from kubernetes_asyncio.client import ApiException
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from .._cluster.manifest import GROUP, KIND
 from .._cluster.metadata import Object
 from . import _status
+from ._kinds import Kind
 from ._selectors import Selector
 from ._store import Change, shown
 
@@ -156,12 +156,14 @@ class Watch(Response):
     """An open watch: the response that the client reads, and handles to break it with.
 
     Attributes:
-        selector: What it watches.
+        kind: The kind that it watches.
+        selector: Which of these.
         version: The API version that its objects are shown in.
     """
 
     def __init__(
         self,
+        kind: Kind,
         selector: Selector,
         version: str,
         revision: Callable[[], int],
@@ -173,6 +175,7 @@ class Watch(Response):
         on_end: Callable[[Watch], None],
     ) -> None:
         super().__init__(200, timeouts=timeouts)
+        self.kind = kind
         self.selector = selector
         self.version = version
         self._revision = revision
@@ -193,14 +196,14 @@ class Watch(Response):
 
     def send(self, kind: str, item: Object) -> None:
         """Sends one event."""
-        if item.get("kind") == KIND:
+        if item.get("kind") == self.kind.kind:
             item = shown(item, self.version)
         event = {"type": kind, "object": item}
         self.feed(_encode(event).encode() + b"\n")
 
     def send_bookmark(self) -> None:
         """Sends a BOOKMARK event with the newest resourceVersion, allowed or not."""
-        bookmark = {"apiVersion": f"{GROUP}/{self.version}", "kind": KIND}
+        bookmark = {"apiVersion": f"{self.kind.group}/{self.version}", "kind": self.kind.kind}
         self.send("BOOKMARK", {**bookmark, "metadata": {"resourceVersion": str(self._revision())}})
 
     def feed(self, data: bytes) -> None:
