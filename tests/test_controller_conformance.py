@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from _conform_claims import ClaimWorld, play_claims
 from _conform_controller import World, play
 from _local import STUB, stub
 
@@ -27,6 +28,16 @@ async def test_the_fake_api() -> None:
             api.fail_pod(name)
 
         await play(World(api, SandboxManagerConfig(mode="multi"), delete_pod, fail_pod))
+
+
+@pytest.mark.looptime
+async def test_claims_on_the_fake_api() -> None:
+    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+
+        async def delete_pod(name: str) -> None:
+            api.delete_pod(name)
+
+        await play_claims(ClaimWorld(api, SandboxManagerConfig(mode="multi"), delete_pod, delete_pod))
 
 
 async def test_a_local_cluster(tmp_path: Path) -> None:

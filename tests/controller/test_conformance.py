@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from _conform_claims import ClaimWorld, play_claims
 from _conform_controller import World, play
 
 from .support import ControlledNamespace, controlled_namespace
@@ -25,6 +26,13 @@ async def test_the_real_controller(cluster: ControlledNamespace) -> None:
                 await play_on(another)
         except AssertionError as again:
             raise again from error
+
+
+async def test_claims_on_the_real_controller(cluster: ControlledNamespace) -> None:
+    async def delete_pod(name: str) -> None:
+        await cluster.core.delete_namespaced_pod(name, cluster.name)
+
+    await play_claims(ClaimWorld(cluster.api, cluster.config(), delete_pod, delete_pod, is_real=True))
 
 
 async def play_on(cluster: ControlledNamespace) -> None:

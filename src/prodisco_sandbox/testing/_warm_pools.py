@@ -140,11 +140,11 @@ def pool_step(
 def pool_status(pool: Object, members: Iterable[Object]) -> Object:
     """The status of a pool."""
     active = [member for member in members if not metadata.is_deleting(member)]
+    ready = sum(1 for member in active if _is_ready(member.get("status") or {}))
     return {
         "observedGeneration": metadata.generation(pool),
-        "readyReplicas": sum(1 for member in active if _is_ready(member.get("status") or {})),
-        "replicas": len(active),
         "selector": f"{MEMBER}={name_hash(metadata.name(pool))}",
+        **{key: count for key, count in (("readyReplicas", ready), ("replicas", len(active))) if count},
     }
 
 
