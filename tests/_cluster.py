@@ -14,7 +14,7 @@ from _patience import PATIENCE
 from kubernetes_asyncio.client import ApiException
 
 # Before they are imported, so that their assertions say what they found.
-pytest.register_assert_rewrite("_conform_lists", "_conform_requests", "_conform_watches")
+pytest.register_assert_rewrite("_conform_kinds", "_conform_lists", "_conform_requests", "_conform_watches")
 
 GROUP, PLURAL = "agents.x-k8s.io", "sandboxes"
 MERGE = "application/merge-patch+json"
@@ -32,6 +32,7 @@ class Cluster:
         forget: Makes the server forget them, in its cache too.
         current: Whether it answers as Kubernetes 1.37 does, and not as 1.20. The fake does.
         keeps_snapshots: Whether its cache serves lists at versions that etcd has forgotten.
+        extensions: Whether the definitions of claims and pools are installed.
     """
 
     api: Any
@@ -43,6 +44,7 @@ class Cluster:
     forget: Callable[[], Awaitable[object]]
     current: bool = True
     keeps_snapshots: bool = False
+    extensions: bool = True
 
     def _at(self, version: str) -> tuple[str, str, str, str]:
         return GROUP, version, self.namespace, PLURAL

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from _apiserver import ApiServer, assets, booted
 from _cluster import MERGE, PLURAL, QUOTA, Cluster, body
+from _conform_kinds import Kinds
 from _conform_lists import Lists
 from _conform_requests import Requests
 from _conform_watches import Watches
@@ -21,7 +24,7 @@ from prodisco_sandbox.testing._faults import VERBS
 
 
 @pytest.mark.looptime
-class TestFake(Requests, Lists, Watches):
+class TestFake(Requests, Lists, Watches, Kinds):
     @pytest.fixture
     async def cluster(self) -> AsyncIterator[Cluster]:
         async with (
@@ -51,12 +54,18 @@ def server() -> Iterator[ApiServer]:
     assert binaries is not None
     with booted(ApiServer(binaries)) as server:
         _serve(server, ("v1beta1", "v1alpha1"))
+        if directory := os.environ.get("AGENT_SANDBOX_DIR"):
+            for path in Path(directory, "crds-served").glob("extensions.*.yaml"):
+                server.kubectl("create", "--validate=false", "-f", str(path))
+            server.kubectl(
+                "wait", "--for=condition=Established", f"--timeout={PATIENCE:.0f}s", "crd", "--all"
+            )
         yield server
 
 
 @pytest.mark.envtest
 @pytest.mark.slow
-class TestReal(Requests, Lists, Watches):
+class TestReal(Requests, Lists, Watches, Kinds):
     @pytest.fixture
     async def cluster(self, server: ApiServer) -> AsyncIterator[Cluster]:
         async with server.api_client() as admin, server.api_client("nobody") as nobody:
@@ -92,7 +101,10 @@ class TestReal(Requests, Lists, Watches):
 
             apis = CustomObjectsApi(admin), CustomObjectsApi(nobody)
             cluster = Cluster(
-                *apis, name, compact, limit, serve, forget, current=not old, keeps_snapshots=not old
+                *(*apis, name, compact, limit, serve, forget),
+                current=not old,
+                keeps_snapshots=not old,
+                extensions="AGENT_SANDBOX_DIR" in os.environ,
             )
             yield cluster
 
