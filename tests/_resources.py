@@ -24,9 +24,9 @@ async def cluster(
         await resources.aclose()
 
 
-def settings(version: str = "auto") -> SandboxManagerConfig:
+def settings(version: str = "auto", *, warm_pool: str | None = None) -> SandboxManagerConfig:
     choice: Any = version
-    return SandboxManagerConfig(mode="multi", instance_id="me", api_version=choice)
+    return SandboxManagerConfig(mode="multi", instance_id="me", api_version=choice, warm_pool=warm_pool)
 
 
 def body(taken: str = "sandbox-x", version: str = "v1beta1") -> dict[str, Any]:

@@ -27,6 +27,7 @@ def test_defaults() -> None:
         "sandbox_port": 50051,
         "sandbox_image": "prodisco/sandbox-server:latest",
         "pod_template_spec": None,
+        "warm_pool": None,
         "ready_timeout": 120.0,
         "ready_poll_interval": 1.0,
         "session_idle_timeout": 600.0,
@@ -73,6 +74,7 @@ BAD: list[tuple[str, str, tuple[object, ...]]] = [
         'a pod template: a dict with a "spec" dict',
         ({}, {"spec": None}, {"containers": []}, "spec", []),
     ),
+    ("warm_pool", "the name of a SandboxWarmPool, or None", ("", "Python", "a.b", "-a", "a" * 64, 7)),
     ("ready_timeout", SECONDS, (*NO_SECONDS, None)),
     ("ready_poll_interval", SECONDS, (*NO_SECONDS, None)),
     ("session_idle_timeout", SECONDS, (*NO_SECONDS, None)),
@@ -188,6 +190,38 @@ def test_half_a_client_certificate_is_refused(given: str, missing: str) -> None:
         TlsConfig(**paths)
 
 
+TEMPLATE = "the SandboxTemplate of warm_pool says that"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "right"),
+    [
+        ("pod_template_spec", {"spec": {}}, f"None: {TEMPLATE}"),
+        ("sandbox_image", "other", f"left out: {TEMPLATE}"),
+        ("tls", TlsConfig(server_name="a", secret_name="b"), f"None: {TEMPLATE}"),
+        (
+            "tls",
+            TlsConfig(),
+            "the name in the servers' certificate: a sandbox of a warm_pool has no name of its own",
+        ),
+        ("endpoint", "service", '"pod-ip": a SandboxClaim names no Service'),
+        ("api_version", "v1alpha1", '"auto" or "v1beta1", the only one that has claims'),
+    ],
+)
+def test_what_a_warm_pool_excludes(field: str, value: Any, right: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        multi(warm_pool="python", **{field: value})
+    text = str(caught.value)
+    assert text.startswith(field)
+    assert text.endswith(f": it must be {right}")
+    SandboxManagerConfig(mode="single", warm_pool="python", **{field: value})  # where no claim is made
+
+
+def test_a_warm_pool_with_tls_needs_no_secret_here() -> None:
+    config = multi(warm_pool="a" * 63, tls=TlsConfig(server_name="sandbox"), endpoint="pod-ip")
+    assert config.warm_pool == "a" * 63
+
+
 def test_tls_mode() -> None:
     assert TlsConfig(ca=Path("ca.pem")).mode == "tls"
     assert TlsConfig(cert="c.pem", key="k.pem").mode == "mtls"
@@ -280,6 +314,16 @@ def test_from_env_reads_the_process_environment(monkeypatch: pytest.MonkeyPatch)
     for name, value in MULTI.items():
         monkeypatch.setenv(name, value)
     assert SandboxManagerConfig.from_env() == SandboxManagerConfig.from_env(MULTI)
+
+
+def test_a_warm_pool_of_the_environment() -> None:
+    environ = {"SANDBOX_MODE": "multi", "SANDBOX_WARM_POOL": "python"}
+    assert SandboxManagerConfig.from_env(environ).warm_pool == "python"
+    assert SandboxManagerConfig.from_env(environ | {"SANDBOX_WARM_POOL": ""}).warm_pool is None
+    with pytest.raises(ValueError, match=r"^SANDBOX_IMAGE: sandbox_image is 'x': it must be left out"):
+        SandboxManagerConfig.from_env(environ | {"SANDBOX_IMAGE": "x"})
+    with pytest.raises(ValueError, match=r"^SANDBOX_TLS_SERVER_NAME: tls\.server_name is None"):
+        SandboxManagerConfig.from_env(environ | {"SANDBOX_TRANSPORT_MODE": "tls"})
 
 
 def test_an_empty_variable_is_an_unset_one() -> None:

@@ -10,29 +10,10 @@ from _resources import settings
 from kubernetes_asyncio.client import ApiException
 
 from prodisco_sandbox import SandboxPermissionError
+from prodisco_sandbox._cluster.claim import CLAIM
 from prodisco_sandbox._cluster.manifest import SANDBOX
-from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX, LABEL_SESSION
+from prodisco_sandbox._cluster.metadata import LABEL_SESSION
 from prodisco_sandbox._cluster.requests import SandboxResources
-from prodisco_sandbox._cluster.resource import Machine, Resource
-
-
-def machine(claim: dict[str, Any]) -> Machine:
-    sandbox = (claim.get("status") or {}).get("sandbox") or {}
-    return Machine(sandbox.get("name", ""), tuple(sandbox.get("podIPs") or ()))
-
-
-CLAIM = Resource(
-    group="extensions.agents.x-k8s.io",
-    plural="sandboxclaims",
-    kind="SandboxClaim",
-    versions=("v1beta1",),
-    name_prefix="session",
-    spec=lambda _config, _version, labels: {"warmPoolRef": {"name": labels[LABEL_SANDBOX]}},
-    machine=machine,
-    lifecycle="lifecycle",
-    never=frozenset({"InvalidMetadata"}),
-    expired="ClaimExpired",
-)
 
 
 def claim(reason: str = "", *, ready: str = "False", ip: str | None = None, until: str | None = None) -> Any:
@@ -43,14 +24,19 @@ def claim(reason: str = "", *, ready: str = "False", ip: str | None = None, unti
 
 
 def test_its_body_and_where_its_deadline_is() -> None:
-    body = CLAIM.body(settings(), "v1beta1", CLAIM.name("s"), "0" * 40, "2026-01-01T00:00:00Z")
+    name = CLAIM.name("s")
+    body = CLAIM.body(
+        settings(warm_pool="python"), "v1beta1", name, "0" * 40, "2026-01-01T00:00:00Z", 1767225601.25
+    )
     assert (body["apiVersion"], body["kind"]) == ("extensions.agents.x-k8s.io/v1beta1", "SandboxClaim")
     assert body["metadata"]["name"] == "session-" + SANDBOX.name("s").removeprefix("sandbox-")
     assert body["metadata"]["labels"][LABEL_SESSION] == "0" * 40
     assert body["spec"] == {
-        "warmPoolRef": {"name": body["metadata"]["name"]},
+        "warmPoolRef": {"name": "python"},
         "lifecycle": {"shutdownTime": "2026-01-01T00:00:00Z", "shutdownPolicy": "Delete"},
     }
+    requested = {"agents.x-k8s.io/client-first-requested-at": "2026-01-01T00:00:01.250000Z"}
+    assert body["metadata"]["annotations"] == requested
     assert CLAIM.deadline_spec(None) == {"lifecycle": {"shutdownTime": None}}
     assert SANDBOX.deadline_spec(None) == {"shutdownTime": None}
 
@@ -62,6 +48,12 @@ def test_its_body_and_where_its_deadline_is() -> None:
         (claim("DependenciesReady", ready="True"), "starting", None),
         (claim("DependenciesReady", ready="True", ip="10.0.0.1"), "running", "10.0.0.1:50051"),
         (claim("InvalidMetadata"), "never", None),
+        (claim("EnvVarsInjectionRejected"), "never", None),
+        (claim("VolumeClaimTemplatesError"), "never", None),
+        (claim("WarmPoolNotFound"), "starting", None),
+        (claim("TemplateNotFound"), "starting", None),
+        (claim("SandboxSuspended", ip="10.0.0.1"), "suspended", None),
+        (claim("PodFailed", ip="10.0.0.1"), "dead", None),
         (claim("InvalidConfiguration"), "starting", None),
         (claim("ClaimExpired", until="2026-01-01T00:00:00Z"), "ending", None),
         (claim("ClaimExpired", until="2026-01-01T00:00:02Z"), "starting", None),
@@ -71,7 +63,28 @@ def test_its_body_and_where_its_deadline_is() -> None:
 def test_how_it_is_read(found: dict[str, Any], phase: str, target: str | None) -> None:
     reading = CLAIM.reading(found, settings(), now=1767225601.0)
     assert (reading.phase, reading.target) == (phase, target)
-    assert reading.machine.pod == ("warm-1" if target else "")
+    assert reading.machine.pod == ("warm-1" if found["status"].get("sandbox") else "")
+
+
+def test_what_is_missing_is_named_with_what_to_do() -> None:
+    reading = CLAIM.reading(claim("WarmPoolNotFound"), settings(), now=0.0)
+    assert reading.text == (
+        "Ready=False, reason WarmPoolNotFound (create it in this namespace, or correct warm_pool)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "refusal"),
+    [
+        ('Error seen: sandbox "a" is not controlled by claim "a". Please use another', "occupied"),
+        ('Error seen: sandboxes "a" is forbidden: exceeded quota: q, requested: count/x=1', "quota"),
+        ("Error seen: the object has been modified", None),
+    ],
+)
+def test_what_keeps_a_claim_from_a_sandbox(message: str, refusal: str | None) -> None:
+    found = claim("ReconcilerError")
+    found["status"]["conditions"][0]["message"] = message
+    assert CLAIM.reading(found, settings(), now=0.0).refusal == refusal
 
 
 @pytest.mark.looptime

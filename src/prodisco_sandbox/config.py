@@ -30,6 +30,7 @@ _TEXTS = {
     "namespace": "SANDBOX_NAMESPACE",
     "sandbox_image": "SANDBOX_IMAGE",
     "instance_id": "SANDBOX_INSTANCE_ID",
+    "warm_pool": "SANDBOX_WARM_POOL",
     "managed_by": "SANDBOX_MANAGED_BY",
 }
 _NUMBERS = {"max_sessions": "SANDBOX_MAX_SESSIONS", "sandbox_port": "SANDBOX_TCP_PORT"}
@@ -135,6 +136,10 @@ class SandboxManagerConfig:
     pod_template_spec: dict[str, Any] | None = None
     """Replaces the default ``spec.podTemplate`` (a dict with ``spec`` and, if need be,
     ``metadata``) whole; the pod labels are added to a copy."""
+    warm_pool: str | None = None
+    """Name of a SandboxWarmPool in `namespace`: each session is then a SandboxClaim on it, which binds
+    a sandbox that runs already. The pool's SandboxTemplate says what runs, so image, pod template and
+    the Secret for TLS are set there. A change between pool and none needs a new `instance_id`."""
     ready_timeout: float = 120.0
     """One deadline for creation, readiness and health together."""
     ready_poll_interval: float = 1.0
@@ -153,7 +158,8 @@ class SandboxManagerConfig:
     endpoint: Endpoint = "auto"
     """Where a sandbox is reached. "auto": the pod IP where status has one and no TLS
     name is at stake, else status.serviceFQDN; "pod-ip"; "service"; or a callable that
-    maps a Sandbox (a dict) to a gRPC target, None for "not known yet"."""
+    maps a Sandbox (a dict; with `warm_pool` a SandboxClaim) to a gRPC target, None for "not known
+    yet"."""
     tls: TlsConfig | None = None
     """TLS of the channels and of the default pod template; None: plaintext."""
     instance_id: str = field(default_factory=lambda: os.urandom(8).hex())
@@ -197,7 +203,11 @@ class SandboxManagerConfig:
             raise wrong("endpoint", self.endpoint, '"auto", "pod-ip", "service" or a callable')
         if self.tls is not None and not isinstance(self.tls, TlsConfig):
             raise wrong("tls", self.tls, "a TlsConfig or None")
-        if self.mode == "multi" and self.tls and not self.tls.secret_name and self.pod_template_spec is None:
+        if self.warm_pool is not None:
+            _check_text("warm_pool", self.warm_pool, _DNS_LABEL, "the name of a SandboxWarmPool, or None")
+        if self.mode == "multi" and self.warm_pool is not None:
+            self._check_warm_pool()
+        elif self.mode == "multi" and self.tls and not (self.tls.secret_name or self.pod_template_spec):
             # The sandbox would have no certificate to serve: its pod would not start, and every
             # session would time out.
             raise ValueError(
@@ -208,6 +218,25 @@ class SandboxManagerConfig:
         instance: object = self.instance_id
         if not isinstance(instance, str) or not instance:
             raise wrong("instance_id", instance, "a non-empty string")
+
+    def _check_warm_pool(self) -> None:
+        template = "the SandboxTemplate of warm_pool says that"
+        if self.pod_template_spec is not None:
+            raise wrong("pod_template_spec", self.pod_template_spec, f"None: {template}")
+        if self.sandbox_image != type(self).sandbox_image:
+            raise wrong("sandbox_image", self.sandbox_image, f"left out: {template}")
+        if self.tls is not None and self.tls.secret_name is not None:
+            raise wrong("tls.secret_name", self.tls.secret_name, f"None: {template}")
+        if self.tls is not None and self.tls.server_name is None:
+            raise wrong(
+                "tls.server_name",
+                None,
+                "the name in the servers' certificate: a sandbox of a warm_pool has no name of its own",
+            )
+        if self.endpoint == "service":
+            raise wrong("endpoint", self.endpoint, '"pod-ip": a SandboxClaim names no Service')
+        if self.api_version == "v1alpha1":
+            raise wrong("api_version", self.api_version, '"auto" or "v1beta1", the only one that has claims')
 
     @property
     def instance_label(self) -> str:
@@ -222,7 +251,7 @@ class SandboxManagerConfig:
 
         Variables: SANDBOX_MODE (default ``single``), SANDBOX_NAMESPACE, SANDBOX_IMAGE,
         SANDBOX_MAX_SESSIONS, SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID,
-        SANDBOX_MANAGED_BY, and the TLS variables of `TlsConfig.from_env`. In single mode
+        SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, and the TLS variables of `TlsConfig.from_env`. In single mode
         without a ``single_client``, ``single_target`` is what `SandboxClient.from_env` connects to.
 
         Raises:
@@ -251,7 +280,12 @@ class SandboxManagerConfig:
             return cls(**values)
         except ValueError as error:
             # A user who only sets variables does not know the field's name.
-            variables = {**_TEXTS, **_NUMBERS, "tls.secret_name": "SANDBOX_TLS_SECRET_NAME"}
+            variables = {
+                **_TEXTS,
+                **_NUMBERS,
+                "tls.secret_name": "SANDBOX_TLS_SECRET_NAME",
+                "tls.server_name": "SANDBOX_TLS_SERVER_NAME",
+            }
             name = str(error).partition(" ")[0]
             if name not in variables or name.partition(".")[0] in overrides:
                 raise

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ._aio.tasks import outlast
-from ._cluster import manifest
+from ._cluster.claim import resource_for
 from .client import SandboxClient
 from .config import SandboxManagerConfig
 from .errors import SandboxError, SandboxManagerClosedError
@@ -40,6 +40,8 @@ class SandboxManagerStats:
         lost: Sessions whose sandbox died.
         failed: Creations that failed.
         delete_retries: Deletes that failed and were left to a retry.
+        warm: With ``warm_pool``, sessions that got a sandbox which was running already.
+        cold: With ``warm_pool``, sessions for which the pool had none.
         events: How often each event has been logged, or would have been at a lower level:
             ``{"sandbox_created": 7, "watch_broken": 1}``. Not part of a comparison.
     """
@@ -55,6 +57,8 @@ class SandboxManagerStats:
     lost: int = 0
     failed: int = 0
     delete_retries: int = 0
+    warm: int = 0
+    cold: int = 0
     events: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
@@ -220,7 +224,7 @@ class SandboxManager:
         """
         session_id = _checked(session_id)
         if self._engine is None or self._loop is None:
-            return manifest.SANDBOX.name(session_id)
+            return resource_for(self._config).name(session_id)
         return self._engine.sandbox_name(session_id, self._loop.time())
 
     async def cleanup_orphaned_sandboxes(self, *, all_instances: bool = False) -> int:
@@ -266,6 +270,8 @@ class SandboxManager:
             lost=events["sandbox_lost"] + events["sandbox_machine_lost"],
             failed=events["sandbox_failed"],
             delete_retries=events["sandbox_delete_failed"],
+            warm=events["sandbox_started_warm"],
+            cold=events["sandbox_started_cold"],
             events=dict(events),
         )
 

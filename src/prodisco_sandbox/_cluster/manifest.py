@@ -110,12 +110,6 @@ def pod_ips(sandbox: Object) -> tuple[str, ...]:
     return tuple((sandbox.get("status") or {}).get("podIPs") or ())
 
 
-def place(sandbox: Object, target: str) -> tuple[object, ...]:
-    """Where its status says that its machine is, and since when: what another machine changes."""
-    ready = conditions(sandbox).get("Ready")
-    return (target, pod_ips(sandbox), *(() if ready is None else (ready.get("lastTransitionTime"),)))
-
-
 def holds_volumes(sandbox: Object) -> bool:
     """Whether deleting it deletes volumes of its own: what outlives its pod."""
     return bool((sandbox.get("spec") or {}).get("volumeClaimTemplates"))

@@ -113,6 +113,11 @@ def lease_time(now: float, duration: float) -> str:
     return end.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def timestamp(time: float) -> str:
+    """RFC 3339 form of a Unix time, in microseconds."""
+    return dt.datetime.fromtimestamp(time, dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
 def time_lapsed(spec: Object, now: float) -> bool:
     """Whether a spec has a shutdownTime that lies before the Unix time `now`."""
     text = spec.get("shutdownTime")

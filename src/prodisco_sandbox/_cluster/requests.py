@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import aiohttp
 from kubernetes_asyncio.client.exceptions import ApiException
@@ -36,9 +37,9 @@ from .api_errors import (
     retryable,
     translate,
 )
+from .claim import resource_for
 from .connection import Connection, open_custom_objects_api
 from .grace import STARTING_SERVER, StartupGrace
-from .manifest import SANDBOX
 from .metadata import Object
 from .resource import Resource
 
@@ -95,7 +96,7 @@ class SandboxResources:
         config: Namespace and API version.
         api: A CustomObjectsApi, which is never closed here; None: `open_api` opens one.
         events: Counts what is logged.
-        resource: The kind.
+        resource: The kind; None: that of the manager's sessions.
         open_api: Opens the connection on first use.
         page: How many objects are asked for in one request of a list.
     """
@@ -106,12 +107,12 @@ class SandboxResources:
         api: Any | None = None,
         events: Counter[str] | None = None,
         *,
-        resource: Resource = SANDBOX,
+        resource: Resource | None = None,
         open_api: Callable[[], Awaitable[Any]] = open_custom_objects_api,
         page: int | None = None,
     ) -> None:
         self.events = events
-        self.resource = resource
+        self.resource = resource or resource_for(config)
         self.connection = Connection(api, open_api, events)
         self.pace = Pace(STEPS_PER_PASS)
         self._log = get_logger("kubernetes", events)
@@ -120,6 +121,13 @@ class SandboxResources:
         self._discover = SingleFlight("kubernetes-discovery", self._discover_version)
         self._grace = StartupGrace()
         self._turns = asyncio.Semaphore(CONCURRENT_REQUESTS)
+
+    def of(self, resource: Resource) -> Self:
+        """The objects of another kind in the same namespace, by the same connection."""
+        other = copy.copy(self)
+        other.resource, other._grace = resource, StartupGrace()
+        other._discover = SingleFlight(f"kubernetes-discovery-{resource.plural}", other._discover_version)
+        return other
 
     async def aclose(self) -> None:
         """Closes the connection that was opened here; one that was passed in stays open."""
@@ -171,7 +179,7 @@ class SandboxResources:
         message = (
             f"the API server serves no {resource.plural}.{resource.group} in"
             f" {' or '.join(resource.versions)}:"
-            " install agent-sandbox (kubernetes-sigs/agent-sandbox) on the cluster"
+            f" install {resource.release} on the cluster"
         )
         if self._grace.has_worked(SERVED):  # A server that is starting does not serve it yet.
             raise RetryableError(message, status=404)

@@ -5,8 +5,8 @@ Another kind is another `Resource`: requests and the watch take one, and know no
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config import SandboxManagerConfig
@@ -29,7 +29,7 @@ def refusal(reason: str, message: str) -> Refusal | None:
         return "permanent"
     if reason not in ("ReconcilerError", "DependenciesNotReady"):
         return None
-    if " is owned by " in message:
+    if " is owned by " in message or " is not controlled by claim " in message:
         return "occupied"
     if _refusals.permanent_refusal(message):
         return "permanent"
@@ -68,6 +68,7 @@ class Reading:
         refusal: What the controller is told each time it tries to make the pod, if that is
             unlikely to pass: see `refusal`.
         machine: Its pod.
+        changed: When the Ready condition has changed last.
     """
 
     phase: Phase
@@ -75,6 +76,12 @@ class Reading:
     text: str
     refusal: Refusal | None = None
     machine: Machine = Machine()
+    changed: str | None = None
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Where the machine is, and since when: what another machine changes."""
+        return self.target, self.machine, self.changed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +98,14 @@ class Resource:
         spec: The spec of a new object, given its API version and the labels of its pods.
         machine: Where its status says that the pod is.
         lifecycle: The field of its spec that holds the deadline; None: the spec itself.
-        mode_spec: The spec fields that start or suspend it; None: it cannot be suspended.
-        is_to_run: Whether its spec does not say that it is to be suspended.
+        requested_at: The annotation that says when a new object was asked for; None: it has none.
+        mode_spec: The spec fields that start or suspend it; None: it cannot be started here.
+        is_to_run: Whether it is not suspended, nor to be.
         never: Reasons of Ready=False for a spec that cannot work.
         dead: Reasons of Ready=False once the pod has come to its end.
         expired: The reason of Ready=False once the deadline is past.
+        release: What to install where the API server does not serve it.
+        advice: By reason of Ready=False, what to do about it.
     """
 
     group: str
@@ -106,11 +116,14 @@ class Resource:
     spec: Callable[[SandboxManagerConfig, str, dict[str, str]], Object]
     machine: Callable[[Object], Machine]
     lifecycle: str | None = None
+    requested_at: str | None = None
     mode_spec: Callable[[Object, Literal["Running", "Suspended"]], Object] | None = None
     is_to_run: Callable[[Object], bool] = lambda _: True
     never: frozenset[str]
     dead: frozenset[str] = frozenset()
     expired: str
+    release: str = "agent-sandbox (kubernetes-sigs/agent-sandbox)"
+    advice: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, session_id: str, incarnation: int = 0) -> str:
         """Always a valid DNS label, different for different ids."""
@@ -123,15 +136,17 @@ class Resource:
         name: str,
         session: str,
         lease: str | None = None,
+        requested: float = 0.0,
     ) -> Object:
         """The object to create.
 
         Args:
-            config: Namespace, image, port, TLS and the optional pod template.
+            config: Namespace; image, port, TLS and the optional pod template, or the warm pool.
             api_version: One of `versions`.
             name: From `name`.
             session: From `metadata.session_hash`.
             lease: From `metadata.lease_time`: when the cluster itself deletes the object.
+            requested: The Unix time at which the session was asked for.
         """
         labels = {
             metadata.LABEL_APP: metadata.APP,
@@ -140,10 +155,13 @@ class Resource:
             metadata.LABEL_SESSION: session,
         }
         spec = self.spec(config, api_version, {**labels, metadata.LABEL_SANDBOX: name})
+        about: Object = {"name": name, "namespace": config.namespace, "labels": labels}
+        if self.requested_at is not None:
+            about["annotations"] = {self.requested_at: metadata.timestamp(requested)}
         return {
             "apiVersion": f"{self.group}/{api_version}",
             "kind": self.kind,
-            "metadata": {"name": name, "namespace": config.namespace, "labels": labels},
+            "metadata": about,
             "spec": spec if lease is None else spec | self.deadline_spec(lease),
         }
 
@@ -181,7 +199,8 @@ class Resource:
             return Reading(phase, None, text, refused, machine)
         target = endpoint(obj, machine, config)
         if target is not None:
-            return Reading("running", target, text, None, machine)
+            changed = metadata.conditions(obj).get("Ready", {}).get("lastTransitionTime")
+            return Reading("running", target, text, None, machine, changed)
         known = "no address in its status yet"
         if not obj.get("status"):
             known = "no status yet (does agent-sandbox's controller run?)"
@@ -195,14 +214,14 @@ class Resource:
             return "starting", "the latest change of its spec is not seen yet", None
         conditions = metadata.conditions(obj, since)
         ready, finished = conditions.get("Ready"), conditions.get("Finished")
-        text = "ready" if ready is None else _described(ready)
+        text = "ready" if ready is None else self._described(ready)
         reason = ready.get("reason") if ready is not None and ready.get("status") == "False" else None
         if reason == self.expired and self.lapsed(obj, now):
             return "ending", text, None
         if not self.is_to_run(obj):
             return "suspended", text if ready else "it is suspended", None
         if finished is not None and finished.get("status") == "True":
-            return "dead", _described(finished), None
+            return "dead", self._described(finished), None
         if reason in self.dead:
             return "dead", text, None
         if reason in self.never:
@@ -213,14 +232,14 @@ class Resource:
             return "starting", "the controller has not seen the latest change of its spec yet", None
         return "running", text, None
 
-
-def _described(condition: Object) -> str:
-    text = f"{condition.get('type')}={condition.get('status')}"
-    if condition.get("reason"):
-        text += f", reason {condition['reason']}"
-    if condition.get("message"):
-        text += f": {condition['message']}"
-    return text
+    def _described(self, condition: Object) -> str:
+        text = f"{condition.get('type')}={condition.get('status')}"
+        if condition.get("reason"):
+            text += f", reason {condition['reason']}"
+        if condition.get("message"):
+            text += f": {condition['message']}"
+        advice = self.advice.get(str(condition.get("reason")))
+        return text if advice is None else f"{text} ({advice})"
 
 
 def endpoint(obj: Object, machine: Machine, config: SandboxManagerConfig) -> str | None:

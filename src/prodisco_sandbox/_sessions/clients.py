@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from .._cluster import manifest
+from .._cluster.resource import Reading
 from ..errors import SandboxError, SandboxReplacedError
 from .parts import Parts
 from .table import Session, SessionState
@@ -36,17 +36,14 @@ class Clients:
         self._factory = factory
         self._wait = wait
 
-    def client_for(self, session: Session, target: str) -> SandboxClient | None:
-        """The session's client for this target; None: that is another session's, by a newer status."""
-        parts, machine, observed = self._parts, session.machine, session.known.object or {}
-        ips = manifest.pod_ips(observed)
-        moved = bool(ips and machine.ips and ips != machine.ips)
-        if session.client is not None and (moved or machine.target != target):
+    def client_for(self, session: Session, reading: Reading) -> SandboxClient | None:
+        """The session's client for a running object; None: a newer status gives its target to another."""
+        parts, machine, target, ips = self._parts, session.machine, str(reading.target), reading.machine.ips
+        if session.client is not None and (machine.target != target or machine.differs(reading.machine)):
             self.discard(session)
-        machine.ips = ips or machine.ips
-        place = manifest.place(observed, target)
-        if place != machine.place:
-            machine.place, machine.placed_at = place, parts.now()
+        machine.ips, machine.pod = ips or machine.ips, reading.machine.pod
+        if reading.place != machine.place:
+            machine.place, machine.placed_at = reading.place, parts.now()
         # A function that gives several sessions one target means it.
         targets = () if callable(parts.config.endpoint) else (target,)
         others = parts.table.machines.occupy(session, tuple(dict.fromkeys((*targets, *ips))))
@@ -143,8 +140,7 @@ class Clients:
             raise SandboxError(f"client_factory returned {client!r}: it must be a SandboxClient")
 
         tie = _Tie(self, session, client)
-        pod = session.name if session.known.object is None else manifest.pod_name(session.known.object)
-        client._expect(pod, tie.other_machine, tie.look)
+        client._expect(session.machine.pod, tie.other_machine, tie.look)
         client.on_suspect = tie.failed
         client._tell_closed(tie.closed)
         client._keep_pace(self._parts.pace)

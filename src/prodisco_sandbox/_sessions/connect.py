@@ -134,7 +134,7 @@ class _Connecting:
             if reading.target is None:
                 await self._wait_for_pod(reading)
                 continue
-            client = self._clients.client_for(session, reading.target)
+            client = self._clients.client_for(session, reading)
             if client is None:
                 await self._hear_of_place()
                 continue
@@ -142,8 +142,8 @@ class _Connecting:
             if not await self._clients.is_healthy(client, remaining):
                 await self._find_out_why(client)
                 continue
-            after = self._read().target
-            if after is None or self._clients.client_for(session, after) is not client:
+            after = self._read()
+            if after.target is None or self._clients.client_for(session, after) is not client:
                 continue
             if self._clients.is_own(session, client):
                 return client
@@ -179,7 +179,8 @@ class _Connecting:
                 return True
             case "suspended":
                 self._clients.lose_machine(session, reading.text)
-                if not manifest.is_suspended(observed, session.known.generation):
+                startable = self._parts.resources.resource.mode_spec is not None
+                if not (startable and manifest.is_suspended(observed, session.known.generation)):
                     return False
                 self._starts += 1
                 if self._starts > STARTS:

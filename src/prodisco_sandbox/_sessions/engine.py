@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .._aio.pacing import Pace
 from .._aio.tasks import OwnedTasks
 from .._cluster import manifest, metadata
+from .._cluster.manifest import SANDBOX
 from .._cluster.metadata import Object
 from .._cluster.requests import SandboxResources
 from .._cluster.watch import SandboxWatch
@@ -52,8 +53,8 @@ class Engine:
         self._config = config
         self._log = get_logger("manager", self.events)
         self._tasks = OwnedTasks(self.events)
-        self._past = Past(manifest.grace_period(config))
         self._resources = SandboxResources(config, api, self.events)
+        self._past = Past(self._resources.resource, manifest.grace_period(config))
         selector = metadata.managed_selector(instance=config.instance_label, managed_by=config.managed_by)
         everyone = metadata.managed_selector(managed_by=config.managed_by)
         self._selector = selector
@@ -73,6 +74,7 @@ class Engine:
             log=self._log,
         )
         self._lives = Lives(self._parts, self._past, client_factory, self._wait)
+        self._kind_checked = False
         self._closed = False
 
     def start(self) -> None:
@@ -122,8 +124,25 @@ class Engine:
             raise
         if self._watch_task is None:
             self._watch_task = self._tasks.supervise(self._watch.run, "sandbox-watch")
+            if self._resources.resource is not SANDBOX and not self._kind_checked:
+                self._kind_checked = True
+                self._tasks.spawn(self._warn_of_other_kind(), "sandbox-other-kind")
         self._lives.begin(session)
         return session
+
+    async def _warn_of_other_kind(self) -> None:
+        """Sandboxes from before the warm pool was turned on: neither adopted nor cleaned up."""
+        try:
+            found, _ = await self._resources.of(SANDBOX).list(self._selector)
+        except SandboxError as e:  # Such as a Role for claims only.
+            self._log.info("sandbox_kind_not_checked", reason=str(e))
+            return
+        if left := [metadata.name(sandbox) for sandbox in found if not metadata.is_deleting(sandbox)]:
+            self._log.error(
+                "sandbox_kind_changed",
+                sandboxes=sorted(left),
+                reason="this instance_id has Sandboxes that are no claims: with warm_pool, use a new one",
+            )
 
     async def _wait(self, session: Session) -> SandboxError | None:
         """Waits for the outcome of a creation or check; returns the error that it had."""
@@ -194,15 +213,15 @@ class Engine:
             session.known.object, session.known.read_at = sandbox, self._parts.now()
             session.inbox.post(News.SEEN)
             return
-        reading, ips = self._parts.reading(sandbox), manifest.pod_ips(sandbox)
+        reading, machine = self._parts.reading(sandbox), session.machine
         if reading.phase == "ending":
             if metadata.is_deleting(sandbox):
                 self.table.dropped(session)
             self._lives.lose(session, reading.text)
-        elif reading.phase in ("dead", "suspended"):
+        elif reading.phase in ("dead", "suspended") or machine.is_another(reading.machine):
             if session.client is not None:
                 self._lives.clients.lose_machine(session, reading.text)
-        elif reading.target is None or (ips and session.machine.ips and ips != session.machine.ips):
+        elif reading.target is None or machine.differs(reading.machine):
             self._lives.clients.suspect(session, reading.text)
 
     def deleted(self, sandbox: Object) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from .._aio.pacing import backoff
 from .._aio.single_flight import SingleFlight
-from .._cluster import manifest, metadata
+from .._cluster import metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError, UnsupportedError
 from .._cluster.requests import SandboxResources
 from .._log import get_logger
@@ -121,7 +121,10 @@ class Leases:
             return
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        body = {"metadata": {"uid": session.known.uid}, "spec": manifest.SANDBOX.deadline_spec(self.next())}
+        body = {
+            "metadata": {"uid": session.known.uid},
+            "spec": self._resources.resource.deadline_spec(self.next()),
+        }
         try:
             await self._resources.patch(session.name, body)
         except SandboxError as e:

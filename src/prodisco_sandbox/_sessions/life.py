@@ -162,9 +162,19 @@ class Lives:
                 parts.table.dropped(session)
             self.fail(session, self._connect.failure(session, e))
         else:
+            adopted = session.known.used
             if self._ready(session, client):
+                if parts.config.warm_pool is not None and not adopted:
+                    self._log_start(session)
                 took, target = self._since(session.since), session.machine.target
                 parts.log.info("sandbox_ready", sandbox=session.name, target=target, duration=took)
+
+    def _log_start(self, session: Session) -> None:
+        pod = session.machine.pod
+        if pod == session.name:  # A cold start makes a Sandbox of the claim's name.
+            self._parts.log.info("sandbox_started_cold", sandbox=session.name)
+        else:
+            self._parts.log.info("sandbox_started_warm", sandbox=session.name, pod=pod)
 
     async def _reach(self, session: Session, deadline: float) -> SandboxClient:
         """Makes or adopts the session's object and connects to it; replaces one that ends meanwhile."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .._cluster import resource
 from .inbox import News
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ class Machine:
 
     target: str | None = None
     """Where the client leads; None: there is no client, or one of its users has closed it."""
+    pod: str = ""
+    """The pod that the client is to meet."""
     ips: tuple[str, ...] = ()
     place: tuple[object, ...] = ()
-    """Where the object's status said last that the machine is; see `manifest.place`."""
+    """Where the object's status said last that the machine is; see `Reading.place`."""
     placed_at: float = 0.0
     """When it said so first, on the loop's clock."""
     addresses: tuple[str, ...] = ()
@@ -44,6 +47,15 @@ class Machine:
     """The client that met it."""
     lost: bool = False
     """It is gone; the next client leads to another."""
+
+    def differs(self, said: resource.Machine) -> bool:
+        """Whether the object's status names another pod or other addresses."""
+        moved = bool(said.ips and self.ips and said.ips != self.ips)
+        return moved or self.is_another(said)
+
+    def is_another(self, said: resource.Machine) -> bool:
+        """Whether the object's status names another pod: a claim binds another Sandbox without a word."""
+        return bool(said.pod and self.pod and said.pod != self.pod)
 
 
 class Machines:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from .._cluster import manifest, metadata
+from .._cluster import metadata
 from .._cluster.api_errors import (
     AlreadyExistsError,
     NotFoundError,
@@ -34,6 +34,7 @@ class Obtain:
 
     def __init__(self, parts: Parts, clients: Clients, remove: Remove) -> None:
         self._parts = parts
+        self._resource = parts.resources.resource
         self._clients = clients
         self._remove = remove
         self._creates = asyncio.Semaphore(CONCURRENT_CREATES)
@@ -119,7 +120,10 @@ class Obtain:
         try:
             async with self._creates:
                 lease = parts.leases.next() if leased else None
-                body = manifest.SANDBOX.body(parts.config, version, session.name, session.session_hash, lease)
+                requested = parts.wall_clock() - (parts.now() - session.since)
+                body = self._resource.body(
+                    parts.config, version, session.name, session.session_hash, lease, requested
+                )
                 created = await self._send(session, "create", partial(parts.resources.create, body))
             created = created or await parts.resources.get(session.name, deadline)
         except RetryableError as e:
@@ -206,7 +210,7 @@ class Obtain:
             self._next_name(session)
         elif not self._parts.is_of(taken, session.session_hash):  # else it has come since the list
             raise SandboxConflictError(
-                f"the name {session.name} is taken by a Sandbox that is not this session's:"
+                f"the name {session.name} is taken by a {self._resource.kind} that is not this session's:"
                 " delete it, or use another namespace",
                 status=409,
             ) from error.__cause__
@@ -242,7 +246,7 @@ class Obtain:
         """
         parts, known = self._parts, session.known
         name, about = metadata.name(sandbox), sandbox["metadata"]
-        names = (manifest.SANDBOX.name(session.session_id, i) for i in range(INCARNATIONS))
+        names = (self._resource.name(session.session_id, i) for i in range(INCARNATIONS))
         incarnation = next((i for i, own in enumerate(names) if own == name), session.incarnation)
         self._rename(session, name, incarnation)
         known.object, known.used = sandbox, True  # What is known if the claim is not answered.
@@ -254,7 +258,7 @@ class Obtain:
                 "labels": {metadata.LABEL_INSTANCE: parts.config.instance_label},
             },
             # A lease that nobody renews would end it under the session.
-            "spec": manifest.SANDBOX.deadline_spec(lease),
+            "spec": self._resource.deadline_spec(lease),
         }
         try:
             claimed = await self._send(session, "claim", partial(parts.resources.patch, name, patch))
@@ -278,7 +282,7 @@ class Obtain:
 
     def _next_name(self, session: Session) -> None:
         incarnation = session.incarnation + 1
-        self._rename(session, manifest.SANDBOX.name(session.session_id, incarnation), incarnation)
+        self._rename(session, self._resource.name(session.session_id, incarnation), incarnation)
 
     def _rename(self, session: Session, name: str, incarnation: int) -> None:
         if session.name != name:

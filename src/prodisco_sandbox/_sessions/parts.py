@@ -60,7 +60,7 @@ class Parts:
     def reading(self, sandbox: Object, since: int = 0, *, strict: bool = False) -> Reading:
         """How far an object is; unless `strict`, as far as that can be told."""
         try:
-            return manifest.SANDBOX.reading(sandbox, self.config, now=self.wall_clock(), since=since)
+            return self.resources.resource.reading(sandbox, self.config, now=self.wall_clock(), since=since)
         except Exception as e:
             if strict:
                 raise

@@ -6,8 +6,9 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .._cluster import manifest, metadata
+from .._cluster import metadata
 from .._cluster.metadata import Object
+from .._cluster.resource import Resource
 from .table import Session
 
 NAME_MARGIN = 5.0
@@ -22,10 +23,12 @@ class Past:
     """Which ids had a session, which may still have an object, and which names are not free yet.
 
     Args:
+        resource: The kind of object that sessions have.
         grace_period: How long a pod may go on after its deletion, in seconds.
     """
 
-    def __init__(self, grace_period: float) -> None:
+    def __init__(self, resource: Resource, grace_period: float) -> None:
+        self._resource = resource
         self._occupied_for = grace_period + NAME_MARGIN
         self._occupied: dict[str, float] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
@@ -73,5 +76,5 @@ class Past:
 
     def fresh_name(self, session_id: str, now: float) -> tuple[str, int]:
         """The first incarnation of the session's name that no pod may still hold, and its number."""
-        names = ((manifest.SANDBOX.name(session_id, i), i) for i in itertools.count())
+        names = ((self._resource.name(session_id, i), i) for i in itertools.count())
         return next((name, i) for name, i in names if self._occupied.get(name, now) <= now)

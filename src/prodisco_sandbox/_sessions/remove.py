@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from .._aio.pacing import backoff
-from .._cluster import manifest, metadata
+from .._cluster import metadata
 from .._cluster.api_errors import RetryableError, UnexpectedError
 from .._cluster.metadata import Object
 from ..errors import SandboxError, SandboxUnavailableError
@@ -144,7 +144,7 @@ class Remove:
         return (
             all_instances
             or metadata.instance(sandbox) == self._parts.config.instance_label
-            or manifest.SANDBOX.lapsed(sandbox, self._parts.wall_clock())
+            or self._parts.resources.resource.lapsed(sandbox, self._parts.wall_clock())
         )
 
     async def _delete_orphan(self, sandbox: Object, deadline: float, *, all_instances: bool) -> bool:
