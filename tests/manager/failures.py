@@ -413,6 +413,22 @@ async def the_first_list_fails(w: World) -> None:
     await w.manager.get_client(SESSION)
 
 
+@failure("sandbox_kind_changed", "sandboxes reason", warm_pool="python")
+async def sandboxes_are_left_from_before_the_pool(w: World) -> None:
+    await left_behind(w.api, OTHER)
+    w.api.add_warm_pool("python")
+    await w.manager.get_client(SESSION)
+    await settle()
+
+
+@failure("sandbox_kind_not_checked", "reason", warm_pool="python")
+async def the_role_is_for_claims_alone(w: World) -> None:
+    w.api.add_warm_pool("python")
+    w.api.faults.add("list", error=api_error(403), when=lambda r: r.plural == PLURAL)
+    await w.manager.get_client(SESSION)
+    await settle()
+
+
 # The end
 
 

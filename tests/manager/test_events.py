@@ -25,6 +25,8 @@ GOOD = {
     "sandbox_created",
     "sandbox_recreated",
     "sandbox_ready",
+    "sandbox_started_warm",
+    "sandbox_started_cold",
     "sandbox_adopted",
     "sandbox_reaped",
     "sandbox_closed",

@@ -62,6 +62,7 @@ class Machine(RuleBasedStateMachine):
 
     moves: Counter[str] = Counter()
     done: Counter[str]
+    pool: str | None = None
 
     @initialize(seed=st.integers(0, 2**16), polling=st.booleans(), leases=st.booleans())
     def begin(self, seed: int, polling: bool, leases: bool) -> None:
@@ -69,6 +70,8 @@ class Machine(RuleBasedStateMachine):
         signal.signal(signal.SIGALRM, _spinning)
         self.loop = looptime.new_event_loop(start=1000.0)
         self.api = FakeCustomObjectsApi(auto_ready=self.readiness, now=self.loop.time)
+        if self.pool is not None:
+            self.api.add_warm_pool(self.pool, 2)
         if polling:
             self.api.forbid("watch")
         if not leases:
@@ -87,6 +90,7 @@ class Machine(RuleBasedStateMachine):
         config = SandboxManagerConfig(
             mode="multi",
             instance_id="me",
+            warm_pool=self.pool,
             max_sessions=CAP,
             capacity_timeout=5.0,
             ready_timeout=20.0,
@@ -122,6 +126,15 @@ class Machine(RuleBasedStateMachine):
         engine._lives.end = watched_end  # type: ignore[method-assign]
 
     # The world
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """Those of sessions."""
+        return self.api.objects if self.pool is None else self.api.claims
+
+    @property
+    def living(self) -> list[dict[str, Any]]:
+        return [found for found in self.objects if not is_deleting(found)]
 
     def readiness(self, sandbox: dict[str, Any]) -> Any:
         return self.readying.pop(0) if self.readying else 0.2
@@ -278,25 +291,32 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         which=st.integers(0, 100),
-        how=st.sampled_from(["deleted", "failed", "finished", "replaced", "unready", "ready"]),
+        how=st.sampled_from(["deleted", "failed", "finished", "replaced", "unready", "rebound"]),
         pause=PAUSES,
     )
     def befall(self, which: int, how: str, pause: float) -> None:
-        names = [o["metadata"]["name"] for o in self.api.objects if not is_deleting(o)]
+        names = [name(found) for found in self.living]
         if not names:
             return
-        name = names[which % len(names)]
+        taken = names[which % len(names)]
         match how:
             case "deleted":
-                self.api.delete_now(name)
+                self.api.delete_now(taken)
+            case "failed" if self.pool is not None:
+                with contextlib.suppress(KeyError):  # It has no pod yet.
+                    self.api.fail_pod(taken)
+            case "rebound":
+                bound = (self.api.get(taken) or {}).get("status", {}).get("sandbox", {}).get("name")
+                if self.api.get(str(bound), kind="Sandbox") is not None:
+                    self.api.delete_now(str(bound))
             case "failed":
-                self.api.set_status(name, conditions("PodFailed"))
+                self.api.set_status(taken, conditions("PodFailed"))
             case "finished":
-                self.api.set_condition(name, "Finished", "True", "PodSucceeded")
+                self.api.set_condition(taken, "Finished", "True", "PodSucceeded")
             case "unready":
-                self.api.set_condition(name, "Ready", "False", "DependenciesNotReady")
+                self.api.set_condition(taken, "Ready", "False", "DependenciesNotReady")
             case _:
-                self.api.set_ready(name)  # with another pod IP each time
+                self.api.set_ready(taken)  # with another pod IP each time
         self.move("death", pause)
 
     @rule(which=st.integers(0, 100), gets_well=st.booleans(), pause=PAUSES)
@@ -330,15 +350,14 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def a_session_has_at_most_one_living_sandbox(self) -> None:
-        owners = Counter(labels(o)[LABEL_SESSION] for o in self.api.objects if not is_deleting(o))
+        owners = Counter(labels(o)[LABEL_SESSION] for o in self.living)
         assert all(count == 1 for count in owners.values()), owners
 
     @invariant()
     def the_cap_holds(self) -> None:
         stats = self.manager.stats()
         assert stats.creating + stats.ready + stats.closing <= CAP
-        living = [o for o in self.api.objects if not is_deleting(o)]
-        assert len(living) <= CAP + self.strays
+        assert len(self.living) <= CAP + self.strays
 
     @invariant()
     def the_busy_are_not_reaped(self) -> None:
@@ -365,7 +384,7 @@ class Machine(RuleBasedStateMachine):
             assert not [task for task in self.callers if not task.done()]
             self.no_caller_meets_what_it_should_not()
             self.run(self.manager.shutdown())
-            assert {name(sandbox) for sandbox in self.api.objects} <= self.named
+            assert {name(found) for found in self.objects} <= self.named
             assert all(client.closed for client in self.clients)
             left = asyncio.all_tasks(self.loop)
             assert not left, left
@@ -388,10 +407,19 @@ def test_a_second_create_lands_after_the_first_was_deleted() -> None:
     machine.teardown()
 
 
-TestMachine = pytest.mark.unmeasured(Machine.TestCase)
-TestMachine.settings = settings(
+class ClaimMachine(Machine):
+    """The same with sessions that are claims on a pool of two."""
+
+    pool = "python"
+
+
+SETTINGS = settings(
     max_examples=int(os.environ.get("MACHINE_EXAMPLES", "15")),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+TestMachine = pytest.mark.unmeasured(Machine.TestCase)
+TestMachine.settings = SETTINGS
+TestClaimMachine = pytest.mark.unmeasured(ClaimMachine.TestCase)
+TestClaimMachine.settings = SETTINGS
