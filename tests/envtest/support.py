@@ -39,6 +39,7 @@ from prodisco_sandbox._cluster.metadata import LABEL_MANAGED_BY, session_hash
 Object = dict[str, Any]
 
 GROUP, PLURAL = "agents.x-k8s.io", "sandboxes"
+EXTENSIONS, CLAIMS = "extensions.agents.x-k8s.io", "sandboxclaims"
 CRD = f"{PLURAL}.{GROUP}"
 VERSIONS = ("v1beta1", "v1alpha1")
 """What the compact definition serves; the first is the stored one."""
@@ -48,12 +49,13 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "kubernetes.md"
 
 
 class AuditedServer(ApiServer):
-    """An API server that writes down every request on Sandboxes."""
+    """An API server that writes down every request on Sandboxes and claims."""
 
     def __init__(self, binaries: Path, directory: Path, *, watch_cache: bool = True) -> None:
         self._log = directory / "audit.log"
         policy = directory / "audit-policy.json"
-        rules = [{"level": "Metadata", "resources": [{"group": GROUP}]}, {"level": "None"}]
+        audited = [{"group": group} for group in (GROUP, EXTENSIONS)]
+        rules = [{"level": "Metadata", "resources": audited}, {"level": "None"}]
         policy.write_text(
             json.dumps(
                 {
@@ -67,13 +69,13 @@ class AuditedServer(ApiServer):
         flags = (f"--audit-policy-file={policy}", f"--audit-log-path={self._log}")
         super().__init__(binaries, watch_cache=watch_cache, flags=flags)
 
-    def requests(self, user: str) -> Counter[str]:
-        """How many requests on Sandboxes a user has made so far, by verb."""
+    def requests(self, user: str, plural: str = PLURAL) -> Counter[str]:
+        """How many requests on Sandboxes, or on claims, a user has made so far, by verb."""
         verbs: dict[str, str] = {}
         for line in self._log.read_text().splitlines():
             event = json.loads(line)
             who = event.get("impersonatedUser") or event["user"]
-            if who["username"] == user:
+            if who["username"] == user and event["objectRef"]["resource"] == plural:
                 verbs[event["auditID"]] = event["verb"]
         return Counter(verbs.values())
 
@@ -164,9 +166,10 @@ class Namespace:
     async def _is_empty(self) -> bool:
         return not await self.list()
 
-    async def may(self, verb: str) -> bool:
+    async def may(self, verb: str, plural: str = PLURAL, group: str = GROUP, subresource: str = "") -> bool:
         """Whether the manager may do this to Sandboxes: new rights take a moment to count."""
-        resource = {"verb": verb, "group": GROUP, "resource": PLURAL, "namespace": self.name}
+        resource = {"verb": verb, "group": group, "resource": plural, "namespace": self.name}
+        resource["subresource"] = subresource
         review = {"spec": {"user": self.account, "resourceAttributes": resource}}
         answer = await AuthorizationV1Api(self.api.api_client).create_subject_access_review(review)
         return bool(answer.status.allowed)
@@ -190,9 +193,9 @@ class Namespace:
         async with manager:
             yield manager
 
-    def requests(self) -> Counter[str]:
-        """The manager's requests on Sandboxes so far, by verb."""
-        return self.server.requests(self.account)
+    def requests(self, plural: str = PLURAL) -> Counter[str]:
+        """The manager's requests on Sandboxes, or on claims, so far, by verb."""
+        return self.server.requests(self.account, plural)
 
 
 def accepted(server: AuditedServer, *args: str, text: str | None = None) -> set[str]:
