@@ -1,6 +1,7 @@
 """A manager in a process of its own, to be killed: a sandbox with a file for each session named.
 
-python manager_process.py NAMESPACE INSTANCE LEASE SESSION...   (KUBECONFIG says where)
+python manager_process.py NAMESPACE INSTANCE LEASE SESSION...   (KUBECONFIG says where, and
+SANDBOX_WARM_POOL, if set, from which pool)
 
 Says ``ready`` once they all are, and then waits.
 """
@@ -8,6 +9,7 @@ Says ``ready`` once they all are, and then waits.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
@@ -15,7 +17,11 @@ from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 
 async def main(namespace: str, instance: str, lease: str, *sessions: str) -> None:
     config = SandboxManagerConfig(
-        mode="multi", namespace=namespace, instance_id=instance, lease_duration=float(lease)
+        mode="multi",
+        namespace=namespace,
+        instance_id=instance,
+        lease_duration=float(lease),
+        warm_pool=os.environ.get("SANDBOX_WARM_POOL"),
     )
     async with SandboxManager(config) as manager:
         for client in await asyncio.gather(*map(manager.get_client, sessions)):

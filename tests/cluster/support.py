@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import trustme
 from envtest.support import connections
 from kubernetes_asyncio.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi
 from kubernetes_asyncio.config import new_client_from_config
 
-from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
+from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig, TlsConfig
 from prodisco_sandbox._cluster.manifest import API_VERSIONS, GROUP, PLURAL, SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX, is_deleting, managed_selector
 
@@ -106,9 +109,35 @@ async def managed(**settings: Any) -> AsyncIterator[SandboxManager]:
     assert "shutdown_incomplete" not in manager.stats().events
 
 
-def pod_template(**container: Any) -> Object:
+@asynccontextmanager
+async def tls_secret(pods: Pods, directory: Path, *, mutual: bool) -> AsyncIterator[TlsConfig]:
+    """A Secret with the certificate of all sandboxes, and the settings that go with it."""
+    core, name = CoreV1Api(pods.api), f"tls-{secrets.token_hex(4)}"
+    authority, served = trustme.CA(), "sandbox.prodisco.svc"
+    certificate = authority.issue_cert(served)
+    authority.cert_pem.write_to_path(directory / "ca.crt")
+    own: dict[str, Any] = {}
+    if mutual:
+        client_certificate = authority.issue_cert("manager")
+        client_certificate.cert_chain_pems[0].write_to_path(directory / "tls.crt")
+        client_certificate.private_key_pem.write_to_path(directory / "tls.key")
+        own = {"cert": str(directory / "tls.crt"), "key": str(directory / "tls.key")}
+    data = {
+        "tls.crt": certificate.cert_chain_pems[0].bytes().decode(),
+        "tls.key": certificate.private_key_pem.bytes().decode(),
+        "ca.crt": authority.cert_pem.bytes().decode(),
+    }
+    secret = {"metadata": {"name": name}, "type": "kubernetes.io/tls", "stringData": data}
+    await core.create_namespaced_secret(pods.namespace, secret)
+    try:
+        yield TlsConfig(ca=str(directory / "ca.crt"), server_name=served, secret_name=name, **own)
+    finally:
+        await core.delete_namespaced_secret(name, pods.namespace)
+
+
+def pod_template(tls: TlsConfig | None = None, **container: Any) -> Object:
     """The default pod template with other fields in its container, for the caller to change."""
-    config = SandboxManagerConfig(mode="multi")
+    config = SandboxManagerConfig(mode="multi", tls=tls)
     body = SANDBOX.body(config, API_VERSIONS[0], "any", "any")
     template: Object = {"spec": body["spec"]["podTemplate"]["spec"]}
     template["spec"]["containers"][0].update(container)

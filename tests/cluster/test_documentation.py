@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 from envtest.support import examples
 from kubernetes_asyncio.client import ApiException, CoreV1Api, NodeV1Api
 
-from prodisco_sandbox import SandboxCapacityError, TlsConfig
+from prodisco_sandbox import SandboxCapacityError
 
-from .support import GONE, Pods, managed, output, until
+from .support import GONE, Pods, managed, output, tls_secret, until
 
 pytestmark = pytest.mark.cluster
 
@@ -70,35 +69,24 @@ async def test_the_hardened_template_runs_under_restricted_pod_security(
 
 @pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mtls"])
 async def test_tls_from_a_secret(pods: Pods, session: str, tmp_path: Path, mutual: bool) -> None:
-    core, name = CoreV1Api(pods.api), f"tls-{secrets.token_hex(4)}"
-    authority, served = trustme.CA(), "sandbox.prodisco.svc"
-    certificate = authority.issue_cert(served)
-    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
-    own: dict[str, Any] = {}
-    if mutual:
-        client_certificate = authority.issue_cert("manager")
-        client_certificate.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
-        client_certificate.private_key_pem.write_to_path(tmp_path / "tls.key")
-        own = {"cert": str(tmp_path / "tls.crt"), "key": str(tmp_path / "tls.key")}
-    data = {
-        "tls.crt": certificate.cert_chain_pems[0].bytes().decode(),
-        "tls.key": certificate.private_key_pem.bytes().decode(),
-        "ca.crt": authority.cert_pem.bytes().decode(),
-    }
-    secret = {"metadata": {"name": name}, "type": "kubernetes.io/tls", "stringData": data}
-    await core.create_namespaced_secret(pods.namespace, secret)
-    tls = TlsConfig(ca=str(tmp_path / "ca.crt"), server_name=served, secret_name=name, **own)
-    try:
-        async with managed(tls=tls) as manager:
-            client = await manager.get_client(session)
-            assert await output(client, "import os; print(os.environ.get('SANDBOX_TLS_KEY_PATH'))") == "None"
-    finally:
-        await core.delete_namespaced_secret(name, pods.namespace)
+    async with tls_secret(pods, tmp_path, mutual=mutual) as tls, managed(tls=tls) as manager:
+        client = await manager.get_client(session)
+        assert await output(client, "import os; print(os.environ.get('SANDBOX_TLS_KEY_PATH'))") == "None"
 
 
-async def test_a_quota_on_sandboxes(session: str, restricted: str, pods: Pods) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("sandboxes.agents.x-k8s.io", {}),
+        ("sandboxclaims.extensions.agents.x-k8s.io", {"warm_pool": "any"}),
+    ],
+    ids=["sandboxes", "claims"],
+)
+async def test_a_quota(
+    session: str, restricted: str, pods: Pods, kind: str, settings: dict[str, Any]
+) -> None:
     core = CoreV1Api(pods.api)
-    hard = {"count/sandboxes.agents.x-k8s.io": "0"}
+    hard = {f"count/{kind}": "0"}
     await core.create_namespaced_resource_quota(
         restricted, {"metadata": {"name": "sandboxes"}, "spec": {"hard": hard}}
     )
@@ -108,6 +96,6 @@ async def test_a_quota_on_sandboxes(session: str, restricted: str, pods: Pods) -
         return bool(found.status.hard == hard)
 
     await until(counted, "the quota to be counted", 60)
-    async with managed(namespace=restricted) as manager:
+    async with managed(namespace=restricted, **settings) as manager:
         with pytest.raises(SandboxCapacityError, match="exceeded quota: sandboxes"):
             await manager.get_client(session)

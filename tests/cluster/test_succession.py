@@ -49,7 +49,7 @@ async def test_a_killed_manager_is_succeeded_or_its_lease_ends(
         assert manager.stats().lost == 0
 
 
-async def run_and_kill(directory: Path, instance: str, *sessions: str) -> None:
+async def run_and_kill(directory: Path, instance: str, *sessions: str, warm_pool: str | None = None) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         Path(__file__).with_name("manager_process.py"),
@@ -58,6 +58,7 @@ async def run_and_kill(directory: Path, instance: str, *sessions: str) -> None:
             "PATH": os.environ["PATH"],
             "KUBECONFIG": os.environ["KUBECONFIG"],
             "TMPDIR": str(directory),  # A killed process leaves kubernetes_asyncio's certificates.
+            **({} if warm_pool is None else {"SANDBOX_WARM_POOL": warm_pool}),
         },
         stdout=asyncio.subprocess.PIPE,
     )
