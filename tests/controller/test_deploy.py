@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from _patience import PATIENCE
-from envtest.support import DEPLOY, Object, accepted, connected, until
+from envtest.support import CLAIMS, DEPLOY, EXTENSIONS, Object, accepted, connected, examples, until
 from kubernetes_asyncio.client import AuthorizationV1Api, CoreV1Api, CustomObjectsApi
+
+from prodisco_sandbox import SandboxManagerConfig, TlsConfig
+from prodisco_sandbox._cluster.manifest import SANDBOX
 
 from .support import ControlPlane, condition
 
@@ -17,7 +23,7 @@ pytestmark = pytest.mark.controller
 
 OVERLAY = DEPLOY / "overlays" / "warm-pool"
 NAMESPACE = "prodisco"
-EXTENSIONS = ("extensions.agents.x-k8s.io", "v1beta1", NAMESPACE)
+AT = (EXTENSIONS, "v1beta1", NAMESPACE)
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:mcp-server"
 
 
@@ -51,14 +57,14 @@ async def test_the_overlay_makes_a_pool(api: CustomObjectsApi, control_plane: Co
     await until(lambda: filled(api), "the pool to fill")
 
     claim: Object = {"metadata": {"name": "a-session"}, "spec": {"warmPoolRef": {"name": "python"}}}
-    claim |= {"apiVersion": "/".join(EXTENSIONS[:2]), "kind": "SandboxClaim"}
-    await api.create_namespaced_custom_object(*EXTENSIONS, "sandboxclaims", claim)
+    claim |= {"apiVersion": "/".join(AT[:2]), "kind": "SandboxClaim"}
+    await api.create_namespaced_custom_object(*AT, CLAIMS, claim)
 
     async def bound() -> bool:
-        return condition(await stored(api, "sandboxclaims", "a-session")).get("status") == "True"
+        return condition(await stored(api, CLAIMS, "a-session")).get("status") == "True"
 
     await until(bound, "the claim to be bound")
-    taken = (await stored(api, "sandboxclaims", "a-session"))["status"]["sandbox"]["name"]
+    taken = (await stored(api, CLAIMS, "a-session"))["status"]["sandbox"]["name"]
     assert taken.startswith("python-"), "a member of the pool"
     pod = await CoreV1Api(api.api_client).read_namespaced_pod(taken, NAMESPACE)
     policies = [item for item in yaml.safe_load_all(text) if item["kind"] == "NetworkPolicy"]
@@ -69,8 +75,24 @@ async def test_the_overlay_makes_a_pool(api: CustomObjectsApi, control_plane: Co
     await until(lambda: filled(api, 0), "the scale subresource to empty the pool")
 
 
+def test_the_documents_overlay_gives_the_pool_tls(control_plane: ControlPlane, tmp_path: Path) -> None:
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    [text] = [example for example in examples("yaml") if "kind: Kustomization" in example]
+    overlay = tmp_path / "deploy" / "overlays" / "mine"
+    overlay.mkdir()
+    (overlay / "kustomization.yaml").write_text(text)
+    made = yaml.safe_load_all(control_plane.kubectl("kustomize", str(overlay)))
+    [pod] = [item["spec"]["podTemplate"] for item in made if item["kind"] == "SandboxTemplate"]
+    config = SandboxManagerConfig(mode="multi", tls=TlsConfig(ca="ca.crt", secret_name="sandbox-tls"))
+    cold = SANDBOX.body(config, "v1beta1", "any", "any")["spec"]["podTemplate"]
+    assert pod["spec"]["containers"][0].pop("readinessProbe")
+    for spec in (pod["spec"], cold["spec"]):
+        spec["containers"][0]["env"].sort(key=itemgetter("name"))
+    assert pod["spec"] == cold["spec"]
+
+
 async def stored(api: CustomObjectsApi, plural: str, name: str = "python") -> Object:
-    found: Object = await api.get_namespaced_custom_object(*EXTENSIONS, plural, name)
+    found: Object = await api.get_namespaced_custom_object(*AT, plural, name)
     return found
 
 
@@ -81,15 +103,15 @@ async def filled(api: CustomObjectsApi, members: int = 3) -> bool:
 
 async def check_rights(api: CustomObjectsApi) -> None:
     verbs = ("create", "delete", "deletecollection", "get", "list", "patch", "update", "watch")
-    allowed = {verb for verb in verbs if await may(api, verb, "sandboxclaims")}
+    allowed = {verb for verb in verbs if await may(api, verb, CLAIMS)}
     assert allowed == {"create", "delete", "get", "list", "patch", "watch"}
     for plural in ("sandboxwarmpools", "sandboxtemplates"):
         assert not [verb for verb in verbs if await may(api, verb, plural)]
-    assert not await may(api, "patch", "sandboxclaims", subresource="status")
+    assert not await may(api, "patch", CLAIMS, subresource="status")
 
 
 async def may(api: CustomObjectsApi, verb: str, plural: str, **more: Any) -> bool:
-    attributes = {"verb": verb, "group": EXTENSIONS[0], "resource": plural, "namespace": NAMESPACE, **more}
+    attributes = {"verb": verb, "group": EXTENSIONS, "resource": plural, "namespace": NAMESPACE, **more}
     review = {"spec": {"user": ACCOUNT, "resourceAttributes": attributes}}
     answer = await AuthorizationV1Api(api.api_client).create_subject_access_review(review)
     return bool(answer.status.allowed)

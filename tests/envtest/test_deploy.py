@@ -28,7 +28,11 @@ def test_the_documents_manifests_are_accepted(prodisco: AuditedServer) -> None:
     kinds = {document["kind"].lower(): document for document in found}
     # cert-manager's own kinds need its definitions.
     assert kinds.pop("certificate")["apiVersion"] == "cert-manager.io/v1"
-    assert set(kinds) == {"statefulset", "runtimeclass"}
+    # tests/controller applies it.
+    assert kinds.pop("kustomization")["resources"] == ["../warm-pool"]
+    assert set(kinds) == {"statefulset", "runtimeclass", "horizontalpodautoscaler"}
+    if prodisco.status("/apis/autoscaling/v2") == 404:
+        assert kinds.pop("horizontalpodautoscaler")["apiVersion"] == "autoscaling/v2"  # since 1.23
     assert accepted(prodisco, "-f", "-", text=yaml.safe_dump_all(kinds.values())) == set(kinds)
     labels = kinds["statefulset"]["spec"]["template"]["metadata"]["labels"]
     policy = yaml.safe_load_all((DEPLOY / "base" / "networkpolicy.yaml").read_text())
