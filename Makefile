@@ -7,8 +7,8 @@ EXTRAS ?= dev mcp server
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 UNIT := not slow and not process
-# Each worker has servers of its own, so no more than four of them however many cores there are.
-WORKERS := --numprocesses=auto --maxprocesses=4 --dist=loadgroup --max-worker-restart=0
+# tests/conftest.py says how many.
+WORKERS := --numprocesses=auto --dist=loadgroup --max-worker-restart=0
 PROTO_PY := .venv-proto/bin/python
 PROTO := src/prodisco_sandbox/proto/sandbox.proto
 # Directories too: they change when a file goes.
@@ -17,10 +17,12 @@ SOURCES := $(shell find src \( -name __pycache__ -o -name .mypy_cache \) -prune 
 PROTO_VENV := $(if $(or $(wildcard $(PROTO_PY)),$(shell tools/find-python 13 2>/dev/null)),.venv-proto/.tools)
 
 export PYTHON
+# Where it is set, every worker of every run prepares all tests anew, six seconds of a processor.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow reliability bench plot unit envtest lowest coverage check format proto clean FORCE
+.PHONY: help venv demo test coverage slow reliability bench plot unit envtest lowest check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,8 +32,11 @@ venv: $(VENV)/.installed ## set up .venv: the tools, and the package as a built 
 demo: $(VENV)/.installed ## two sessions, each in a sandbox of its own, on this machine
 	@$(PY) examples/demo.py
 
-test: $(VENV)/.installed $(PROTO_VENV) ## all but the slow tests, with branch coverage
-	@tools/run-tests $(PY) $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+test: $(VENV)/.installed $(PROTO_VENV) ## all but the slow tests
+	@$(PY) -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+coverage: $(VENV)/.installed $(PROTO_VENV) ## make test with branch coverage, and a report in htmlcov/
+	@tools/run-coverage $(PY) $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 slow: $(VENV)/.installed $(PROTO_VENV) ## the tests that take long
 	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
@@ -57,9 +62,6 @@ envtest: $(VENV)/.installed ## the tests on a real API server alone, the one tha
 lowest: ## the quick tests with the lowest versions that pyproject.toml allows
 	@$(MAKE) --no-print-directory unit UNIT="not slow and not envtest" VENV=.venv-lowest BOUNDS=--lowest \
 	    PYTHON="$${PYTHON:-$$(tools/find-python 11 2>/dev/null || tools/find-python 13)}"
-
-coverage: test ## make test, with a coverage report in htmlcov/
-	@$(PY) -m coverage html --quiet
 
 check: $(VENV)/.installed ## ruff, mypy --strict and the direction of imports
 	@$(PY) -m ruff check

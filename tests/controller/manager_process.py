@@ -2,12 +2,13 @@
 
 python manager_process.py NAMESPACE PORT LEASE SESSION...   (KUBECONFIG says where)
 
-Says ``ready`` once they all are, and then waits.
+With SANDBOX_WARM_POOL they are of that pool. Says ``ready`` once they all are, and then waits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
@@ -15,7 +16,11 @@ from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 
 async def main(namespace: str, port: str, lease: str, *sessions: str) -> None:
     config = SandboxManagerConfig(
-        mode="multi", namespace=namespace, sandbox_port=int(port), lease_duration=float(lease)
+        mode="multi",
+        namespace=namespace,
+        sandbox_port=int(port),
+        lease_duration=float(lease),
+        warm_pool=os.environ.get("SANDBOX_WARM_POOL"),
     )
     async with SandboxManager(config) as manager:
         await asyncio.gather(*map(manager.get_client, sessions))

@@ -37,12 +37,10 @@ from typing import Any
 
 import yaml
 from _apiserver import wait
-from _patience import PATIENCE
+from _patience import PATIENCE, until
 from _ports import free_ports
 from envtest.support import (
-    CLAIMS,
     DEPLOY,
-    EXTENSIONS,
     GROUP,
     MERGE_PATCH,
     PLURAL,
@@ -50,11 +48,11 @@ from envtest.support import (
     Namespace,
     Object,
     made_namespace,
-    until,
 )
 from kubernetes_asyncio.client import ApiException, CoreV1Api
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
+from prodisco_sandbox._cluster.claim import CLAIM
 from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX
 
 VERSION = "v1beta1"
@@ -166,33 +164,55 @@ class ControlledNamespace(Namespace):
         given = {"mode": "multi", "namespace": self.name, "ready_timeout": PATIENCE}
         return SandboxManagerConfig(**{**given, "sandbox_port": self.server.sandbox_port, **settings})
 
-    async def make_pool(self, members: int = 1) -> None:
-        """Applies deploy/overlays/warm-pool here: its pool, and the manager's rights on claims.
+    async def make_pool(self, replicas: int, *, ready: bool = True) -> None:
+        """The pool, template and rights of deploy/overlays/warm-pool; returns once its members are ready."""
+        overlay = DEPLOY / "overlays" / "warm-pool"
+        text = (overlay / "template.yaml").read_text().replace("50051", str(self.server.sandbox_port))
+        template, pool = yaml.safe_load(text), yaml.safe_load((overlay / "pool.yaml").read_text())
+        pool["spec"]["replicas"] = replicas
+        (patch,) = yaml.safe_load((overlay / "kustomization.yaml").read_text())["patches"]
+        rules = [yaml.safe_load(patch["patch"])[0]["value"]]
+        about = {"name": "claims", "namespace": self.name}
+        role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "claims"}
+        account = {"kind": "ServiceAccount", "name": self.account.rpartition(":")[2], "namespace": self.name}
+        rbac = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": about}
+        objects: tuple[Object, ...] = (
+            {**rbac, "kind": "Role", "rules": rules},
+            {**rbac, "kind": "RoleBinding", "roleRef": role, "subjects": [account]},
+            template,
+            pool,
+        )
+        for made in objects:
+            made["metadata"]["namespace"] = self.name
+            await self.kubectl("create", "--validate=false", "-f", "-", text=json.dumps(made))
+        if ready:
+            await until(lambda: self._has_members(replicas))
 
-        Returns once that many sandboxes wait in the pool, which is named ``python``.
-        """
-        text = await asyncio.to_thread(self.server.kubectl, "kustomize", str(DEPLOY / "overlays/warm-pool"))
-        # Pods of other test runs have the same addresses.
-        items = list(yaml.safe_load_all(text.replace("50051", str(self.server.sandbox_port))))
-        items = [item for item in items if item["kind"] != "Namespace"]
-        for item in items:
-            for place in (item["metadata"], *item.get("subjects", ())):
-                place["namespace"] = self.name
-            if item["kind"] == "SandboxWarmPool":
-                item["spec"]["replicas"] = members
-        text = yaml.safe_dump_all(items)
-        await self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", text=text)
-
-        async def filled() -> bool:
-            at = (EXTENSIONS, self.version, self.name, "sandboxwarmpools", "python")
-            pool = await self.api.get_namespaced_custom_object(*at)
-            return bool((pool.get("status") or {}).get("readyReplicas", 0) == members)
-
-        await until(filled, "the pool to fill")
+    async def _has_members(self, replicas: int) -> bool:
+        ready = [s for s in await self.list() if condition(s).get("status") == "True" and is_member(s)]
+        return len(ready) == replicas
 
     async def claims(self) -> list[Object]:
-        at = (EXTENSIONS, self.version, self.name, CLAIMS)
-        return list((await self.api.list_namespaced_custom_object(*at))["items"])
+        found = await self.api.list_namespaced_custom_object(CLAIM.group, VERSION, self.name, CLAIM.plural)
+        return list(found["items"])
+
+    async def claim(self, name: str) -> Object | None:
+        """The SandboxClaim of that name, None where there is none."""
+        try:
+            found: Object = await self.api.get_namespaced_custom_object(
+                CLAIM.group, VERSION, self.name, CLAIM.plural, name
+            )
+        except ApiException as e:
+            if e.status == 404:
+                return None
+            raise
+        return found
+
+    async def change(self, plural: str, name: str, spec: Object) -> None:
+        """Changes the spec of a claim or pool, as an operator does."""
+        await self.api.patch_namespaced_custom_object(
+            CLAIM.group, VERSION, self.name, plural, name, {"spec": spec}, _content_type=MERGE_PATCH
+        )
 
     async def sandbox(self, name: str) -> Object | None:
         """The Sandbox of that name, None where there is none."""
@@ -255,6 +275,11 @@ class ControlledNamespace(Namespace):
             reading.cancel()
             await asyncio.wait([reading])
             response.close()
+
+
+def is_member(sandbox: Object) -> bool:
+    """Whether a Sandbox waits in a pool."""
+    return any(owner["kind"] == "SandboxWarmPool" for owner in sandbox["metadata"].get("ownerReferences", ()))
 
 
 def condition(sandbox: Object, kind: str = "Ready") -> Object:

@@ -19,7 +19,7 @@ VERBS = {"create", "delete", "get", "list", "patch", "watch"}
 
 
 async def test_a_whole_life_needs_every_verb_and_no_other(cluster: ControlledNamespace) -> None:
-    await cluster.make_pool()
+    await cluster.make_pool(1)
     clients = Clients()
     async with cluster.managed(clients, warm_pool="python") as manager:
         assert await manager.cleanup_orphaned_sandboxes() == 0
@@ -36,14 +36,14 @@ async def test_a_whole_life_needs_every_verb_and_no_other(cluster: ControlledNam
 @pytest.fixture
 async def without(cluster: ControlledNamespace, request: pytest.FixtureRequest) -> ControlledNamespace:
     """The namespace with its pool, and one verb taken out of the Role."""
-    await cluster.make_pool()
+    await cluster.make_pool(1)
     await allow(cluster, VERBS - {request.param})
     return cluster
 
 
 async def allow(cluster: ControlledNamespace, verbs: set[str]) -> None:
-    patch = [{"op": "replace", "path": "/rules/1/verbs", "value": sorted(verbs)}]
-    await cluster.kubectl("patch", "role", "sandbox-manager", "--type=json", "-p", json.dumps(patch))
+    patch = [{"op": "replace", "path": "/rules/0/verbs", "value": sorted(verbs)}]
+    await cluster.kubectl("patch", "role", "claims", "--type=json", "-p", json.dumps(patch))
 
     async def known() -> bool:
         return all([await cluster.may(verb, CLAIMS, EXTENSIONS) == (verb in verbs) for verb in VERBS])

@@ -49,13 +49,16 @@ async def left_behind(cluster: ControlledNamespace, incarnation: int = 0, **spec
 
 async def fail_pod(cluster: ControlledNamespace, sandbox: str) -> None:
     """Kills its server, as when the container is out of memory: under restartPolicy Never that is its end."""
-    address = (await cluster.pod(sandbox))["status"]["podIP"]
+    await fail_pod_at(cluster, (await cluster.pod(sandbox))["status"]["podIP"])
+    await until(lambda: _is_finished(cluster, sandbox))
+
+
+async def fail_pod_at(cluster: ControlledNamespace, address: str) -> None:
     wanted = f"\0--host\0{address}\0--port\0{cluster.server.sandbox_port}\0"
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # It has ended meanwhile.
             if wanted in path.read_text():
                 os.kill(int(path.parent.name), signal.SIGKILL)
-    await until(lambda: _is_finished(cluster, sandbox))
 
 
 async def _is_finished(cluster: ControlledNamespace, sandbox: str) -> bool:

@@ -48,7 +48,7 @@ async def test_a_session_has_a_pod_from_its_first_call_to_its_close(cluster: Con
         assert (stats.created, stats.recreated, stats.failed, stats.lost) == (1, 0, 0, 0)
 
 
-async def test_a_pod_deleted_under_a_session_is_another_machine(cluster: ControlledNamespace) -> None:
+async def test_a_pod_deleted_under_a_session_isanother_machine(cluster: ControlledNamespace) -> None:
     """As when its node is drained: on its way out the pod is Succeeded or Failed for a moment."""
     async with cluster.managed() as manager, cluster.watched() as events:
         client = await manager.get_client("session")
@@ -58,7 +58,7 @@ async def test_a_pod_deleted_under_a_session_is_another_machine(cluster: Control
         old = await cluster.pod(name)
         await cluster.delete_pod(name)
         await until(lambda: _has_another_pod(cluster, name, old["metadata"]["uid"]))
-        client = await _another_machine(manager, client)
+        client = await another_machine(manager, client)
         assert client.sandbox is not None
         assert (client.sandbox.name, client.sandbox.uid) == (first.name, first.uid)
         assert await output(client, "import os; print(os.path.exists('kept'))") == "False"
@@ -76,7 +76,7 @@ async def test_a_session_that_somebody_suspends_is_resumed_on_its_next_use(
         first, name = client.sandbox, manager.sandbox_name("session")
         assert first is not None
         await cluster.suspend(name)
-        client = await _another_machine(manager, client)
+        client = await another_machine(manager, client)
         assert client.sandbox is not None
         assert (client.sandbox.name, client.sandbox.uid) == (first.name, first.uid)
         assert await output(client, "print(6 * 7)") == "42"
@@ -118,7 +118,7 @@ async def test_a_lease_that_lapses_under_a_session_ends_it(cluster: ControlledNa
         client = await manager.get_client("session")
         first, name = client.sandbox, manager.sandbox_name("session")
         await cluster.patch(name, {"shutdownTime": "2001-01-01T00:00:00Z"})
-        client = await _another_machine(manager, client)
+        client = await another_machine(manager, client)
         assert client.sandbox is not None
         assert first is not None
         assert client.sandbox.uid != first.uid
@@ -154,7 +154,7 @@ async def _has_another_pod(cluster: ControlledNamespace, sandbox: str, than: str
     return not finished and any(pod["metadata"]["uid"] != than for pod in await cluster.pods(sandbox))
 
 
-async def _another_machine(manager: SandboxManager, client: SandboxClient) -> SandboxClient:
+async def another_machine(manager: SandboxManager, client: SandboxClient) -> SandboxClient:
     """The session's client once it is not that one any more: until the death shows it stays as it is."""
     async with asyncio.timeout(PATIENCE):
         while (found := await manager.get_client("session")) is client:
