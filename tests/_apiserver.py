@@ -201,6 +201,16 @@ class ApiServer:
             raise RuntimeError(f"kubectl {' '.join(args)}: {done.stderr.strip()}")
         return done.stdout
 
+    def install_extensions(self) -> bool:
+        """Installs the definitions of claims and pools, and returns whether AGENT_SANDBOX_DIR has any."""
+        directory = Path(os.environ.get("AGENT_SANDBOX_DIR", "/nowhere"), "crds-served")
+        files = sorted(directory.glob("extensions.*.yaml"))
+        for path in files:
+            self.kubectl("create", "--validate=false", "-f", str(path))
+        if files:
+            self.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
+        return bool(files)
+
     def install_crd(self, definition: Path | dict[str, Any]) -> None:
         """Installs a definition of Sandboxes, or changes it to this one, and waits until
         exactly its versions are served.

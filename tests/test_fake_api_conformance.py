@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
 from _apiserver import ApiServer, assets, booted
@@ -54,12 +53,7 @@ def server() -> Iterator[ApiServer]:
     assert binaries is not None
     with booted(ApiServer(binaries)) as server:
         _serve(server, ("v1beta1", "v1alpha1"))
-        if directory := os.environ.get("AGENT_SANDBOX_DIR"):
-            for path in Path(directory, "crds-served").glob("extensions.*.yaml"):
-                server.kubectl("create", "--validate=false", "-f", str(path))
-            server.kubectl(
-                "wait", "--for=condition=Established", f"--timeout={PATIENCE:.0f}s", "crd", "--all"
-            )
+        server.install_extensions()
         yield server
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from _apiserver import ApiServer, assets, booted
 from _local import condition, in_seconds, traces
-from _patience import PATIENCE
+from _patience import PATIENCE, until
 from _sandbox_crd import sandbox_crd
 from kubernetes_asyncio.client import ApiClient, Configuration, CoreV1Api, CustomObjectsApi
 
@@ -29,18 +30,23 @@ def server() -> Iterator[ApiServer]:
         yield server
 
 
+@contextlib.asynccontextmanager
+async def namespaced(server: ApiServer, namespace: str) -> AsyncIterator[CustomObjectsApi]:
+    configuration = Configuration(host=server.url)
+    configuration.ssl_ca_cert = str(server.directory / "ca.crt")
+    configuration.api_key["BearerToken"] = f"Bearer {server.token()}"
+    async with ApiClient(configuration) as client:
+        await CoreV1Api(client).create_namespace({"metadata": {"name": namespace}})
+        yield CustomObjectsApi(client)
+
+
 @pytest.mark.parametrize("version", ["v1alpha1", "v1beta1"])
 async def test_a_session_lives_dies_and_expires(
     server: ApiServer, version: Literal["v1alpha1", "v1beta1"], tmp_path: Path
 ) -> None:
     namespace = f"local-{version}"
     at = ("agents.x-k8s.io", version, namespace, "sandboxes")
-    configuration = Configuration(host=server.url)
-    configuration.ssl_ca_cert = str(server.directory / "ca.crt")
-    configuration.api_key["BearerToken"] = f"Bearer {server.token()}"
-    async with ApiClient(configuration) as client:
-        await CoreV1Api(client).create_namespace({"metadata": {"name": namespace}})
-        api = CustomObjectsApi(client)
+    async with namespaced(server, namespace) as api:
         cluster = LocalCluster(
             custom_objects_api=api, namespace=namespace, api_version=version, directory=tmp_path
         )
@@ -71,4 +77,33 @@ async def test_a_session_lives_dies_and_expires(
             assert third.sandbox != second.sandbox
             assert (await third.execute(code="print('again')")).output == "again\n"
         assert (await api.list_namespaced_custom_object(*at))["items"] == []
+    assert traces(tmp_path) == []
+
+
+async def test_a_session_takes_a_server_that_was_started_ahead(server: ApiServer, tmp_path: Path) -> None:
+    """No garbage collector runs here: the cluster itself deletes the Sandbox of a deleted claim."""
+    if not server.install_extensions():
+        pytest.skip("needs agent-sandbox's definitions, in AGENT_SANDBOX_DIR")
+    at = ("agents.x-k8s.io", "v1beta1", "warm", "sandboxes")
+    async with namespaced(server, "warm") as api:
+
+        async def others(*names: str) -> list[str]:
+            found = (await api.list_namespaced_custom_object(*at))["items"]
+            ready = [s["metadata"]["name"] for s in found if condition(s).get("status") == "True"]
+            return [name for name in ready if name not in names] if len(found) == 1 + len(names) else []
+
+        cluster = LocalCluster(custom_objects_api=api, namespace="warm", directory=tmp_path, warm=1)
+        async with cluster, SandboxManager(cluster.config(), custom_objects_api=api) as manager:
+            await until(others)
+            (name,) = await others()
+            client = await manager.get_client("session")
+            assert (await client.execute(code="print(6 * 7)")).output == "42\n"
+            assert manager.stats().warm == 1
+            claim = ("extensions.agents.x-k8s.io", *at[1:3], "sandboxclaims", manager.sandbox_name("session"))
+            status = (await api.get_namespaced_custom_object(*claim))["status"]
+            assert status["sandbox"]["name"] == name
+            await until(lambda: others(name))
+            await manager.on_session_closed("session")
+            await until(others)
+            assert await others() != [name]
     assert traces(tmp_path) == []

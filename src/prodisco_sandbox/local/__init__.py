@@ -15,12 +15,12 @@ from typing import Any, Literal, Self
 
 from .._aio.tasks import outlast
 from .._checks import integer, seconds
-from .._cluster import metadata
 from .._cluster.metadata import Object
 from .._log import get_logger
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..testing import FakeCustomObjectsApi
+from ._claims import POOL
 from ._controller import Controller, Pod
 from ._processes import Keeper
 
@@ -60,6 +60,11 @@ class LocalCluster:
     afresh. The pod template is not looked at. A server that ends by itself is a failed pod
     under restartPolicy Never: Ready is False and Finished True, with the reason PodFailed.
 
+    With `warm`, so many servers are started ahead, and a session takes one of them over: a
+    SandboxClaim, whatever pool it names, binds a server that is ready, another one is started in its
+    place, and where none is ready the claim starts a server of its own, under its name. A server
+    is gone with its claim, and never another session's. Claims without `warm` start their own.
+
     No process, socket or file outlives the cluster, also if its process is killed: then
     they are gone within some two seconds. The cluster belongs to the event loop that it
     is started in. Several may run at once.
@@ -82,6 +87,7 @@ class LocalCluster:
             only; None: the system's directory for temporary files.
         poll_interval: How often the Sandboxes are listed where they cannot be watched, in
             seconds.
+        warm: How many servers are started ahead.
 
     Raises:
         ValueError: An argument is wrong; the message names it.
@@ -99,8 +105,11 @@ class LocalCluster:
         max_starting: int = 4,
         directory: str | os.PathLike[str] | None = None,
         poll_interval: float = 1.0,
+        warm: int = 0,
     ) -> None:
         integer("max_starting", max_starting, least=1, most=None)
+        integer("warm", warm, least=0, most=None)
+        self._warm = warm
         self._python = _interpreter(python)
         self._server_args = _strings("server_args", server_args)
         for arg in self._server_args:
@@ -137,18 +146,17 @@ class LocalCluster:
         return self._keeper.root
 
     def endpoint(self, sandbox: Object) -> str | None:
-        """The gRPC target of a Sandbox's server; None while there is none.
+        """The gRPC target of the server of a Sandbox, or of a claim's Sandbox; None while there is none.
 
         For ``endpoint`` of `SandboxManagerConfig`; the status holds no address that leads
         to a server.
         """
         if self._controller is None:
             raise SandboxError(_NOT_STARTED)
-        pod = self._controller.pod_of(str(metadata.uid(sandbox)), metadata.name(sandbox))
-        return pod.server.target if pod and pod.server else None
+        return self._controller.target(sandbox)
 
     def config(self, **settings: Any) -> SandboxManagerConfig:
-        """Settings of a manager on this cluster: multi mode, the namespace, the endpoint.
+        """Settings of a manager on this cluster: multi mode, the namespace, the endpoint, the warm pool.
 
         Args:
             settings: Further fields of `SandboxManagerConfig`; they beat the cluster's.
@@ -161,11 +169,13 @@ class LocalCluster:
             "namespace": self._config.namespace,
             "api_version": self._config.api_version,
             "endpoint": self.endpoint,
+            **({"warm_pool": POOL} if self._warm else {}),
         }
         return SandboxManagerConfig(**(own | settings))
 
     def kill(self, name: str) -> None:
-        """Kills a Sandbox's server with SIGKILL, as the kernel does when memory runs out.
+        """Kills the server of a Sandbox, or of a claim, with SIGKILL, as the kernel does when memory
+        runs out.
 
         Raises:
             KeyError: No server runs for a Sandbox of this name.
@@ -176,8 +186,8 @@ class LocalCluster:
         pod.server.kill()
 
     def delete_pod(self, name: str) -> None:
-        """Ends a Sandbox's server in good order, as a drained node or ``kubectl delete pod``
-        does: another one starts in the same Sandbox, with an empty workspace.
+        """Ends the server of a Sandbox, or of a claim, in good order, as a drained node or
+        ``kubectl delete pod`` does: another one starts in the same Sandbox, with an empty workspace.
 
         Raises:
             KeyError: There is no server for a Sandbox of this name, not even one that has ended.
@@ -187,7 +197,9 @@ class LocalCluster:
         self._controller.end(pod)
 
     def _pod(self, name: str) -> Pod:
-        pod = self._controller.pods.get(name) if self._controller else None
+        pod = None
+        if self._controller is not None:
+            pod = self._controller.pods.get(self._controller.claims.bound(name))
         if pod is None:
             raise KeyError(f"no server runs for a Sandbox {name!r}")
         return pod
@@ -210,6 +222,7 @@ class LocalCluster:
             self._command,
             max_starting=self._max_starting,
             poll_interval=self._poll_interval,
+            warm=self._warm,
         )
         try:
             await self._keeper.start()

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from .._aio.tasks import OwnedTasks
-from .._cluster import metadata
+from .._cluster import claim, metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError
 from .._cluster.metadata import Object
 from .._cluster.requests import SandboxResources
-from .._cluster.watch import SandboxWatch
 from .._log import get_logger
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..testing import _agent_sandbox as model
+from ..testing import _warm_pools as model_of_claims
+from ._claims import Claims
+from ._follow import Follower
 from ._processes import Keeper, ServerProcess
 
 log = get_logger("local")
@@ -77,7 +79,7 @@ class Worker:
         self.task: asyncio.Task[None] | None = None
 
 
-class Controller:
+class Controller(Follower):
     """Runs a server for each managed Sandbox of a namespace, and writes its status.
 
     It watches, or lists every `poll_interval` seconds where it may not, and keeps to
@@ -87,6 +89,7 @@ class Controller:
     Attributes:
         workers: One for each Sandbox, by its uid.
         pods: By name, which is the Sandbox's; one may outlive its Sandbox for a moment.
+        claims: The claims of the namespace.
     """
 
     def __init__(
@@ -98,80 +101,74 @@ class Controller:
         *,
         max_starting: int,
         poll_interval: float,
+        warm: int,
     ) -> None:
+        super().__init__(SandboxResources(config, api), poll_interval)
+        self.claims = Claims(config, api, self, warm=warm, poll_interval=poll_interval)
         self.workers: dict[str, Worker] = {}
         self.pods: dict[str, Pod] = {}
         self._addresses = itertools.count(1)
-        self._config = config
-        self._resources = SandboxResources(config, api)
-        self._selector = f"{metadata.LABEL_APP}={metadata.APP}"  # of every manager
-        self._watch = SandboxWatch(self._resources, self._selector, self)
         self._keeper = keeper
         self._command = command
         self._starting = asyncio.Semaphore(max_starting)
-        self._poll_interval = poll_interval
-        self._unwatched = asyncio.Event()
         self._tasks = OwnedTasks()
 
     def start(self) -> None:
         self._now = asyncio.get_running_loop().time
-        self._tasks.supervise(self._watch.run, "local-watch")
-        self._tasks.supervise(self._poll, "local-poll")
+        self.follow(self._tasks, "local")
+        self._tasks.supervise(lambda: self.claims.run(self._tasks), "local-claims")
 
     async def aclose(self) -> None:
         """Stops; Sandboxes and servers stay as they are."""
         if stuck := await self._tasks.end():
             log.error("tasks_stuck", tasks=stuck)
-        await self._resources.aclose()
+        await self.claims.resources.aclose()
+        await self.resources.aclose()
 
     # Calls of the watch
 
-    def synced(self, sandboxes: list[Object], since: float) -> None:
-        for sandbox in sandboxes:
-            self.changed(sandbox)
-        listed = {metadata.uid(sandbox) for sandbox in sandboxes}
-        for worker in list(self.workers.values()):
-            if worker.uid not in listed and worker.seen_at < since:
-                self.deleted(worker.sandbox)
+    def seen_before(self, since: float) -> list[Object]:
+        return [worker.sandbox for worker in self.workers.values() if worker.seen_at < since]
 
-    def changed(self, sandbox: Object) -> None:
-        if metadata.is_deleting(sandbox):
-            self.deleted(sandbox)
+    def changed(self, obj: Object) -> None:
+        if metadata.is_deleting(obj):
+            self.deleted(obj)
             return
-        worker = self.workers.get(str(metadata.uid(sandbox)))
+        worker = self.workers.get(str(metadata.uid(obj)))
         if worker is None:
-            worker = Worker(sandbox)
+            worker = Worker(obj)
             self.workers[worker.uid] = worker
             worker.task = self._tasks.spawn(self._work(worker), f"local:{worker.name}")
-        worker.sandbox = sandbox
+        worker.sandbox = obj
         worker.seen_at = self._now()
         worker.changed.set()
+        self.claims.wake()
 
-    def deleted(self, sandbox: Object) -> None:
-        worker = self.workers.pop(str(metadata.uid(sandbox)), None)
+    def deleted(self, obj: Object) -> None:
+        worker = self.workers.pop(str(metadata.uid(obj)), None)
         if worker is None:
             return
+        self.claims.wake()
         if worker.task is not None:
             worker.task.cancel()
         if (pod := self.pod_of(worker.uid, worker.name)) is not None:
             self.end(pod)
 
-    def down(self) -> None:
-        self._unwatched.set()
+    def sandboxes(self) -> list[Object]:
+        return [worker.sandbox for worker in self.workers.values()]
 
-    async def _poll(self) -> None:
-        """Lists, while there is no watch."""
-        while True:
-            await self._unwatched.wait()
-            since = self._now()
-            try:
-                self.synced((await self._resources.list(self._selector))[0], since)
-            except SandboxError as e:
-                log.info("list_failed", reason=str(e))
-            if self._watch.active:
-                self._unwatched.clear()
-            else:
-                await asyncio.sleep(self._poll_interval)
+    def sandbox(self, name: str) -> Object | None:
+        return next((found for found in self.sandboxes() if metadata.name(found) == name), None)
+
+    def target(self, sandbox: Object) -> str | None:
+        """Where the server of a Sandbox, or of a claim's Sandbox, serves; None while it does not."""
+        name, uid = metadata.name(sandbox), str(metadata.uid(sandbox))
+        if "warmPoolRef" in (sandbox.get("spec") or {}):
+            name, owner = claim.machine(sandbox).pod, uid
+            found = self.sandbox(name) or {}
+            uid = str(metadata.uid(found)) if model_of_claims.owner_uid(found) == owner else ""
+        pod = self.pod_of(uid, name)
+        return pod.server.target if pod and pod.server else None
 
     # The node
 
@@ -268,7 +265,7 @@ class Controller:
             pod.delete()
         if made.delete_sandbox:
             log.info("sandbox_expired", sandbox=worker.name)
-            await self._resources.delete(worker.name, worker.uid, math.inf)
+            await self.resources.delete(worker.name, worker.uid, math.inf)
             return None
         annotations = worker.sandbox["metadata"].get("annotations") or {}
         if annotations.get(model.POD_NAME) != made.pod_name:
@@ -295,14 +292,15 @@ class Controller:
         version = worker.sandbox["metadata"]["resourceVersion"]
         body = {**change, "metadata": {**change.get("metadata", {}), "resourceVersion": version}}
         try:
-            found = await self._resources.patch(worker.name, body, math.inf, status=status)
+            found = await self.resources.patch(worker.name, body, math.inf, status=status)
         except NotFoundError:  # Deleted; the watch will tell.
             return False
         except PreconditionError:
-            found = await self._resources.get(worker.name, math.inf)
+            found = await self.resources.get(worker.name, math.inf)
             if found is not None and metadata.uid(found) == worker.uid:
                 self.changed(found)
             return False
         if found is not None:
             worker.sandbox = found
+            self.claims.wake()
         return True
