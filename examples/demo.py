@@ -135,6 +135,19 @@ class Demo:
         names = [sandbox["metadata"]["name"] for sandbox in cluster.custom_objects_api.objects]
         self.check("alice", "has left, and her sandbox is deleted", ok=name not in names)
 
+    async def compare(self, cluster: LocalCluster) -> None:
+        self.say("", "A server that was started ahead, beside one that starts for its session.")
+        took = {}
+        for who, pool in (("cold", None), ("warm", "local")):
+            config = cluster.config(warm_pool=pool)
+            async with SandboxManager(config, custom_objects_api=cluster.custom_objects_api) as manager:
+                begun = time.monotonic()
+                await manager.get_client(who)
+                took[who] = time.monotonic() - begun
+                self.say(who, f"get_client takes {took[who]:.3f} s")
+        ok = manager.stats().warm == 1
+        self.check("warm", f"it was there already: {took['cold'] / took['warm']:.0f} times as fast", ok=ok)
+
 
 class Traces:
     """Processes and files of the demo, to be looked for when it is over."""
@@ -184,12 +197,16 @@ async def run() -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     traces = following = None
     try:
-        async with LocalCluster() as cluster:
+        async with LocalCluster(warm=1) as cluster:
             traces = Traces(cluster.directory)
             following = asyncio.create_task(traces.follow(), name="traces")
-            config = cluster.config(max_sessions=3, session_idle_timeout=0.8, idle_check_interval=0.1)
+            # Without the warm pool at first, so that every session's own server is seen to come and go.
+            config = cluster.config(
+                max_sessions=3, session_idle_timeout=0.8, idle_check_interval=0.1, warm_pool=None
+            )
             async with SandboxManager(config, custom_objects_api=cluster.custom_objects_api) as manager:
                 await demo.play(manager, cluster)
+            await demo.compare(cluster)
     except asyncio.CancelledError:
         demo.say("", "Interrupted.")
         raise

@@ -29,6 +29,9 @@ MILESTONES = [
     r"bob +has another sandbox",
     r"bob +sees nothing",
     r"alice +has left, and her sandbox is deleted",
+    r"cold +get_client takes \d",
+    r"warm +get_client takes \d",
+    r"warm +it was there already: \d+ times as fast",
     r"nothing left behind: 0 processes of \d\d+, 0 files",
     # Bob's second one too, if the rest took so long.
     r"created 4, recreated 1, reaped [23], lost 0, failed 0, delete_retries 0",

@@ -52,6 +52,9 @@ def _levels() -> Iterator[None]:
         (["--local", "--drain-timeout", "nan"], "no number of seconds"),
         (["--kubernetes", "--server-option=--max-output=5"], "--server-option is for --local"),
         (["--kubernetes", "--python", sys.executable], "--python is for --local"),
+        (["--kubernetes", "--warm", "1"], "--warm is for --local"),
+        (["--local", "--warm", "-1"], "--warm: -1 is no number of at least 0"),
+        (["--local", "--warm", "many"], "--warm: invalid"),
         (
             ["--local", "--server-option=--frob=1"],
             "--server-option=--frob=1: the sandbox server has no option",
@@ -95,6 +98,8 @@ def test_wrong_arguments_are_refused(
     [
         ("SANDBOX_MAX_SESSIONS", "many", ["--kubernetes"]),
         ("SANDBOX_MAX_SESSIONS", "many", ["--local"]),
+        ("SANDBOX_WARM", "many", ["--local"]),
+        ("SANDBOX_WARM", "-1", ["--local"]),
         ("SANDBOX_MEMORY_LIMIT_MB", "lots", ["--local"]),
         ("SANDBOX_HANDLE_SECRET", "short", ["--local"]),
     ],
@@ -143,6 +148,25 @@ async def test_locally_it_reads_how_many_there_may_be(monkeypatch: pytest.Monkey
     monkeypatch.setenv("SANDBOX_MAX_SESSIONS", "7")
     async with program._manager(program._parser().parse_args(["--local"])) as manager:
         assert (manager.config.mode, manager.config.max_sessions) == ("multi", 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "pool"),
+    [
+        ([], "", "local"),
+        ([], "2", "local"),
+        ([], "0", None),
+        (["--warm", "0"], "2", None),
+        (["--warm", "1"], "0", "local"),
+    ],
+)
+async def test_servers_are_started_ahead(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], variable: str, pool: str | None
+) -> None:
+    monkeypatch.setenv("SANDBOX_WARM", variable)
+    args = program._parser().parse_args(["--local", *arguments])
+    async with program._manager(args) as manager:
+        assert manager.config.warm_pool == pool
 
 
 def test_options_of_the_servers_beat_their_variables_and_reach_them_whole(

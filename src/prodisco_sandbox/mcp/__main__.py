@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 
-from .._checks import env_int
+from .._checks import env_int, integer
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..local import LocalCluster
@@ -22,6 +22,8 @@ from ._serve import make_server, serve_http, serve_stdio
 
 log = logging.getLogger("prodisco_sandbox.mcp")
 
+WARM = 1
+"""How many servers are started ahead unless told otherwise."""
 HANDLE_SECRET = "SANDBOX_HANDLE_SECRET"  # noqa: S105 - the variable's name
 
 EPILOG = f"""\
@@ -30,8 +32,8 @@ SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, SANDBOX_MANAGED_BY, and SANDBOX_TRANSPORT
 SANDBOX_TLS_* variables; KUBECONFIG and K8S_CONTEXT outside a cluster; {HANDLE_SECRET} (at least 16
 random characters) for handles that outlive the process.
 
-With --local, SANDBOX_MAX_SESSIONS and {HANDLE_SECRET} count, and the variables of the sandbox
-server, such as SANDBOX_MEMORY_LIMIT_MB; an option given by --server-option beats its variable.
+With --local, SANDBOX_MAX_SESSIONS, {HANDLE_SECRET} and SANDBOX_WARM (for --warm) count, and
+the variables of the sandbox server, such as SANDBOX_MEMORY_LIMIT_MB; an option beats its variable.
 `python -m prodisco_sandbox.server --help` lists both. Where servers listen and keep their files
 is the program's to decide: such options are refused, and such variables ignored.
 
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
+    if args.kubernetes and args.warm is not None:
+        parser.error("--warm is for --local: on Kubernetes SANDBOX_WARM_POOL names a SandboxWarmPool")
     if args.kubernetes and (args.server_option or args.python):
         option = "--server-option" if args.server_option else "--python"
         parser.error(
@@ -97,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PROGRAM",
         help="local: the interpreter that runs the sandbox servers, and whose packages code can import;"
         " it must have prodisco-sandbox; default: the one that runs this",
+    )
+    parser.add_argument(
+        "--warm",
+        type=_count,
+        metavar="N",
+        help=f"local: how many sandbox servers are started ahead, for sessions to come; default: {WARM}",
     )
     parser.add_argument("--transport", choices=("stdio", "http"), default="stdio", help="default: stdio")
     parser.add_argument("--host", default="127.0.0.1", help="http: where to listen; default: %(default)s")
@@ -166,7 +176,11 @@ async def _manager(args: argparse.Namespace) -> AsyncIterator[SandboxManager]:
         yield SandboxManager(SandboxManagerConfig.from_env(mode="multi"))
         return
     server_args, pass_env = server_settings(args.server_option, os.environ)
-    async with LocalCluster(server_args=server_args, pass_env=pass_env, python=args.python) as cluster:
+    warm = WARM if args.warm is None else args.warm
+    if args.warm is None and os.environ.get("SANDBOX_WARM"):
+        warm = integer("SANDBOX_WARM", env_int(os.environ, "SANDBOX_WARM"), most=None)
+    cluster = LocalCluster(server_args=server_args, pass_env=pass_env, python=args.python, warm=warm)
+    async with cluster:
         settings = {}
         if os.environ.get("SANDBOX_MAX_SESSIONS"):
             settings["max_sessions"] = env_int(os.environ, "SANDBOX_MAX_SESSIONS")
@@ -189,6 +203,13 @@ def _port(text: str) -> int:
     if not 0 <= port <= 65535:
         raise argparse.ArgumentTypeError(f"{port} is no port: give 0 to 65535")
     return port
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"{count} is no number of at least 0")
+    return count
 
 
 def _path(text: str) -> str:
