@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from _local import AT, STUB, condition, create, in_seconds, processes, reason, stub, traces, until_gone
-from _patience import PATIENCE, until
+from _patience import PATIENCE, put_forward, until
 
 from prodisco_sandbox import SandboxFailedError, SandboxManager
+from prodisco_sandbox._cluster.grace import STARTING_SERVER
 from prodisco_sandbox.errors import SandboxError
 from prodisco_sandbox.local import LocalCluster, _keeper, _processes
 from prodisco_sandbox.testing import FakeCustomObjectsApi
@@ -415,15 +416,17 @@ async def test_faults_of_the_api_are_survived(tmp_path: Path) -> None:
 
 
 async def test_a_status_that_may_not_be_written_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO")
     async with LocalCluster(python=stub(tmp_path)) as cluster:
         api = cluster.custom_objects_api
         api.forbid("patch_status")
         await create(cluster, "s")
-        async with asyncio.timeout(PATIENCE):
-            while "sandbox_abandoned" not in caplog.text:
-                await asyncio.sleep(0.01)
+        await until(lambda: "request_retried" in caplog.text)
+        assert "sandbox_abandoned" not in caplog.text
+        put_forward(monkeypatch, STARTING_SERVER)
+        await until(lambda: "sandbox_abandoned" in caplog.text)
         assert list(cluster.directory.iterdir()) == []
 
 

@@ -302,6 +302,7 @@ async def test_failures_of_the_connection_are_no_other_machine(
     server: FakeSandboxServer, meant: Meant
 ) -> None:
     await meant.client.execute(code="1")
+    meant.client._margin = 0.1  # Of the call that gets no answer.
     server.script("Execute", FakeStatus("UNAVAILABLE"), FakeStatus("INTERNAL"), NEVER)
     for timeout in (None, None, 1):
         with pytest.raises(SandboxError) as caught:

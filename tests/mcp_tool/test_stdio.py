@@ -217,7 +217,7 @@ async def talk(era: str) -> AsyncIterator[Talk]:
             await process.wait()
 
 
-@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("era", [pytest.param(ERAS[0], marks=pytest.mark.slow), ERAS[1]])
 async def test_no_line_ends_or_stalls_the_program(era: str) -> None:
     async with talk(era) as program:
         program.send(BAD["broken"][0])  # Not the request that decides which protocol it is.

@@ -114,6 +114,8 @@ async def test_a_module_under_test_that_was_rewritten(stub: Stub, prelude: str) 
 
 async def test_a_file_of_tests_that_was_rewritten(stub: Stub) -> None:
     pytest_in_child = """
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # They take seconds to load.
+write("pytest.ini", "")  # Else one from a directory above holds.
 for value in (1, 2):
     write("test_stale.py", f"def test_it(): assert {value} == 1\\n")
     child = subprocess.run([sys.executable, "-m", "pytest", "-q", "test_stale.py"], capture_output=True)

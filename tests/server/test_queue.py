@@ -89,14 +89,16 @@ async def test_what_is_refused_says_so_too(tmp_path: Path) -> None:
             assert "queue" in str(dict(iter(caught.value.initial_metadata()))["prodisco-features"])
 
 
-async def test_a_queued_asynchronous_execution_is_in_flight(client: SandboxClient) -> None:
-    blocker = await client.execute_async(code=SLEEP, timeout=60)
-    queued = await client.execute_async(code="1", timeout=1)
-    assert queued.state is ExecutionState.PENDING
-    assert client.in_flight == 2
-    await client.cancel_execution(blocker.execution_id)
-    await until(lambda: client.in_flight == 0)  # Though nobody has asked about it.
-    assert (await client.get_execution(queued.execution_id)).state is ExecutionState.COMPLETED
+async def test_a_queued_asynchronous_execution_is_in_flight(one_by_one: Server) -> None:
+    async with SandboxClient(one_by_one.target, deadline_margin=0.5) as client:
+        blocker = await client.execute_async(code=SLEEP, timeout=60)
+        queued = await client.execute_async(code="1", timeout=1)
+        assert queued.state is ExecutionState.PENDING
+        assert client.in_flight == 2
+        await client.cancel_execution(blocker.execution_id)
+        await until(lambda: client.in_flight == 0)  # Though nobody has asked about it.
+        ended = await client.get_execution(queued.execution_id, wait=True)
+        assert ended.state is ExecutionState.COMPLETED
 
 
 # Servers that are gone or stuck
@@ -117,7 +119,7 @@ async def test_a_server_that_is_stuck_or_gone_is_noticed(
     with running(tmp_path, "--max-concurrent", "1") as server:
         suspected: list[bool] = []
         async with SandboxClient(server.target) as client:
-            client._connection.beat = 1.0
+            client._connection.beat = 0.5
             client.on_suspect = lambda: suspected.append(True)
             if queued:
                 await client.execute_async(code=SLEEP, timeout=60)
