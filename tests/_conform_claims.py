@@ -47,24 +47,23 @@ class ClaimWorld(World):
     """The same for claims: its objects are SandboxClaims.
 
     Attributes:
-        of: Plural of the kind that is watched.
         known: Names of Sandboxes, in the order in which the claim had them.
     """
 
     name: str = "claim-a"
-    of: str = "sandboxclaims"
     known: list[str] = field(default_factory=list)
 
     @property
     def at(self) -> tuple[str, str, str, str]:
-        return EXTENSIONS, "v1beta1", self.config.namespace, self.of
+        return EXTENSIONS, "v1beta1", self.config.namespace, "sandboxclaims"
 
     async def make(self, kind: str, plural: str, name: str, spec: Object) -> None:
-        body = {"apiVersion": f"{EXTENSIONS}/v1beta1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+        metadata = {"name": name, "labels": {"app": "sandbox-server"}}
+        body = {"apiVersion": f"{EXTENSIONS}/v1beta1", "kind": kind, "metadata": metadata, "spec": spec}
         await self.api.create_namespaced_custom_object(*self.at[:3], plural, body)
 
     async def create(self, **spec: Any) -> None:
-        await self.make("SandboxClaim", self.of, self.name, {"warmPoolRef": {"name": POOL}, **spec})
+        await self.make("SandboxClaim", "sandboxclaims", self.name, {"warmPoolRef": {"name": POOL}, **spec})
 
     async def make_template(self) -> None:
         pod = sandbox_spec(self.config, "v1beta1", {})["podTemplate"]
@@ -77,10 +76,8 @@ class ClaimWorld(World):
 
     async def touch(self) -> None:
         """Changes a claim, so that its controller looks at it again, without waiting for a minute."""
-        await self.annotate("agents.x-k8s.io/client-first-requested-at")
-
-    async def annotate(self, key: str) -> None:
-        body = {"metadata": {"annotations": {key: "2026-01-01T00:00:00Z"}}}
+        note = "agents.x-k8s.io/client-first-requested-at"
+        body = {"metadata": {"annotations": {note: "2026-01-01T00:00:00Z"}}}
         await self.api.patch_namespaced_custom_object(*self.at, self.name, body, _content_type=MERGE)
 
     async def scaled(self, replicas: int, *, scale: bool = False) -> None:
@@ -91,7 +88,7 @@ class ClaimWorld(World):
         async with asyncio.timeout(PATIENCE):
             while True:
                 pool = await self.api.get_namespaced_custom_object(*at)
-                ready = [self.is_ready(member) for member in await self.members()]
+                ready = [is_ready(member) for member in await self.members()]
                 status = {
                     "observedGeneration": pool["metadata"]["generation"],
                     "selector": "agents.x-k8s.io/warm-pool-sandbox=0fceff97",
@@ -109,10 +106,6 @@ class ClaimWorld(World):
         listed = await self.api.list_namespaced_custom_object(GROUP, "v1beta1", self.config.namespace, PLURAL)
         return list(listed["items"])
 
-    def is_ready(self, sandbox: Object) -> bool:
-        conditions = (sandbox.get("status") or {}).get("conditions") or ()
-        return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
-
     async def bound(self) -> Object:
         name = self.known[-1]
         found: Object = await self.api.get_namespaced_custom_object(
@@ -125,9 +118,9 @@ class ClaimWorld(World):
             GROUP, "v1beta1", self.config.namespace, PLURAL, self.known[-1]
         )
 
-    async def another(self, letter: str, *, members: int = 1) -> None:
+    async def another(self, name: str, *, members: int = 1) -> None:
         """Goes on with a claim of another name, once what the last one had is gone."""
-        self.name = f"claim-{letter}"
+        self.name = f"claim-{name}"
         old, self.known[:] = self.known[-1:], []
         async with asyncio.timeout(PATIENCE):
             while set(old) & {s["metadata"]["name"] for s in await self.sandboxes()}:
@@ -157,98 +150,129 @@ class ClaimWorld(World):
             assert found["message"] == TEXTS[found["reason"]], found
 
 
+def is_ready(sandbox: Object) -> bool:
+    conditions = (sandbox.get("status") or {}).get("conditions") or ()
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+SEEN = ("g1", "g1 seen")
+TAKEN = (*SEEN, "g2 seen taken", f"g2 seen taken {READY}/1 warm1 +ip")
+BOUND = (Maybe(f"g2 first seen taken {READY}/1 warm1 +ip"), f"g2 first seen taken {READY}/2 warm1 +ip")
+
+
 async def play_claims(world: ClaimWorld) -> None:
     """The script: every way in which a claim gets a Sandbox, loses it, and ends."""
     async with world.watched():
-        # A missing pool, a missing template.
-        missing, template = FALSE.format("WarmPoolNotFound/1"), FALSE.format("TemplateNotFound/1")
-        await world.step(world.create(), "g1", "g1 seen", f"g1 seen {missing}")
-        await world.step(world.make_pool(), f"g1 seen {template}")
-        await world.step(world.make_template())
-        await world.scaled(1)
+        await play_missing(world)
+        await play_warm(world)
+        await play_expiry(world, "Delete", "DeleteForeground", "Retain")
+        await play_never(world)
+        await play_scaled(world)
+
+
+async def play_local(world: ClaimWorld) -> None:
+    """As much of it as holds where the pool is no object."""
+    async with world.watched():
+        await play_warm(world)
+        await play_expiry(world, "Delete", "Retain")
+        await play_never(world)
+
+
+async def play_missing(world: ClaimWorld) -> None:
+    """A pool and a template that are missing, and then made."""
+    missing, template = FALSE.format("WarmPoolNotFound/1"), FALSE.format("TemplateNotFound/1")
+    await world.step(world.create(), *SEEN, f"g1 seen {missing}")
+    await world.step(world.make_pool(), f"g1 seen {template}")
+    await world.step(world.make_template())
+    await world.scaled(1)
+    await world.step(
+        world.touch(),
+        f"g1 asked seen {template}",
+        f"g2 asked seen taken {template}",
+        f"g2 asked seen taken {READY}/1 warm1 +ip",
+        Maybe(f"g2 asked first seen taken {READY}/1 warm1 +ip"),
+        f"g2 asked first seen taken {READY}/2 warm1 +ip",
+    )
+    sandbox = await world.bound()
+    assert set(sandbox["metadata"]["labels"]) == {
+        f"{GROUP}/{label}" for label in ("claim-uid", "launch-type", "sandbox-template-ref-hash")
+    }
+    assert sandbox["metadata"]["annotations"] == {
+        f"{GROUP}/pod-name": world.known[0],
+        f"{GROUP}/sandbox-template-ref": TEMPLATE,
+    }
+    assert [owner["kind"] for owner in sandbox["metadata"]["ownerReferences"]] == ["SandboxClaim"]
+    await world.step(world.delete(), "DELETED")
+
+
+async def play_warm(world: ClaimWorld) -> None:
+    """A member that is ready; its Sandbox is deleted, and then a pod."""
+    await world.another("b")
+    await world.step(world.create(), *TAKEN, *BOUND)
+    await world.scaled(1)
+    # Another Sandbox, without a word.
+    await world.step(
+        world.delete_sandbox(),
+        f"g2 first seen {READY}/2 warm1 +ip",
+        f"g2 first seen taken {READY}/2 warm1 +ip",
+        f"g2 first seen taken {READY}/1 warm2 +ip",
+        f"g2 first seen taken {READY}/2 warm2 +ip",
+    )
+    # Another pod in the same Sandbox.
+    await world.step(
+        world.delete_pod(world.known[-1]),
+        Maybe("g2 first seen taken Finished=True/PodSucceeded/2 Ready=False/PodSucceeded/2 warm2 +ip"),
+        f"g2 first seen taken {FALSE.format('DependenciesNotReady/2')} warm2",
+        f"g2 first seen taken {READY}/2 warm2 +ip",
+    )
+    await world.step(world.delete(), "DELETED")
+
+
+async def play_expiry(world: ClaimWorld, *policies: str) -> None:
+    expired = f"g3 first seen taken {FALSE.format('ClaimExpired/3')}"
+    ends = {
+        "Delete": ["DELETED"],
+        "DeleteForeground": [
+            expired.replace("g3", "g4") + " warm1 +ip foregroundDeletion deleting",
+            "DELETED",
+        ],
+        "Retain": [expired],
+    }
+    for policy in policies:
+        await world.another(policy.lower())
+        await world.step(world.create(), *TAKEN, *BOUND)
         await world.step(
-            world.touch(),
-            f"g1 asked seen {template}",
-            f"g2 asked seen taken {template}",
-            f"g2 asked seen taken {READY}/1 warm1 +ip",
-            Maybe(f"g2 asked first seen taken {READY}/1 warm1 +ip"),
-            f"g2 asked first seen taken {READY}/2 warm1 +ip",
+            world.patch(lifecycle={"shutdownTime": just_over(), "shutdownPolicy": policy}),
+            f"g3 first seen taken {READY}/2 warm1 +ip",
+            f"{expired} warm1 +ip",
+            *ends[policy],
         )
-        sandbox = await world.bound()
-        assert set(sandbox["metadata"]["labels"]) == {
-            f"{GROUP}/{label}" for label in ("claim-uid", "launch-type", "sandbox-template-ref-hash")
-        }
-        assert sandbox["metadata"]["annotations"] == {
-            f"{GROUP}/pod-name": world.known[0],
-            f"{GROUP}/sandbox-template-ref": TEMPLATE,
-        }
-        assert [owner["kind"] for owner in sandbox["metadata"]["ownerReferences"]] == ["SandboxClaim"]
+
+
+async def play_never(world: ClaimWorld) -> None:
+    await world.another("never")
+    for spec, reason in (
+        ({"additionalPodMetadata": FOREIGN}, "InvalidMetadata"),
+        ({"env": ENV}, "EnvVarsInjectionRejected"),
+        ({"volumeClaimTemplates": VOLUMES}, "VolumeClaimTemplatesError"),
+    ):
+        await world.step(world.create(**spec), *SEEN, f"g1 seen {FALSE.format(f'{reason}/1')}")
         await world.step(world.delete(), "DELETED")
-        # A member that is ready.
-        await world.another("b")
-        warm = "g2 first seen taken {} warm{}"
-        taken = ("g1", "g1 seen", "g2 seen taken", f"g2 seen taken {READY}/1 warm1 +ip")
-        bound = (Maybe(warm.format(f"{READY}/1", 1) + " +ip"), warm.format(f"{READY}/2", 1) + " +ip")
-        await world.step(world.create(), *taken, *bound)
-        await world.scaled(1)
-        # Its Sandbox is deleted: another one, without a word.
-        await world.step(
-            world.delete_sandbox(),
-            f"g2 first seen {READY}/2 warm1 +ip",
-            f"g2 first seen taken {READY}/2 warm1 +ip",
-            f"g2 first seen taken {READY}/1 warm2 +ip",
-            f"g2 first seen taken {READY}/2 warm2 +ip",
-        )
-        # Its pod is deleted: another one in the same Sandbox.
-        await world.step(
-            world.delete_pod(world.known[-1]),
-            Maybe(
-                warm.format("Finished=True/PodSucceeded/2 Ready=False/PodSucceeded/2", 2) + " +ip",
-            ),
-            warm.format(FALSE.format("DependenciesNotReady/2"), 2),
-            warm.format(f"{READY}/2", 2) + " +ip",
-        )
-        # It expires, by each policy.
-        for letter, policy in zip("bcd", ("Delete", "DeleteForeground", "Retain"), strict=True):
-            if letter != "b":
-                await world.another(letter)
-                await world.step(world.create(), *taken, *bound)
-            number, expired = len(world.known), FALSE.format("ClaimExpired/3")
-            expired = f"g3 first seen taken {expired} warm{number} +ip"
-            gone = {
-                "Delete": ["DELETED"],
-                "DeleteForeground": [expired.replace("g3", "g4") + " foregroundDeletion deleting", "DELETED"],
-                "Retain": [expired.removesuffix(f" warm{number} +ip")],
-            }[policy]
-            lifecycle = {"shutdownTime": just_over(), "shutdownPolicy": policy}
-            before = warm.format(f"{READY}/2", number).replace("g2", "g3") + " +ip"
-            await world.step(world.patch(lifecycle=lifecycle), before, expired, *gone)
-        # What never gets one.
-        await world.another("e")
-        reason = FALSE.format("InvalidMetadata/1")
-        await world.step(world.create(additionalPodMetadata=FOREIGN), "g1", "g1 seen", f"g1 seen {reason}")
-        await world.step(world.delete(), "DELETED")
-        for spec, reason in (
-            ({"env": ENV}, "EnvVarsInjectionRejected"),
-            ({"volumeClaimTemplates": VOLUMES}, "VolumeClaimTemplatesError"),
-        ):
-            refused = FALSE.format(f"{reason}/1")
-            await world.step(world.create(**spec), "g1", "g1 seen", f"g1 seen {refused}")
-            await world.step(world.delete(), "DELETED")
-        # A pool that has been scaled to zero, under a claim and before one.
-        await world.another("f")
-        await world.step(world.create(), *taken, *bound)
-        await world.step(world.scaled(0, scale=True))
-        await world.step(world.delete(), "DELETED")
-        await world.another("g", members=0)
-        cold = "g1 first seen {} cold"
-        await world.step(
-            world.create(),
-            "g1",
-            "g1 seen",
-            f"g1 seen {FALSE.format('SandboxNotReady/1')} cold",
-            f"g1 seen {FALSE.format('DependenciesNotReady/1')} cold",
-            f"g1 seen {READY}/1 cold +ip",
-            cold.format(f"{READY}/1") + " +ip",
-        )
-        await world.step(world.delete(), "DELETED")
+
+
+async def play_scaled(world: ClaimWorld) -> None:
+    """A pool that is scaled to zero under a claim; the next one starts cold."""
+    await world.another("scaled")
+    await world.step(world.create(), *TAKEN, *BOUND)
+    await world.step(world.scaled(0, scale=True))
+    await world.step(world.delete(), "DELETED")
+    await world.another("cold", members=0)
+    await world.step(
+        world.create(),
+        *SEEN,
+        f"g1 seen {FALSE.format('SandboxNotReady/1')} cold",
+        f"g1 seen {FALSE.format('DependenciesNotReady/1')} cold",
+        f"g1 seen {READY}/1 cold +ip",
+        f"g1 first seen {READY}/1 cold +ip",
+    )
+    await world.step(world.delete(), "DELETED")

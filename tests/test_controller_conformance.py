@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from _conform_claims import ClaimWorld, play_claims
+from _conform_claims import ClaimWorld, is_ready, play_claims, play_local
 from _conform_controller import World, play
 from _local import STUB, stub
+from _patience import until
 
 from prodisco_sandbox import SandboxManagerConfig
 from prodisco_sandbox.local import LocalCluster
@@ -52,3 +53,21 @@ async def test_a_local_cluster(tmp_path: Path) -> None:
 
         api = cluster.custom_objects_api
         await play(World(api, cluster.config(), delete_pod, fail_pod, tells_how=True))
+
+
+class LocalClaims(ClaimWorld):
+    async def scaled(self, replicas: int, *, scale: bool = False) -> None:
+        await until(self.has_member)
+
+    async def has_member(self) -> bool:
+        return [is_ready(member) for member in await self.members()] == [True]
+
+
+async def test_claims_on_a_local_cluster(tmp_path: Path) -> None:
+    script = STUB.replace("echo", "trap 'exit 0' TERM\necho", 1)
+    async with LocalCluster(python=stub(tmp_path, script), warm=1) as cluster:
+
+        async def delete_pod(name: str) -> None:
+            cluster.delete_pod(name)
+
+        await play_local(LocalClaims(cluster.custom_objects_api, cluster.config(), delete_pod, delete_pod))

@@ -96,12 +96,13 @@ def claim_step(claim: Object, world: World) -> Step | float | None:
     left = _seconds_left(claim, world.now)
     if left is not None and left <= 0:
         return _expired(claim, world)
-    bound, retry = None, None
+    if _is_ready(claim.get("status") or {}) and _FIRST_READY not in _annotations(claim):
+        return _annotate(claim, _FIRST_READY, _nanoseconds(world.now))
+    retry = None
     try:
         found = _sandbox_step(claim, world)
         if isinstance(found, Step | float):
             return found
-        bound = found
         status = _status(claim, world, found)
     except _Error as error:
         status = _status(claim, world, None, error)
@@ -109,8 +110,6 @@ def claim_step(claim: Object, world: World) -> Step | float | None:
         retry = 1.0 if error.reason == "ReconcilerError" else retry
     if status != (claim.get("status") or {}):
         return Step("patch_status", CLAIM, metadata.name(claim), _replaced(claim, status))
-    if bound is not None and _is_ready(status) and _FIRST_READY not in _annotations(claim):
-        return _annotate(claim, _FIRST_READY, _nanoseconds(world.now))
     return min((seconds for seconds in (left, retry) if seconds is not None), default=None)
 
 
