@@ -164,9 +164,9 @@ class Controller(Follower):
         """Where the server of a Sandbox, or of a claim's Sandbox, serves; None while it does not."""
         name, uid = metadata.name(sandbox), str(metadata.uid(sandbox))
         if "warmPoolRef" in (sandbox.get("spec") or {}):
-            name, owner = claim.machine(sandbox).pod, uid
+            name = claim.machine(sandbox).pod
             found = self.sandbox(name) or {}
-            uid = str(metadata.uid(found)) if model_of_claims.owner_uid(found) == owner else ""
+            uid = str(metadata.uid(found)) if model_of_claims.owns(sandbox, found) else ""
         pod = self.pod_of(uid, name)
         return pod.server.target if pod and pod.server else None
 

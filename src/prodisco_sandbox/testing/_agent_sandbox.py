@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .._cluster import metadata
 from .._cluster.metadata import Object
@@ -105,7 +105,7 @@ def reconcile(
     """
     if metadata.is_deleting(sandbox):
         return Pass(pod_name=_annotation(sandbox))
-    left = _seconds_left(sandbox, now) if expires else None
+    left = seconds_left(sandbox["spec"], now) if expires else None
     if left is not None and left <= 0:
         return _expired(sandbox, pod, now)
     name = metadata.name(sandbox)
@@ -278,9 +278,9 @@ def _annotation(sandbox: Object) -> str | None:
     return (sandbox["metadata"].get("annotations") or {}).get(POD_NAME) or None
 
 
-def _seconds_left(sandbox: Object, now: float) -> float | None:
-    """Seconds until spec.shutdownTime; None: there is none that can be read."""
-    text = sandbox["spec"].get("shutdownTime")
+def seconds_left(spec: Object, now: float) -> float | None:
+    """Seconds until the shutdownTime; None: there is none that can be read."""
+    text: Any = spec.get("shutdownTime")
     try:
         end = dt.datetime.fromisoformat(text)
     except (TypeError, ValueError):

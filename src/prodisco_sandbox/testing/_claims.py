@@ -14,7 +14,7 @@ from ._controller import TIMER_SLACK, CallLater
 from ._kinds import CLAIM, POOL, SANDBOX, TEMPLATE, Kind
 from ._patches import MERGE_PATCH
 from ._store import LINGERING, Change, Key, Store
-from ._warm_pools import Step, World, claim_step, owner_uid, pool_status, pool_step
+from ._warm_pools import Step, World, claim_step, owner, owns, pool_status, pool_step
 
 STATUS_LAG = 1.0
 """Seconds by which a pool's counts are late, as seen on a cluster."""
@@ -57,9 +57,10 @@ class ClaimController:
         if not self._runs:
             return
         if of is SANDBOX:
-            for uid in {owner_uid(obj) for obj in (old, new) if obj} - {None}:
-                self._wake_where(CLAIM, lambda obj, uid=uid: metadata.uid(obj) == uid)  # type: ignore[misc]
-                self._wake_where(POOL, lambda obj, uid=uid: metadata.uid(obj) == uid)  # type: ignore[misc]
+            for reference in (owner(old or {}), owner(new or {})):
+                for kind in (CLAIM, POOL):
+                    if reference.get("kind") == kind.kind:
+                        self._wake(kind, (key[0], reference["name"]), 0.0)
         elif of is TEMPLATE:
             self._wake_where(POOL, lambda pool: pool["spec"]["sandboxTemplateRef"]["name"] == key[1])
         elif of is POOL:
@@ -100,7 +101,9 @@ class ClaimController:
             step = claim_step(claim, world)
             if isinstance(step, Step):
                 refusal = self._carry_out(key[0], step)
-                continue
+                if not refusal or step.verb == "create":
+                    continue
+                step = _RETRY
             if step is not None:
                 self._wake(CLAIM, key, step + TIMER_SLACK)
             return
@@ -144,9 +147,9 @@ class ClaimController:
     def _members(self, namespace: str, pool: Object | None) -> list[Object]:
         return list(self._owned(namespace, pool)) if pool is not None else []
 
-    def _owned(self, namespace: str, owner: Object) -> Iterator[Object]:
+    def _owned(self, namespace: str, obj: Object) -> Iterator[Object]:
         for key, sandbox in self._stores[SANDBOX].objects.items():
-            if key[0] == namespace and owner_uid(sandbox) == metadata.uid(owner):
+            if key[0] == namespace and owns(obj, sandbox):
                 yield sandbox
 
     def _template(self, namespace: str, pool: Object | None) -> Object | None:
@@ -155,23 +158,23 @@ class ClaimController:
 
     # Garbage collection
 
-    def _collect(self, of: Kind, key: Key, owner: Object, new: Object | None) -> None:
+    def _collect(self, of: Kind, key: Key, obj: Object, new: Object | None) -> None:
         """Deletes the Sandboxes of an owner that is gone, or that waits for them to be gone."""
         if new is None:
-            self._call_later(0.0, lambda: self._delete_owned(key[0], owner))
+            self._call_later(0.0, lambda: self._delete_owned(key[0], obj))
         elif LINGERING in (new["metadata"].get("finalizers") or ()) and not self._stores[of].lingers:
-            seconds = self._termination() if any(self._owned(key[0], owner)) else 0.0
-            self._call_later(0.0, lambda: self._delete_owned(key[0], owner))
-            self._call_later(seconds + TIMER_SLACK, lambda: self._finish(of, key, owner))
+            seconds = self._termination() if any(self._owned(key[0], obj)) else 0.0
+            self._call_later(0.0, lambda: self._delete_owned(key[0], obj))
+            self._call_later(seconds + TIMER_SLACK, lambda: self._finish(of, key, obj))
 
-    def _delete_owned(self, namespace: str, owner: Object) -> None:
-        for sandbox in list(self._owned(namespace, owner)):
+    def _delete_owned(self, namespace: str, obj: Object) -> None:
+        for sandbox in list(self._owned(namespace, obj)):
             if not metadata.is_deleting(sandbox):
                 self._stores[SANDBOX].delete(namespace, metadata.name(sandbox), {}, dry_run=False)
 
-    def _finish(self, of: Kind, key: Key, owner: Object) -> None:
+    def _finish(self, of: Kind, key: Key, obj: Object) -> None:
         found = self._stores[of].objects.get(key)
-        if found is not None and metadata.uid(found) == metadata.uid(owner):
+        if found is not None and metadata.uid(found) == metadata.uid(obj):
             self._stores[of].remove(*key)
 
 

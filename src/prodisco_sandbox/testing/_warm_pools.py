@@ -15,9 +15,8 @@ from typing import Literal
 from .._cluster import metadata
 from .._cluster.manifest import GROUP
 from .._cluster.metadata import Object
-from ._agent_sandbox import POD_NAME, Conditions, name_hash
+from ._agent_sandbox import POD_NAME, Conditions, name_hash, seconds_left
 from ._kinds import CLAIM, EXTENSIONS, POOL, SANDBOX, Kind
-from ._validation import label_key_error, label_value_error
 
 BOUND = f"{GROUP}/sandbox-name"
 """The annotation of a claim that names the member it has taken."""
@@ -93,7 +92,7 @@ def claim_step(claim: Object, world: World) -> Step | float | None:
         return None
     if _OBSERVED not in _annotations(claim):
         return _annotate(claim, _OBSERVED, _nanoseconds(world.now))
-    left = _seconds_left(claim, world.now)
+    left = seconds_left(claim["spec"].get("lifecycle") or {}, world.now)
     if left is not None and left <= 0:
         return _expired(claim, world)
     if _is_ready(claim.get("status") or {}) and _FIRST_READY not in _annotations(claim):
@@ -130,7 +129,7 @@ def pool_step(
         return min((STUCK - _age(member, now) for member in unready), default=None)
     name = metadata.name(pool)
     labels = {MEMBER: name_hash(name), _TEMPLATE_HASH: name_hash(metadata.name(template))}
-    body = _sandbox(pool, POOL, template, labels)
+    body = _sandbox(pool, POOL, template, _pod_metadata(pool, template, labels))
     own = {**labels, _LAUNCH: "warm", f"{GROUP}/created-by": "controller"}
     body["metadata"] |= {"generateName": f"{name}-", "labels": own}
     return Step("create", SANDBOX, "", body)
@@ -147,10 +146,14 @@ def pool_status(pool: Object, members: Iterable[Object]) -> Object:
     }
 
 
-def owner_uid(obj: Object) -> str | None:
-    """The uid of the object that controls this one."""
+def owner(obj: Object) -> Object:
+    """The reference to the object that controls this one; empty: nothing does."""
     references = (obj.get("metadata") or {}).get("ownerReferences") or ()
-    return next((reference["uid"] for reference in references if reference.get("controller")), None)
+    return next((reference for reference in references if reference.get("controller")), {})
+
+
+def owns(owner_: Object, obj: Object) -> bool:
+    return bool(owner(obj).get("uid") == metadata.uid(owner_))
 
 
 def _expired(claim: Object, world: World) -> Step | float | None:
@@ -165,7 +168,7 @@ def _expired(claim: Object, world: World) -> Step | float | None:
         options = {"propagationPolicy": "Foreground"} if policy == "DeleteForeground" else {}
         return Step("delete", CLAIM, metadata.name(claim), options)
     sandbox = world.sandbox((status.get("sandbox") or {}).get("name") or metadata.name(claim))
-    if sandbox is not None and owner_uid(sandbox) == metadata.uid(claim):
+    if sandbox is not None and owns(claim, sandbox):
         if metadata.is_deleting(sandbox):
             return None
         return Step("delete", SANDBOX, metadata.name(sandbox), {})
@@ -178,20 +181,20 @@ def _expired(claim: Object, world: World) -> Step | float | None:
 def _sandbox_step(claim: Object, world: World) -> Object | Step | float:
     """The claim's Sandbox; or the next write to get one, or the seconds to wait for one."""
     _check_metadata(claim["spec"].get("additionalPodMetadata") or {})
-    name, uid = metadata.name(claim), metadata.uid(claim)
+    name = metadata.name(claim)
     known = ((claim.get("status") or {}).get("sandbox") or {}).get("name")
     sandbox = world.sandbox(known) if known else None
-    if sandbox is not None and owner_uid(sandbox) == uid:
+    if sandbox is not None and owns(claim, sandbox):
         return sandbox
     if assigned := _annotations(claim).get(BOUND):
         sandbox = world.sandbox(assigned)
-        if sandbox is not None and owner_uid(sandbox) == uid:
+        if sandbox is not None and owns(claim, sandbox):
             return sandbox
         if sandbox is None or not _is_adoptable(sandbox):
             return _annotate(claim, BOUND, None)
         return Step("patch", SANDBOX, assigned, _adopted(claim, sandbox, world.template))
     sandbox = world.sandbox(name)
-    if sandbox is not None and owner_uid(sandbox) != uid:
+    if sandbox is not None and not owns(claim, sandbox):
         raise _Error(
             "ReconcilerError",
             f'Error seen: sandbox "{name}" is not controlled by claim "{name}".'
@@ -220,55 +223,32 @@ def _cold(claim: Object, world: World) -> Step:
     if template is None:
         wanted = pool["spec"]["sandboxTemplateRef"]["name"]
         raise _Error("TemplateNotFound", f'SandboxTemplate "{wanted}" not found')
-    volumes = _volumes(claim, template)
+    volumes = claim["spec"].get("volumeClaimTemplates")
+    if volumes and template["spec"].get("volumeClaimTemplatesPolicy", "Disallowed") == "Disallowed":
+        raise _Error(
+            "VolumeClaimTemplatesError",
+            "failed to merge volume claim templates: volume claim templates are disallowed by the template",
+        )
     if claim["spec"].get("env") and template["spec"].get("envVarsInjectionPolicy") == "Disallowed":
-        text = "environment variable injection is not allowed by the template policy"
-        raise _Error("EnvVarsInjectionRejected", f"environment variable injection rejected: {text}")
+        raise _Error(
+            "EnvVarsInjectionRejected",
+            "environment variable injection rejected:"
+            " environment variable injection is not allowed by the template policy",
+        )
     if world.refusal:
         raise _Error("ReconcilerError", f"Error seen: sandbox create error: {world.refusal}")
     labels = {_CLAIM_UID: str(metadata.uid(claim)), _TEMPLATE_HASH: name_hash(metadata.name(template))}
-    body = _sandbox(claim, CLAIM, template, labels | _extra(claim, "labels"), _extra(claim, "annotations"))
+    body = _sandbox(claim, CLAIM, template, _pod_metadata(claim, template, labels))
     body["metadata"] |= {"name": name, "labels": {**labels, _LAUNCH: "cold"}}
-    container, *others = body["spec"]["podTemplate"]["spec"]["containers"]
-    if env := claim["spec"].get("env"):
-        container = {**container, "env": [*(container.get("env") or ()), *env]}
-        body["spec"]["podTemplate"]["spec"] |= {"containers": [container, *others]}
-    if volumes:
+    if volumes := [*(template["spec"].get("volumeClaimTemplates") or ()), *(volumes or ())]:
         body["spec"]["volumeClaimTemplates"] = volumes
     return Step("create", SANDBOX, name, body)
 
 
-def _volumes(claim: Object, template: Object) -> list[Object]:
-    own, given = template["spec"].get("volumeClaimTemplates") or [], claim["spec"].get("volumeClaimTemplates")
-    if not given:
-        return list(own)
-    policy = template["spec"].get("volumeClaimTemplatesPolicy")
-    taken = {metadata.name(volume) for volume in own} & {metadata.name(volume) for volume in given}
-    error = ""
-    if policy not in ("Allowed", "Overrides"):
-        error = "volume claim templates are disallowed by the template"
-    elif policy == "Allowed" and taken:
-        error = (
-            "overriding volume claim templates is forbidden by the template:"
-            f' cannot override template volume "{min(taken)}"'
-        )
-    if error:
-        raise _Error("VolumeClaimTemplatesError", f"failed to merge volume claim templates: {error}")
-    return [volume for volume in own if metadata.name(volume) not in taken] + list(given)
-
-
-def _sandbox(
-    owner: Object,
-    of: Kind,
-    template: Object,
-    labels: dict[str, str],
-    annotations: dict[str, str] | None = None,
-) -> Object:
+def _sandbox(owner: Object, of: Kind, template: Object, pod_metadata: Object) -> Object:
     """A Sandbox of the template, without a name."""
     spec = {key: value for key, value in template["spec"].items() if key in ("podTemplate", "service")}
-    pod = dict(spec["podTemplate"])
-    pod["metadata"] = _merged(pod.get("metadata") or {}, labels, annotations or {})
-    pod["spec"] = {"automountServiceAccountToken": False, **pod["spec"]}
+    pod = {"automountServiceAccountToken": False, **spec["podTemplate"]["spec"]}
     return {
         "apiVersion": f"{GROUP}/{SANDBOX.versions[0]}",
         "kind": SANDBOX.kind,
@@ -277,81 +257,59 @@ def _sandbox(
             "annotations": {_TEMPLATE: metadata.name(template)},
             "ownerReferences": [_reference(owner, of)],
         },
-        "spec": {**spec, "podTemplate": pod, "operatingMode": "Running"},
+        "spec": {
+            **spec,
+            "podTemplate": {"metadata": pod_metadata, "spec": pod},
+            "operatingMode": "Running",
+        },
     }
 
 
 def _adopted(claim: Object, sandbox: Object, template: Object | None) -> Object:
     """The patch by which a member becomes the claim's."""
     labels = {_CLAIM_UID: str(metadata.uid(claim)), _TEMPLATE_HASH: metadata.labels(sandbox)[_TEMPLATE_HASH]}
-    pod = template["spec"]["podTemplate"] if template else sandbox["spec"]["podTemplate"]
-    found = _merged(pod.get("metadata") or {}, labels | _extra(claim, "labels"), _extra(claim, "annotations"))
     old = sandbox["spec"]["podTemplate"].get("metadata") or {}
-    pod_metadata = {key: {**dict.fromkeys(old.get(key) or ()), **value} for key, value in found.items()}
+    wanted = _pod_metadata(claim, template or sandbox, labels)
+    changes = {key: {**dict.fromkeys(old.get(key) or ()), **value} for key, value in wanted.items()}
     return {
         "metadata": {
             "labels": {MEMBER: None, f"{GROUP}/created-by": None, _LAUNCH: "warm", **labels},
             "annotations": {POD_NAME: metadata.name(sandbox)},
             "ownerReferences": [_reference(claim, CLAIM)],
         },
-        "spec": {"podTemplate": {"metadata": pod_metadata}},
+        "spec": {"podTemplate": {"metadata": changes}},
     }
 
 
-def _merged(pod: Object, labels: dict[str, str], annotations: dict[str, str]) -> Object:
-    """A pod template's metadata with more of each.
-
-    Raises:
-        _Error: The template has another value.
-    """
-    found = dict(pod)
-    for kind, extra in (("labels", labels), ("annotations", annotations)):
-        own = pod.get(kind) or {}
-        for key, value in extra.items():
-            if own.get(key, value) != value:
-                raise _Error(
-                    "ReconcilerError",
-                    f'Error seen: metadata override conflict: {kind[:-1]} "{key}" is defined in template'
-                    f' with value "{own[key]}", but claim requests "{value}"',
-                )
-        if own or extra:
-            found[kind] = {**own, **extra}
-    return found
-
-
-def _extra(claim: Object, kind: str) -> dict[str, str]:
-    return dict((claim["spec"].get("additionalPodMetadata") or {}).get(kind) or {})
+def _pod_metadata(claim: Object, template: Object, labels: dict[str, str]) -> Object:
+    """A template's pod metadata with what the claim adds."""
+    own = template["spec"]["podTemplate"].get("metadata") or {}
+    extra = claim["spec"].get("additionalPodMetadata") or {}
+    found = {"labels": {**(own.get("labels") or {}), **labels, **(extra.get("labels") or {})}}
+    annotations = {**(own.get("annotations") or {}), **(extra.get("annotations") or {})}
+    return found | ({"annotations": annotations} if annotations else {})
 
 
 def _check_metadata(given: Object) -> None:
-    for key, value in (given.get("labels") or {}).items():
-        if error := _label_error(key, value):
-            text = f'invalid additionalPodMetadata: failed to validate label "{key}": {error}'
-            raise _Error("InvalidMetadata", text)
-    for key in given.get("annotations") or {}:
-        domain = key.rpartition("/")[0].lower()
-        if any(_is_below(domain, reserved) for reserved in _RESERVED_DOMAINS):
-            raise _Error(
-                "InvalidMetadata",
-                f'invalid additionalPodMetadata: failed to validate annotation "{key}": restricted system'
-                f' domain: "{domain}" is not allowed in AdditionalPodMetadata',
+    for key in given.get("labels") or {}:
+        domain = key.lower().rpartition("/")[0]
+        error = f'label domain "{domain}" is not in the allowlist'
+        if not domain:
+            error = (
+                f"label \"{key}\" must have a domain prefix (e.g. 'sandbox.users.io/my-label') to prevent"
+                " opting into unintended policy domains"
             )
+        if not _is_below(domain, _LABEL_DOMAIN):
+            raise _invalid(f'label "{key}": {error}')
+    for key in given.get("annotations") or {}:
+        domain = key.lower().rpartition("/")[0]
+        if any(_is_below(domain, reserved) for reserved in _RESERVED_DOMAINS):
+            text = f'restricted system domain: "{domain}" is not allowed in AdditionalPodMetadata'
+            raise _invalid(f'annotation "{key}": {text}')
 
 
-def _label_error(key: str, value: str) -> str | None:
-    domain, slash, _ = key.lower().partition("/")
-    if error := label_key_error(key):
-        return f'invalid label key: "{key}": {error}'
-    if not slash:
-        return (
-            f"label \"{key}\" must have a domain prefix (e.g. 'sandbox.users.io/my-label') to prevent"
-            " opting into unintended policy domains"
-        )
-    if not _is_below(domain, _LABEL_DOMAIN):
-        return f'label domain "{domain}" is not in the allowlist'
-    if error := label_value_error(value):
-        return f'invalid label value: "{value}" does not match allowed pattern: {error}'
-    return None
+def _invalid(what: str) -> _Error:
+    return _Error("InvalidMetadata", f"invalid additionalPodMetadata: failed to validate {what}")
 
 
 def _is_below(domain: str, parent: str) -> bool:
@@ -420,16 +378,3 @@ def _age(obj: Object, now: float) -> float:
 
 def _nanoseconds(now: float) -> str:
     return f"{dt.datetime.fromtimestamp(now, dt.UTC):%Y-%m-%dT%H:%M:%S.%f}000Z"
-
-
-def _seconds_left(claim: Object, now: float) -> float | None:
-    """Seconds until the claim expires; None: it does not."""
-    lifecycle = claim["spec"].get("lifecycle") or {}
-    finished = metadata.conditions(claim).get("Finished") or {}
-    ends = []
-    if lifecycle.get("shutdownTime"):
-        ends.append(dt.datetime.fromisoformat(lifecycle["shutdownTime"]).timestamp())
-    if finished.get("status") == "True" and lifecycle.get("ttlSecondsAfterFinished") is not None:
-        since = dt.datetime.fromisoformat(finished["lastTransitionTime"]).timestamp()
-        ends.append(since + lifecycle["ttlSecondsAfterFinished"])
-    return min(ends) - now if ends else None
