@@ -304,7 +304,7 @@ async def use(cluster):
         print(chunk.text, end="", flush=True)
 
 async def main(directory):
-    async with LocalCluster(directory=directory) as one, LocalCluster(directory=directory) as two:
+    async with LocalCluster(directory=directory) as one, LocalCluster(directory=directory, warm=1) as two:
         # Children with copies of whatever descriptor they can get; both outlive this.
         if not (pid := os.fork()):
             time.sleep(60)
