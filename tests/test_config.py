@@ -31,6 +31,11 @@ def test_defaults() -> None:
         "ready_timeout": 120.0,
         "ready_poll_interval": 1.0,
         "session_idle_timeout": 600.0,
+        "on_idle": "delete",
+        "suspended_for": 86_400.0,
+        "max_suspended": None,
+        "workspace_storage": None,
+        "workspace_storage_class": None,
         "idle_check_interval": 60.0,
         "max_sessions": 10,
         "capacity_timeout": 0.0,
@@ -87,6 +92,15 @@ BAD: list[tuple[str, str, tuple[object, ...]]] = [
         (-0.001, math.nan, math.inf, "0", False, None),
     ),
     ("max_sessions", "an integer of at least 1", (0, -1, 1.0, "10", True, None)),
+    ("max_suspended", "an integer of at least 1", (0, -1, 1.0, "10", True)),
+    ("suspended_for", SECONDS, (*NO_SECONDS, None)),
+    ("on_idle", '"delete" or "suspend"', ("keep", "", None, True, [])),
+    (
+        "workspace_storage",
+        "a quantity such as '1Gi', or None",
+        ("", "0", "0Gi", "1 Gi", "-1Gi", "1gb", "Gi", "1Gi\n", 7),
+    ),
+    ("workspace_storage_class", "the name of a StorageClass, or None", ("", "A", "a b", "-a", "a." * 130, 7)),
     ("api_version", '"auto", "v1alpha1" or "v1beta1"', ("v1", "agents.x-k8s.io/v1beta1", "", None, {})),
     ("endpoint", '"auto", "pod-ip", "service" or a callable', ("podIP", "", None, 7, {})),
     ("tls", "a TlsConfig or None", (True, "mtls", {"ca": "ca.pem"})),
@@ -188,6 +202,55 @@ def test_half_a_client_certificate_is_refused(given: str, missing: str) -> None:
     paths: dict[str, Any] = {given: "file.pem"}
     with pytest.raises(ValueError, match=rf"^TlsConfig\.{missing} is None: .* both cert and key$"):
         TlsConfig(**paths)
+
+
+SUSPEND: dict[str, Any] = {"on_idle": "suspend", "workspace_storage": "1Gi"}
+
+
+@pytest.mark.parametrize("size", ["1Gi", "500Mi", "1.5T", "1000000000", "100m"])
+def test_sizes_of_a_workspace(size: str) -> None:
+    assert multi(workspace_storage=size, workspace_storage_class="fast.example").workspace_storage == size
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            SUSPEND | {"workspace_storage": None},
+            "workspace_storage is None: with on_idle 'suspend' the default",
+        ),
+        (
+            SUSPEND | {"api_version": "v1alpha1"},
+            "on_idle is 'suspend': it must be \"delete\" with api_version",
+        ),
+        ({"workspace_storage_class": "fast"}, "workspace_storage_class is 'fast': it must be None without"),
+        ({"warm_pool": "a", "workspace_storage": "1Gi"}, "workspace_storage is '1Gi': it must be None: the"),
+        (
+            {"warm_pool": "a", "on_idle": "suspend"},
+            "on_idle is 'suspend': it must be \"delete\" with warm_pool: a member",
+        ),
+    ],
+)
+def test_what_suspension_needs(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        multi(**settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_template_of_ones_own_may_be_suspended_without_a_workspace() -> None:
+    assert multi(on_idle="suspend", pod_template_spec={"spec": {}}).on_idle == "suspend"
+
+
+def test_how_many_may_be_suspended() -> None:
+    assert multi(max_sessions=7).most_suspended == 70
+    assert multi(max_sessions=7, max_suspended=3).most_suspended == 3
+
+
+def test_whether_an_instance_comes_back() -> None:
+    config = multi()
+    assert config.has_random_instance_id
+    assert dataclasses.replace(config, max_sessions=2).has_random_instance_id
+    assert not multi(instance_id=str(config.instance_id)).has_random_instance_id
 
 
 TEMPLATE = "the SandboxTemplate of warm_pool says that"

@@ -195,6 +195,28 @@ def test_default_body(api_version: str, running: dict[str, Any]) -> None:
     }
 
 
+def test_a_workspace_on_a_volume() -> None:
+    """The Sandbox makes a PersistentVolumeClaim of each template, and a volume of its name in the pod."""
+    config = multi(workspace_storage="2Gi", workspace_storage_class="fast")
+    spec = manifest.SANDBOX.body(config, "v1beta1", "sandbox-x", "0" * 40)["spec"]
+    [claim] = spec["volumeClaimTemplates"]
+    assert claim["metadata"] == {"name": "workspace"}
+    assert claim["spec"] == {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": "fast",
+        "resources": {"requests": {"storage": "2Gi"}},
+    }
+    pod = spec["podTemplate"]["spec"]
+    [container] = pod["containers"]
+    assert {"name": "workspace", "mountPath": "/workspace"} in container["volumeMounts"]
+    assert {"name": "SANDBOX_WORKSPACE", "value": "/workspace"} in container["env"]
+    assert pod["securityContext"]["fsGroup"] == 65532  # of the image's user
+    assert "workspace" not in [volume["name"] for volume in pod["volumes"]]
+    without = manifest.SANDBOX.body(multi(workspace_storage="2Gi"), "v1beta1", "sandbox-x", "0" * 40)
+    assert "storageClassName" not in without["spec"]["volumeClaimTemplates"][0]["spec"]
+    assert "volumeClaimTemplates" not in manifest.SANDBOX.body(multi(), "v1beta1", "a", "0" * 40)["spec"]
+
+
 def test_instance_id_that_is_no_label_value_goes_in_hashed() -> None:
     config = multi(instance_id="not a label")
     body = manifest.SANDBOX.body(config, "v1beta1", "sandbox-1", "5e")

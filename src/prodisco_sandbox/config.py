@@ -21,8 +21,10 @@ Endpoint = Literal["auto", "pod-ip", "service"] | Callable[[dict[str, Any]], str
 
 TRANSPORT_MODES = ("insecure", "tls", "mtls")
 
-# RFC 1123 label, and a label value as the Kubernetes API documentation defines them.
+# RFC 1123 label; a quantity and a label value as the Kubernetes API documentation defines them.
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_DNS_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_QUANTITY = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)?([EPTGM]i?|Ki|k|m)?")
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 # Where `SandboxManagerConfig.from_env` has its fields from.
@@ -31,6 +33,9 @@ _TEXTS = {
     "sandbox_image": "SANDBOX_IMAGE",
     "instance_id": "SANDBOX_INSTANCE_ID",
     "warm_pool": "SANDBOX_WARM_POOL",
+    "on_idle": "SANDBOX_ON_IDLE",
+    "workspace_storage": "SANDBOX_WORKSPACE_STORAGE",
+    "workspace_storage_class": "SANDBOX_WORKSPACE_STORAGE_CLASS",
     "managed_by": "SANDBOX_MANAGED_BY",
 }
 _NUMBERS = {"max_sessions": "SANDBOX_MAX_SESSIONS", "sandbox_port": "SANDBOX_TCP_PORT"}
@@ -146,6 +151,21 @@ class SandboxManagerConfig:
     """How often a Sandbox is read while no watch is available."""
     session_idle_timeout: float = 600.0
     """A session that nobody has used for this long is closed."""
+    on_idle: Literal["delete", "suspend"] = "delete"
+    """What becomes of a Sandbox that nobody has used for that long. "suspend": its pod goes, its volumes
+    stay, and the next use starts it again; `shutdown` suspends too if `instance_id` is set. The default
+    pod template needs `workspace_storage` then."""
+    suspended_for: float = 86_400.0
+    """A suspended Sandbox that nobody comes back to is deleted after this."""
+    max_suspended: int | None = None
+    """Cap on suspended Sandboxes, which hold no slot: the one that was suspended first is deleted. None:
+    10 times `max_sessions`."""
+    workspace_storage: str | None = None
+    """Size of a volume for the workspace, a quantity such as "1Gi", which outlives the Sandbox's pods;
+    None: the workspace is the pod's. In a `pod_template_spec` the volume is called ``workspace``, and the
+    template mounts it."""
+    workspace_storage_class: str | None = None
+    """Its StorageClass; None: the cluster's default."""
     idle_check_interval: float = 60.0
     """How often the reaper looks."""
     max_sessions: int = 10
@@ -162,7 +182,7 @@ class SandboxManagerConfig:
     yet"."""
     tls: TlsConfig | None = None
     """TLS of the channels and of the default pod template; None: plaintext."""
-    instance_id: str = field(default_factory=lambda: os.urandom(8).hex())
+    instance_id: str = field(default_factory=lambda: _RandomId(os.urandom(8).hex()))
     """Names the owner of a Sandbox among several managers of one namespace: random for each config
     that is made, unless set, so give each live manager a config of its own. A value that is
     set promises that one live manager uses it. One that is no valid label value is hashed."""
@@ -193,6 +213,9 @@ class SandboxManagerConfig:
         for name in ("ready_timeout", "ready_poll_interval", "session_idle_timeout", "idle_check_interval"):
             seconds(name, getattr(self, name))
         seconds("shutdown_timeout", self.shutdown_timeout)
+        seconds("suspended_for", self.suspended_for)
+        if self.max_suspended is not None:
+            integer("max_suspended", self.max_suspended, least=1, most=None)
         seconds("capacity_timeout", self.capacity_timeout, zero=True)
         if self.lease_duration is not None:
             seconds("lease_duration", self.lease_duration)
@@ -205,6 +228,7 @@ class SandboxManagerConfig:
             raise wrong("tls", self.tls, "a TlsConfig or None")
         if self.warm_pool is not None:
             _check_text("warm_pool", self.warm_pool, _DNS_LABEL, "the name of a SandboxWarmPool, or None")
+        self._check_suspension()
         if self.mode == "multi" and self.warm_pool is not None:
             self._check_warm_pool()
         elif self.mode == "multi" and self.tls and not (self.tls.secret_name or self.pod_template_spec):
@@ -218,6 +242,32 @@ class SandboxManagerConfig:
         instance: object = self.instance_id
         if not isinstance(instance, str) or not instance:
             raise wrong("instance_id", instance, "a non-empty string")
+
+    def _check_suspension(self) -> None:
+        if self.on_idle not in ("delete", "suspend"):
+            raise wrong("on_idle", self.on_idle, '"delete" or "suspend"')
+        storage, storage_class = self.workspace_storage, self.workspace_storage_class
+        if storage is not None:
+            _check_text("workspace_storage", storage, _QUANTITY, "a quantity such as '1Gi', or None")
+        if storage_class is not None:
+            _check_text(
+                "workspace_storage_class", storage_class, _DNS_NAME, "the name of a StorageClass, or None"
+            )
+            if storage is None:
+                raise wrong("workspace_storage_class", storage_class, "None without workspace_storage")
+        if self.mode == "single" or self.on_idle == "delete":
+            return
+        if self.warm_pool is not None:
+            raise wrong(
+                "on_idle", self.on_idle, '"delete" with warm_pool: a member of a pool is not started again'
+            )
+        if self.api_version == "v1alpha1":
+            raise wrong("on_idle", self.on_idle, '"delete" with api_version "v1alpha1"')
+        if storage is None and self.pod_template_spec is None:
+            raise ValueError(
+                "workspace_storage is None: with on_idle 'suspend' the default pod template would keep"
+                " nothing; give it a size such as '1Gi'"
+            )
 
     def _check_warm_pool(self) -> None:
         template = "the SandboxTemplate of warm_pool says that"
@@ -233,10 +283,22 @@ class SandboxManagerConfig:
                 None,
                 "the name in the servers' certificate: a sandbox of a warm_pool has no name of its own",
             )
+        if self.workspace_storage is not None:
+            raise wrong("workspace_storage", self.workspace_storage, f"None: {template}")
         if self.endpoint == "service":
             raise wrong("endpoint", self.endpoint, '"pod-ip": a SandboxClaim names no Service')
         if self.api_version == "v1alpha1":
             raise wrong("api_version", self.api_version, '"auto" or "v1beta1", the only one that has claims')
+
+    @property
+    def most_suspended(self) -> int:
+        """`max_suspended`, or what it stands for."""
+        return 10 * self.max_sessions if self.max_suspended is None else self.max_suspended
+
+    @property
+    def has_random_instance_id(self) -> bool:
+        """Whether `instance_id` was left out."""
+        return isinstance(self.instance_id, _RandomId)
 
     @property
     def instance_label(self) -> str:
@@ -251,7 +313,8 @@ class SandboxManagerConfig:
 
         Variables: SANDBOX_MODE (default ``single``), SANDBOX_NAMESPACE, SANDBOX_IMAGE,
         SANDBOX_MAX_SESSIONS, SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID,
-        SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, and the TLS variables of `TlsConfig.from_env`. In single mode
+        SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, SANDBOX_ON_IDLE, SANDBOX_WORKSPACE_STORAGE,
+        SANDBOX_WORKSPACE_STORAGE_CLASS, and the TLS variables of `TlsConfig.from_env`. In single mode
         without a ``single_client``, ``single_target`` is what `SandboxClient.from_env` connects to.
 
         Raises:
@@ -290,6 +353,12 @@ class SandboxManagerConfig:
             if name not in variables or name.partition(".")[0] in overrides:
                 raise
             raise ValueError(f"{variables[name]}: {error}") from None
+
+
+class _RandomId(str):
+    """An `instance_id` that no later process has."""
+
+    __slots__ = ()
 
 
 def _check_text(name: str, value: object, pattern: re.Pattern[str], right: str) -> None:

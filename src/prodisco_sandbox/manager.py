@@ -36,12 +36,14 @@ class SandboxManagerStats:
         created: Sandboxes made, re-creations included.
         recreated: Those made again after a reap or a death, and pods replaced under a
             Sandbox.
-        reaped: Sessions closed because nobody used them.
+        reaped: Sessions closed because nobody used them; their Sandboxes were deleted or suspended.
         lost: Sessions whose sandbox died.
         failed: Creations that failed.
         delete_retries: Deletes that failed and were left to a retry.
         warm: With ``warm_pool``, sessions that got a sandbox which was running already.
         cold: With ``warm_pool``, sessions for which the pool had none.
+        suspended: With ``on_idle="suspend"``, Sandboxes that were suspended.
+        resumed: Suspended Sandboxes that were started again, whoever had suspended them.
         events: How often each event has been logged, or would have been at a lower level:
             ``{"sandbox_created": 7, "watch_broken": 1}``. Not part of a comparison.
     """
@@ -59,6 +61,8 @@ class SandboxManagerStats:
     delete_retries: int = 0
     warm: int = 0
     cold: int = 0
+    suspended: int = 0
+    resumed: int = 0
     events: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
@@ -272,6 +276,8 @@ class SandboxManager:
             delete_retries=events["sandbox_delete_failed"],
             warm=events["sandbox_started_warm"],
             cold=events["sandbox_started_cold"],
+            suspended=events["sandbox_suspended"],
+            resumed=events["sandbox_resumed"],
             events=dict(events),
         )
 

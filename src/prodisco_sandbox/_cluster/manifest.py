@@ -20,6 +20,9 @@ API_VERSIONS = ("v1beta1", "v1alpha1")
 """Newest first."""
 
 CACHE_DIR = "/tmp/prodisco-scripts"
+WORKSPACE, WORKSPACE_DIR = "workspace", "/workspace"
+GROUP_ID = 65532
+"""Of the image's user: a new volume is root's, and the kubelet makes it this group's."""
 TLS_DIR = "/etc/prodisco/tls"
 
 
@@ -30,11 +33,22 @@ def sandbox_spec(config: SandboxManagerConfig, api_version: str, labels: dict[st
         template = _default_pod_template(config)
     metadata = template["metadata"] = dict(template.get("metadata") or {})
     metadata["labels"] = {**(metadata.get("labels") or {}), **labels}
+    claims = {} if config.workspace_storage is None else {"volumeClaimTemplates": [_workspace_claim(config)]}
     return {
         "podTemplate": template,
+        **claims,
         # Since agent-sandbox 0.4.6 there is no Service, hence no serviceFQDN, without it.
         "service": True,
         **({"replicas": 1} if api_version == "v1alpha1" else {"operatingMode": "Running"}),
+    }
+
+
+def _workspace_claim(config: SandboxManagerConfig) -> Object:
+    kind = {"storageClassName": config.workspace_storage_class} if config.workspace_storage_class else {}
+    resources = {"requests": {"storage": config.workspace_storage}}
+    return {
+        "metadata": {"name": WORKSPACE},
+        "spec": {"accessModes": ["ReadWriteOnce"], **kind, "resources": resources},
     }
 
 
@@ -68,7 +82,7 @@ def _default_pod_template(config: SandboxManagerConfig) -> Object:
     if config.tls is not None:
         container["volumeMounts"].append({"name": "tls", "mountPath": TLS_DIR, "readOnly": True})
         volumes.append({"name": "tls", "secret": {"secretName": config.tls.secret_name}})
-    spec = {
+    spec: Object = {
         "serviceAccountName": "sandbox-server",
         # A container restarted in place would be an empty machine that looks like the old one.
         "restartPolicy": "Never",
@@ -77,6 +91,10 @@ def _default_pod_template(config: SandboxManagerConfig) -> Object:
         "containers": [container],
         "volumes": volumes,
     }
+    if config.workspace_storage is not None:
+        container["env"].append({"name": "SANDBOX_WORKSPACE", "value": WORKSPACE_DIR})
+        container["volumeMounts"].append({"name": WORKSPACE, "mountPath": WORKSPACE_DIR})
+        spec["securityContext"] = {"fsGroup": GROUP_ID, "fsGroupChangePolicy": "OnRootMismatch"}
     return {"spec": spec}
 
 
@@ -115,9 +133,9 @@ def holds_volumes(sandbox: Object) -> bool:
     return bool((sandbox.get("spec") or {}).get("volumeClaimTemplates"))
 
 
-def mode_spec(sandbox: Object, mode: Literal["Running", "Suspended"]) -> Object:
+def mode_spec(api_version: str, mode: Literal["Running", "Suspended"]) -> Object:
     """The spec field that starts or suspends a Sandbox, as its API version has it."""
-    if str(sandbox.get("apiVersion")).endswith("/v1alpha1"):
+    if api_version.endswith("v1alpha1"):
         return {"replicas": 1 if mode == "Running" else 0}
     return {"operatingMode": mode}
 

@@ -99,7 +99,8 @@ class Resource:
         machine: Where its status says that the pod is.
         lifecycle: The field of its spec that holds the deadline; None: the spec itself.
         requested_at: The annotation that says when a new object was asked for; None: it has none.
-        mode_spec: The spec fields that start or suspend it; None: it cannot be started here.
+        mode_spec: The spec fields that start or suspend it, given its API version; None: it cannot be
+            started here.
         is_to_run: Whether it is not suspended, nor to be.
         never: Reasons of Ready=False for a spec that cannot work.
         dead: Reasons of Ready=False once the pod has come to its end.
@@ -117,7 +118,7 @@ class Resource:
     machine: Callable[[Object], Machine]
     lifecycle: str | None = None
     requested_at: str | None = None
-    mode_spec: Callable[[Object, Literal["Running", "Suspended"]], Object] | None = None
+    mode_spec: Callable[[str, Literal["Running", "Suspended"]], Object] | None = None
     is_to_run: Callable[[Object], bool] = lambda _: True
     never: frozenset[str]
     dead: frozenset[str] = frozenset()

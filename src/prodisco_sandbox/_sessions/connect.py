@@ -146,6 +146,8 @@ class _Connecting:
             if after.target is None or self._clients.client_for(session, after) is not client:
                 continue
             if self._clients.is_own(session, client):
+                if self._starts and not self._restarted:
+                    self._parts.log.info("sandbox_resumed", sandbox=session.name, uid=session.known.uid)
                 return client
             await self._hear_of_place()
 
@@ -282,7 +284,12 @@ class _Connecting:
         """
         session, known = self._session, self._session.known
         observed = known.object or {}
-        patch = {"metadata": {"uid": known.uid}, "spec": manifest.mode_spec(observed, mode)}
+        spec = manifest.mode_spec(str(observed.get("apiVersion")), mode)
+        lease = None
+        if mode == "Running":  # Its deadline may be that of a suspended one.
+            lease = self._parts.leases.next() if await self._parts.leases.allowed(self._deadline) else None
+            spec |= self._parts.resources.resource.deadline_spec(lease)
+        patch = {"metadata": {"uid": known.uid}, "spec": spec}
         self._parts.log.info("sandbox_mode_changed", sandbox=session.name, mode=mode)
         try:
             patched = await self._parts.resources.patch(session.name, patch, self._deadline)
@@ -294,11 +301,12 @@ class _Connecting:
                 f" may not patch it to start it: {e}",
                 status=e.status,
             ) from e
+        if lease is not None:
+            self._parts.leases.add(session)
         known.generation = max(known.generation, metadata.generation(patched))
         if manifest.is_to_run(known.object or {}) != (mode == "Running"):
             # The watch has not shown it yet, nor does every stand-in of the API return the object.
-            spec = {**(observed.get("spec") or {}), **manifest.mode_spec(observed, mode)}
-            known.object = patched or {**observed, "spec": spec}
+            known.object = patched or {**observed, "spec": {**(observed.get("spec") or {}), **spec}}
             known.read_at = self._parts.now()
 
 

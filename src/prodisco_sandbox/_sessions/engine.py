@@ -22,6 +22,7 @@ from .leases import Leases
 from .life import Lives
 from .parts import Parts
 from .past import Past
+from .suspended import Suspended, SuspendedObjects
 from .table import SERVING, Session, SessionState, SessionTable
 
 if TYPE_CHECKING:
@@ -61,12 +62,14 @@ class Engine:
         self._watch = SandboxWatch(self._resources, selector, self, survey=(everyone, self._past.survey))
         self._watch_task: asyncio.Task[None] | None = None
         self._sweep_task: asyncio.Task[None] | None = None
+        self._suspended = SuspendedObjects()
         self._leases = Leases(self._resources, config.lease_duration, wall_clock, self._look)
         self._parts = Parts(
             config=config,
             resources=self._resources,
             table=self.table,
             leases=self._leases,
+            suspended=self._suspended,
             watch=self._watch,
             tasks=self._tasks,
             pace=Pace(STEPS_PER_PASS),
@@ -163,9 +166,39 @@ class Engine:
         session = self.table.current.get(session_id)
         if session is not None:
             self._lives.end(session, "closed", SandboxError("the session was closed while it was waited for"))
-        closing = self.table.closing.get(session_id)
-        if closing is not None and closing.released is not None:
-            await closing.released.wait()
+        closing, waited = self.table.closing.get(session_id), None
+        if closing is None and self._config.on_idle == "suspend":
+            await asyncio.wait({self._tasks.spawn(self._bury(session_id), "sandbox-bury")})
+            closing = self.table.closing.get(session_id)
+        while closing is not None and closing is not waited:
+            self.table.delete_after_all(closing)
+            if closing.released is not None:
+                await closing.released.wait()
+            # Suspended at the last moment: it is deleted by another.
+            waited, closing = closing, self.table.closing.get(session_id)
+
+    async def _bury(self, session_id: str) -> None:
+        """Deletes what a session has left that was suspended, by this process or by an earlier one."""
+        session_hash = metadata.session_hash(session_id)
+        found = self._suspended.take(session_hash)
+        if found is None and not self._watch.current:
+            selector = self._parts.selector(instance=self._config.instance_label, session=session_hash)
+            deadline = self._parts.now() + self._config.ready_timeout
+            try:
+                objects, _ = await self._resources.list(selector, deadline)
+            except SandboxError as e:
+                self._log.warning(
+                    "sandbox_not_looked_for", sandbox=self.sandbox_name(session_id, deadline), reason=str(e)
+                )
+                return
+            known = [
+                o
+                for o in objects
+                if not metadata.is_deleting(o) and self.table.named(metadata.name(o)) is None
+            ]
+            found = Suspended(known[0]) if known else None
+        if found is not None and session_id not in self.table.closing:
+            self._lives.bury(session_id, session_hash, found)
 
     async def clean_up(self, *, all_instances: bool) -> int:
         deadline = self._parts.now() + self._config.ready_timeout
@@ -185,7 +218,8 @@ class Engine:
         session = self.table.current.get(session_id) or self.table.closing.get(session_id)
         if session is not None:
             return session.name
-        return self._past.fresh_name(session_id, now)[0]
+        suspended = self._suspended.of(metadata.session_hash(session_id))
+        return self._past.fresh_name(session_id, now)[0] if suspended is None else suspended.name
 
     # The watch tells
 
@@ -200,6 +234,7 @@ class Engine:
             # One that is new to us may be too new for the list, but not if it is ready already.
             if known.claimed and unseen and (serving or (known.uid is not None and known.since < since)):
                 self._look(session)
+        self._suspended.listed(sandboxes)
         for session in self.table.closing.values():
             known = session.known
             if known.claimed and known.uid and known.uid not in listed and known.since < since:
@@ -207,7 +242,14 @@ class Engine:
 
     def changed(self, sandbox: Object) -> None:
         session = self._session_of(sandbox)
-        if session is None or session.state is SessionState.CLOSING:
+        if session is None:
+            if self._config.on_idle == "suspend":
+                self._suspended.seen(sandbox, is_suspended=not manifest.is_to_run(sandbox))
+            return
+        session.known.version = metadata.resource_version(sandbox)
+        if session.state is SessionState.CLOSING:
+            if session.suspends and not manifest.is_to_run(sandbox):
+                session.known.object = sandbox
             return
         if session.state is SessionState.CREATING or session.checking:
             session.known.object, session.known.read_at = sandbox, self._parts.now()
@@ -227,6 +269,7 @@ class Engine:
     def deleted(self, sandbox: Object) -> None:
         session = self._session_of(sandbox)
         if session is None:
+            self._suspended.gone(sandbox)
             return
         if session.known.uid is None and session.state not in SERVING:
             # Whether this is the object that we are making only the create's answer tells.
@@ -235,7 +278,9 @@ class Engine:
             return
         self.table.dropped(session)  # Nobody need delete it, and nobody may if it was claimed.
         text = f"sandbox {session.name} was deleted, or claimed by another manager"
-        if session.state is SessionState.CREATING:
+        if session.state is SessionState.CREATING and session.known.used:
+            session.inbox.post(News.LOOK)  # It was suspended: the session gets another one.
+        elif session.state is SessionState.CREATING:
             self._lives.fail(session, SandboxFailedError(text))
         elif session.state in SERVING:
             self._lives.lose(session, text)
@@ -281,7 +326,7 @@ class Engine:
         self._lives.remove.retry_now()
         if self._sweep_task is None or self._sweep_task.done():
             self._sweep_task = self._tasks.spawn(self._sweep(), "sandbox-sweep")
-        if not self.table and self._watch_task is not None and self._watch.active:
+        if not self.table and not self._suspended and self._watch_task is not None and self._watch.active:
             self._watch_task.cancel()
             self._watch_task = None
 
@@ -289,7 +334,8 @@ class Engine:
         """What needs the API server at each tick, where the watch does not do it."""
         try:
             await self._lives.remove.look_again()
-            if self.table.current and not self._watch.current:
+            await self._lives.remove.limit_suspended()
+            if (self.table.current or self._suspended) and not self._watch.current:
                 since = self._parts.now()
                 self.synced((await self._resources.list(self._selector))[0], since)
         except SandboxError as e:
@@ -305,6 +351,9 @@ class Engine:
         lives, remove = self._lives, self._lives.remove
         for session in list(self.table.current.values()):
             lives.end(session, "shutdown", SandboxManagerClosedError("the manager has been shut down"))
+        if self._config.has_random_instance_id:  # Nobody would come back to them.
+            for found in self._suspended.take_all():
+                lives.bury(found.name, metadata.labels(found.object)[metadata.LABEL_SESSION], found)
         remove.retry_now(last_chance=True)
         await lives.stop(deadline)
         try:

@@ -11,14 +11,16 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from .._cluster import metadata
 from ..errors import SandboxError, SandboxTimeoutError
 from ..results import SandboxRef
 from .clients import Clients
-from .connect import Connect
+from .connect import Connect, refresh
 from .obtain import Obtain
 from .parts import LostError, Parts, SpentError
 from .past import Past
 from .remove import Remove
+from .suspended import Suspended
 from .table import SERVING, Session, SessionState
 
 if TYPE_CHECKING:
@@ -75,12 +77,27 @@ class Lives:
         """
         parts = self._parts
         keep = reason in ("failed", "lost") and parts.must_keep(session)
-        if not parts.table.close(session, error, reason, keep=keep):
+        suspend = (
+            keep or reason == "reaped" or (reason == "shutdown" and not parts.config.has_random_instance_id)
+        )
+        suspend = suspend and parts.may_suspend(session)
+        if not parts.table.close(session, error, reason, keep=keep, suspend=suspend):
             return
         if session.remains.what == "kept":
             parts.log.warning("sandbox_kept", sandbox=session.name, reason=reason)
-        self._past.ended(session)
+        if not session.suspends:
+            self._past.ended(session)
         parts.leases.drop(session)
+
+    def bury(self, session_id: str, session_hash: str, found: Suspended) -> None:
+        """Deletes the object of a session that is not there, however often that takes."""
+        session = Session(
+            session_id=session_id, session_hash=session_hash, name=found.name, incarnation=found.incarnation
+        )
+        session.known.uid = metadata.uid(found.object)
+        self._past.occupy(session.name, self._parts.now())
+        self._parts.table.bury(session)
+        self.begin(session)
 
     def lose(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
         """Ends a session whose object is gone, or is of no more use."""
@@ -180,14 +197,24 @@ class Lives:
         """Makes or adopts the session's object and connects to it; replaces one that ends meanwhile."""
         watch = self._parts.watch
         await watch.tried.wait()
-        look = self._past.may_have_one(session)
-        if not look and not watch.surveyed:
-            look = await self._obtain.has_one(session)
-        await self._obtain(session, deadline, look=look)
+        suspended = self._parts.suspended.take(session.session_hash)
+        if suspended is not None:
+            self._obtain.take_up(session, suspended)
+        else:
+            look = self._past.may_have_one(session)
+            if not look and not watch.surveyed:
+                look = await self._obtain.has_one(session)
+            await self._obtain(session, deadline, look=look)
         try:
+            if suspended is not None and not watch.current:
+                await refresh(self._parts, session, deadline)
             return await self._connect(session, deadline, exchange=not session.known.used)
         except SpentError as e:
             await self._obtain.replace(session, str(e), deadline)
+        except LostError:
+            if suspended is None:
+                raise
+            await self._obtain.anew(session, deadline)
         return await self._connect(session, deadline)
 
     def _ready(self, session: Session, client: SandboxClient) -> bool:
@@ -243,9 +270,18 @@ class Lives:
 
     def _over(self, task: asyncio.Task[None]) -> None:
         session = self._tasks.pop(task)
-        if not self._stopped and (session.known.uid is not None or session.remains.needs_delete):
-            self._past.occupy(session.name, self._parts.now())
-        self._parts.table.release(session)
+        parts, found = self._parts, session.known.object
+        if session.remains.what != "suspended":
+            found = None
+        if found is not None and session.suspends:
+            parts.suspended.left(session, found)
+            if parts.suspended.beyond(parts.config.most_suspended):
+                parts.tasks.spawn(self.remove.limit_suspended(), "sandbox-limit-suspended")
+        elif not self._stopped and (session.known.uid is not None or session.remains.needs_delete):
+            self._past.occupy(session.name, parts.now())
+        parts.table.release(session)
+        if found is not None and not (session.suspends or self._stopped):  # It was closed at the last moment.
+            self.bury(session.session_id, session.session_hash, Suspended(found))
 
     def _since(self, begun: float) -> float:
         return round(self._parts.now() - begun, 3)

@@ -21,6 +21,7 @@ from .clients import Clients
 from .inbox import News
 from .parts import LostError, Parts
 from .remove import Remove
+from .suspended import Suspended
 from .table import Known, Session
 
 CONCURRENT_CREATES = 16
@@ -81,6 +82,24 @@ class Obtain:
             self._parts.log.info("sandbox_not_looked_for", sandbox=session.name, reason=str(e))
             return False
         return bool(found)
+
+    def take_up(self, session: Session, suspended: Suspended) -> None:
+        """Gives the session the object that it has left; starting it is for `connect`."""
+        parts = self._parts
+        self._rename(session, suspended.name, suspended.incarnation + 1)  # It will be another machine.
+        session.known = Known(used=True)
+        parts.table.found(session, suspended.object, metadata.uid(suspended.object), parts.now())
+
+    async def anew(self, session: Session, deadline: float) -> None:
+        """The session's object is gone, and it gets another one."""
+        parts = self._parts
+        self._clients.discard(session)
+        parts.table.machines.forget(session)
+        parts.leases.drop(session)
+        parts.table.deleted(session)
+        session.known = Known()
+        self._next_name(session)
+        await self(session, deadline)
 
     async def replace(self, session: Session, reason: str, deadline: float) -> None:
         """Deletes the session's object, which is spent, and makes another; keeps one that has changed."""

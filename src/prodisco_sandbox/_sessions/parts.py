@@ -21,6 +21,7 @@ from .table import Session, SessionTable
 
 if TYPE_CHECKING:
     from .leases import Leases
+    from .suspended import SuspendedObjects
 
 
 class LostError(SandboxError):
@@ -43,6 +44,7 @@ class Parts:
     resources: SandboxResources
     table: SessionTable
     leases: Leases
+    suspended: SuspendedObjects
     watch: SandboxWatch
     tasks: OwnedTasks
     pace: Pace
@@ -80,6 +82,10 @@ class Parts:
         return known.used and (
             manifest.holds_volumes(observed) or being_started or self.reading(observed).phase == "suspended"
         )
+
+    def may_suspend(self, session: Session) -> bool:
+        """Whether the end of a session may suspend its object: it was in use, and is ours to patch."""
+        return self.config.on_idle == "suspend" and session.known.used and session.known.claimed
 
     def selector(self, *, instance: str | None = None, session: str | None = None) -> str:
         """Of the managed objects, those of an instance or a session."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from .._aio.pacing import backoff
-from .._cluster import metadata
-from .._cluster.api_errors import RetryableError, UnexpectedError
+from .._cluster import manifest, metadata
+from .._cluster.api_errors import NotFoundError, PreconditionError, RetryableError, UnexpectedError
 from .._cluster.metadata import Object
-from ..errors import SandboxError, SandboxUnavailableError
+from ..errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
 from .parts import Parts
 from .table import Session
 
@@ -45,24 +45,31 @@ class Remove:
         self._again = asyncio.Event()
 
     async def __call__(self, session: Session) -> None:
-        """Deletes the session's object, however often that takes."""
+        """Deletes or suspends the session's object, however often that takes."""
         parts, attempt, begun = self._parts, 0, self._parts.now()
         while True:
             again = self._again
             try:
                 async with self._deletes:
-                    if session.remains.needs_delete:  # else it is gone, or another manager's by now
+                    if session.suspends:
+                        await self._suspend_once(session)
+                    if (
+                        session.remains.needs_delete
+                    ):  # else it is suspended, gone, or another manager's by now
                         await self._delete_once(session)
                 return
             except SandboxError as e:
                 attempt += 1
-                parts.log.warning(
-                    "sandbox_delete_failed",
-                    sandbox=session.name,
-                    attempt=attempt,
-                    reason=str(e),
-                    duration=round(parts.now() - begun, 3),
-                )
+                failed = {"sandbox": session.name, "attempt": attempt, "reason": str(e)}
+                failed["duration"] = round(parts.now() - begun, 3)
+                if not session.suspends:
+                    parts.log.warning("sandbox_delete_failed", **failed)
+                elif session.ended in ("failed", "lost") and isinstance(e, SandboxPermissionError):
+                    parts.table.keep(session)
+                    parts.log.warning("sandbox_kept", sandbox=session.name, reason=str(e))
+                    return
+                else:
+                    parts.log.warning("sandbox_suspend_failed", **failed)
                 pause = e.pause(attempt) if isinstance(e, RetryableError) else backoff(attempt)
                 if self._last_chance and not isinstance(e, SandboxUnavailableError | UnexpectedError):
                     self.abandoned.append(session.name)
@@ -74,6 +81,40 @@ class Remove:
                     await again.wait()
             except TimeoutError:
                 continue
+
+    async def _suspend_once(self, session: Session) -> None:
+        """Suspends the object, unless somebody has changed it since it was last seen: then looks again."""
+        parts, known, name = self._parts, session.known, session.name
+        resources, table = parts.resources, parts.table
+        for _ in range(ORPHAN_READS):
+            if known.version is None or not parts.watch.current:
+                found = await resources.get(name)
+                same = found is not None and metadata.uid(found) == known.uid
+                if found is None or not same or not self._may_delete(found, session.session_hash):
+                    table.dropped(session)
+                    return
+                known.version = metadata.resource_version(found)
+            until = metadata.lease_time(parts.wall_clock(), parts.config.suspended_for)
+            spec = manifest.mode_spec(await resources.api_version(), "Suspended")
+            body = {
+                "metadata": {"uid": known.uid, "resourceVersion": known.version},
+                "spec": spec | resources.resource.deadline_spec(until),
+            }
+            known.object = known.version = None
+            try:
+                patched = await resources.patch(name, body)
+            except NotFoundError:
+                table.dropped(session)
+                return
+            except PreconditionError as e:
+                error = e
+                continue
+            found = patched or await resources.get(name)
+            if found is not None and session.suspends:  # else it was closed meanwhile
+                table.suspended(session, found)
+                parts.log.info("sandbox_suspended", sandbox=name, uid=known.uid, until=until)
+            return
+        raise error
 
     async def _delete_once(self, session: Session) -> None:
         uid, name, resources = session.known.uid, session.name, self._parts.resources
@@ -143,7 +184,10 @@ class Remove:
             return False
         return (
             all_instances
-            or metadata.instance(sandbox) == self._parts.config.instance_label
+            or (
+                metadata.instance(sandbox) == self._parts.config.instance_label
+                and not self._parts.suspended.is_own(sandbox)
+            )
             or self._parts.resources.resource.lapsed(sandbox, self._parts.wall_clock())
         )
 
@@ -157,6 +201,22 @@ class Remove:
                 return True
             seen = await self._parts.resources.get(metadata.name(seen), deadline)
         return False
+
+    async def limit_suspended(self) -> None:
+        """Deletes suspended objects that are too many, the oldest first."""
+        suspended = self._parts.suspended
+        for found in suspended.beyond(self._parts.config.most_suspended):
+            seen = found.object
+            try:
+                deleted = await self._delete_seen(seen)
+                now = None if deleted else await self._parts.resources.get(found.name)
+            except SandboxError as e:  # At the next tick again.
+                self._parts.log.info("sandbox_sweep_failed", reason=str(e))
+                return
+            if now is None or metadata.uid(now) != metadata.uid(seen):
+                suspended.gone(seen)
+            else:
+                suspended.seen(now, is_suspended=True)
 
     async def _delete_seen(self, sandbox: Object, deadline: float | None = None) -> bool:
         """Deletes an object of no session, unless somebody has changed it since it was read."""

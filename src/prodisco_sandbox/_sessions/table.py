@@ -14,6 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._cluster import metadata
+from .._cluster.metadata import Object
 from ..errors import SandboxCapacityError, SandboxError
 from .inbox import Inbox, News
 from .machines import Machine, Machines
@@ -45,8 +47,8 @@ class Known:
     uid: str | None = None
     since: float = 0.0
     """When the uid became known, on the loop's clock."""
-    object: dict[str, Any] | None = None
-    """Only while the session is created or checked: it holds the whole pod template."""
+    object: Object | None = None
+    """Only while the session is created, checked or suspended: it holds the whole pod template."""
     read_at: float = 0.0
     """When it was read or heard of last, on the loop's clock."""
     claimed: bool = True
@@ -57,9 +59,11 @@ class Known:
     """It was ready once, or was adopted: it may hold what a user wants back."""
     gone: str | None = None
     """The uid of an object of this name that was deleted before ours was known."""
+    version: str | None = None
+    """Its resourceVersion, as far as the watch has told."""
 
 
-What = Literal["nothing", "known", "unconfirmed", "another's", "kept"]
+What = Literal["nothing", "known", "unconfirmed", "another's", "kept", "suspended"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,8 @@ class Remains:
     Attributes:
         what: ``"nothing"``; ``"known"``: its object; ``"unconfirmed"``: a request that makes one
             is on its way, or its answer was lost; ``"another's"``: deleted, or claimed by another
-            manager; ``"kept"``: it may hold what a user wants back.
+            manager; ``"kept"``: it may hold what a user wants back; ``"suspended"``: it has been
+            suspended for when the session comes back.
         lost_at: When the answer to a create was lost that may still be carried out, on the
             loop's clock.
     """
@@ -131,6 +136,9 @@ class Session:
     """The create or claim in flight, which nothing cancels."""
     ended: str = ""
     """Why it ended."""
+    suspends: bool = False
+    """Of a session that has ended: its object is suspended instead of deleted."""
+    has_slot: bool = True
     released: asyncio.Event | None = None
     """Of a closing session: set when it is gone, or when its deletion is left to the background."""
 
@@ -231,7 +239,7 @@ class SessionTable:
         del self.closing[session.session_id]
         if self._by_name.get(session.name) is session:
             del self._by_name[session.name]
-        self._slots -= 1
+        self._slots -= session.has_slot
         started = []
         for waiting in list(self._queue):
             if self._slots >= self.max_sessions:
@@ -275,11 +283,12 @@ class SessionTable:
         session.remains = replace(session.remains, lost_at=now)
         self._set_remains(session, "unconfirmed")
 
-    def found(self, session: Session, sandbox: dict[str, Any], uid: str | None, now: float) -> None:
+    def found(self, session: Session, sandbox: Object, uid: str | None, now: float) -> None:
         """The session has this object; what the watch has told of it meanwhile is newer."""
         known = session.known
         self.answered(session, uid)
         known.since = known.read_at = now
+        known.version = metadata.resource_version(sandbox)
         if known.object is None or known.object["metadata"].get("uid") != uid:
             known.object = sandbox
 
@@ -341,7 +350,13 @@ class SessionTable:
             session.outcome.reach(error)
 
     def close(
-        self, session: Session, error: SandboxError | None, reason: str = "closed", *, keep: bool = False
+        self,
+        session: Session,
+        error: SandboxError | None,
+        reason: str = "closed",
+        *,
+        keep: bool = False,
+        suspend: bool = False,
     ) -> bool:
         """Takes a session out of use.
 
@@ -350,6 +365,7 @@ class SessionTable:
             error: What those who wait for it get; None: they ask again.
             reason: For the log.
             keep: Its object is not deleted.
+            suspend: Its object is suspended instead of deleted, if it has one for certain.
 
         Returns:
             Whether there is anything to undo: then it is closing and holds its slot
@@ -361,7 +377,8 @@ class SessionTable:
         self.ready.pop(session.session_id, None)
         self.machines.leave(session)
         session.ended = reason
-        if keep and session.remains.needs_delete:
+        session.suspends = suspend and session.remains.what == "known"
+        if keep and not session.suspends and session.remains.needs_delete:
             self._set_remains(session, "kept")
         if session.outcome is _REACHED:
             session.outcome = Outcome()
@@ -371,11 +388,36 @@ class SessionTable:
             del self._queue[session]
             session.state = SessionState.GONE
         else:
-            session.state = SessionState.CLOSING
-            session.released = asyncio.Event()
-            self.closing[session.session_id] = session
+            self._begin_closing(session)
         session.inbox.close()
         return not queued
+
+    def _begin_closing(self, session: Session) -> None:
+        session.state = SessionState.CLOSING
+        session.released = asyncio.Event()
+        self.closing[session.session_id] = session
+
+    def bury(self, session: Session) -> None:
+        """A new session closes at once: it has an object that no session had. It holds no slot."""
+        session.has_slot, session.ended = False, "closed"
+        session.remains = Remains("known")
+        self._by_name[session.name] = session
+        self._begin_closing(session)
+        session.inbox.close()
+
+    def delete_after_all(self, session: Session) -> None:
+        """A closing session's object is deleted, although it was to be suspended."""
+        session.suspends = False
+
+    def suspended(self, session: Session, obj: Object) -> None:
+        """A closing session's object has been suspended; what the watch has told of it since is newer."""
+        session.known.object = session.known.object or obj
+        self._set_remains(session, "suspended")
+
+    def keep(self, session: Session) -> None:
+        """A closing session's object can neither be suspended nor be deleted."""
+        session.suspends = False
+        self._set_remains(session, "kept")
 
     # Looking at all
 
@@ -395,7 +437,9 @@ class SessionTable:
         return idle
 
     def counts(self) -> Counter[SessionState]:
-        return Counter(s.state for sessions in (self.current, self.closing) for s in sessions.values())
+        """Sessions by state, without those that hold no slot because they were suspended before."""
+        closing = [session for session in self.closing.values() if session.has_slot]
+        return Counter(session.state for session in (*self.current.values(), *closing))
 
     def waiting(self) -> int:
         """How many callers wait for a session."""
