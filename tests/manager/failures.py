@@ -432,6 +432,21 @@ async def the_role_is_for_claims_alone(w: World) -> None:
 # The end
 
 
+@failure(
+    "sandbox_suspend_failed",
+    "sandbox attempt reason duration",
+    times=2,
+    counts={"suspended": 1, "delete_retries": 0},
+    on_idle="suspend",
+    workspace_storage="1Gi",
+)
+async def a_suspension_fails(w: World) -> None:
+    await w.manager.get_client(SESSION)
+    w.api.faults.add("patch", error=503, times=2, name=w.sandbox())
+    await asyncio.sleep(680)
+    await w.manager.on_session_closed(SESSION)
+
+
 @failure("sandbox_delete_failed", "sandbox attempt reason duration", times=2, counts={"delete_retries": 2})
 async def a_delete_fails(w: World) -> None:
     await w.manager.get_client(SESSION)

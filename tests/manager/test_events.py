@@ -28,6 +28,8 @@ GOOD = {
     "sandbox_started_warm",
     "sandbox_started_cold",
     "sandbox_adopted",
+    "sandbox_suspended",
+    "sandbox_resumed",
     "sandbox_reaped",
     "sandbox_closed",
     "sandbox_deleted",

@@ -25,13 +25,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox._cluster.metadata import LABEL_SESSION, is_deleting, labels, name, session_hash, uid
+from prodisco_sandbox._cluster.manifest import is_to_run
+from prodisco_sandbox._cluster.metadata import (
+    LABEL_SESSION,
+    is_deleting,
+    labels,
+    lease_time,
+    name,
+    session_hash,
+    uid,
+)
 from prodisco_sandbox._sessions.table import Session
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import StubClient, conditions
 
-CAP = 3
+CAP, SUSPENDED = 3, 2
 IDS = st.sampled_from(["a", "b", "c", "d", "e"])
 PAUSES = st.sampled_from([0.0, 0.0, 0.01, 0.3, 2.0, 12.0, 45.0])
 VERBS = st.sampled_from(["create", "get", "list", "watch", "delete", "patch", "discovery"])
@@ -63,6 +72,7 @@ class Machine(RuleBasedStateMachine):
     moves: Counter[str] = Counter()
     done: Counter[str]
     pool: str | None = None
+    suspends = False
 
     @initialize(seed=st.integers(0, 2**16), polling=st.booleans(), leases=st.booleans())
     def begin(self, seed: int, polling: bool, leases: bool) -> None:
@@ -76,6 +86,7 @@ class Machine(RuleBasedStateMachine):
             self.api.forbid("watch")
         if not leases:
             self.api.forbid("patch")
+        self.leases = leases
         self.readying: list[Any] = []
         self.clients: list[StubClient] = []
         self.sick: set[str] = set()
@@ -91,6 +102,7 @@ class Machine(RuleBasedStateMachine):
             mode="multi",
             instance_id="me",
             warm_pool=self.pool,
+            **self.suspension,
             max_sessions=CAP,
             capacity_timeout=5.0,
             ready_timeout=20.0,
@@ -128,13 +140,20 @@ class Machine(RuleBasedStateMachine):
     # The world
 
     @property
+    def suspension(self) -> dict[str, Any]:
+        if not self.suspends:
+            return {}
+        kept = {"suspended_for": 200.0, "max_suspended": SUSPENDED}
+        return {"on_idle": "suspend", "workspace_storage": "1Gi", **kept}
+
+    @property
     def objects(self) -> list[dict[str, Any]]:
         """Those of sessions."""
         return self.api.objects if self.pool is None else self.api.claims
 
     @property
     def living(self) -> list[dict[str, Any]]:
-        return [found for found in self.objects if not is_deleting(found)]
+        return [found for found in self.objects if not is_deleting(found) and is_to_run(found)]
 
     def readiness(self, sandbox: dict[str, Any]) -> Any:
         return self.readying.pop(0) if self.readying else 0.2
@@ -291,7 +310,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         which=st.integers(0, 100),
-        how=st.sampled_from(["deleted", "failed", "finished", "replaced", "unready", "rebound"]),
+        how=st.sampled_from(["deleted", "failed", "finished", "replaced", "unready", "rebound", "suspended"]),
         pause=PAUSES,
     )
     def befall(self, which: int, how: str, pause: float) -> None:
@@ -313,6 +332,8 @@ class Machine(RuleBasedStateMachine):
                 self.api.set_status(taken, conditions("PodFailed"))
             case "finished":
                 self.api.set_condition(taken, "Finished", "True", "PodSucceeded")
+            case "suspended" if self.pool is None and self.leases:  # else nothing would ever end it
+                self.api.suspend(taken)
             case "unready":
                 self.api.set_condition(taken, "Ready", "False", "DependenciesNotReady")
             case _:
@@ -350,7 +371,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def a_session_has_at_most_one_living_sandbox(self) -> None:
-        owners = Counter(labels(o)[LABEL_SESSION] for o in self.living)
+        owners = Counter(labels(o)[LABEL_SESSION] for o in self.objects if not is_deleting(o))
         assert all(count == 1 for count in owners.values()), owners
 
     @invariant()
@@ -384,10 +405,13 @@ class Machine(RuleBasedStateMachine):
             assert not [task for task in self.callers if not task.done()]
             self.no_caller_meets_what_it_should_not()
             self.run(self.manager.shutdown())
-            assert {name(found) for found in self.objects} <= self.named
+            ends = lease_time(self.loop.time(), 200.0)
+            for found in self.objects:  # else it is suspended, and ends by its deadline
+                deadline = found["spec"].get("shutdownTime", "9") if self.suspends else "9"
+                assert name(found) in self.named or (not is_to_run(found) and deadline <= ends)
             assert all(client.closed for client in self.clients)
-            left = asyncio.all_tasks(self.loop)
-            assert not left, left
+            tasks = asyncio.all_tasks(self.loop)
+            assert not tasks, tasks
         finally:
             self.run(self.api.aclose())
             for task in asyncio.all_tasks(self.loop):
@@ -413,6 +437,12 @@ class ClaimMachine(Machine):
     pool = "python"
 
 
+class SuspendMachine(Machine):
+    """The same with sessions that are suspended when nobody uses them."""
+
+    suspends = True
+
+
 SETTINGS = settings(
     max_examples=int(os.environ.get("MACHINE_EXAMPLES", "15")),
     stateful_step_count=40,
@@ -423,3 +453,5 @@ TestMachine = pytest.mark.unmeasured(Machine.TestCase)
 TestMachine.settings = SETTINGS
 TestClaimMachine = pytest.mark.unmeasured(ClaimMachine.TestCase)
 TestClaimMachine.settings = SETTINGS
+TestSuspendMachine = pytest.mark.unmeasured(SuspendMachine.TestCase)
+TestSuspendMachine.settings = SETTINGS
