@@ -221,6 +221,28 @@ async def test_a_deleted_sandbox_is_replaced_without_a_word(api: FakeCustomObjec
     assert ready(api)["status"] == "True"
 
 
+async def test_a_sandbox_that_expires_by_itself_is_replaced_too(api: FakeCustomObjectsApi) -> None:
+    await warm(api)
+    await claim(api)
+    await asyncio.sleep(2)
+    first = str(bound(api))
+    change = {"spec": {"shutdownPolicy": "Delete"}}
+    await api.patch_namespaced_custom_object(GROUP, *AT[1:3], PLURAL, first, change, **MERGE)
+    await asyncio.sleep(0.1)
+    seen = Seen(api)
+    api.expire(first)
+    await asyncio.sleep(0.5)
+    # As claim-watch-events-sandbox-own-shutdowntime of the real controller.
+    assert seen.texts == [
+        "first seen taken Ready=SandboxExpired/2 name podIPs",
+        "first seen Ready=SandboxExpired/2 name podIPs",
+        "first seen taken Ready=SandboxExpired/2 name podIPs",
+        "first seen taken Ready=DependenciesReady/1 name podIPs",
+        "first seen taken Ready=DependenciesReady/2 name podIPs",
+    ]
+    assert bound(api) != first
+
+
 async def test_a_pod_that_is_deleted_under_a_claim(api: FakeCustomObjectsApi) -> None:
     await warm(api)
     await claim(api)
@@ -319,6 +341,12 @@ async def test_a_deleted_claim_may_wait_for_its_sandbox(api: FakeCustomObjectsAp
             ' label domain "example.com" is not in the allowlist',
         ),
         (
+            {"additionalPodMetadata": {"labels": {"a": "b"}}},
+            "InvalidMetadata",
+            'invalid additionalPodMetadata: failed to validate label "a": label "a" must have a domain prefix'
+            " (e.g. 'sandbox.users.io/my-label') to prevent opting into unintended policy domains",
+        ),
+        (
             {"additionalPodMetadata": {"annotations": {"x.k8s.io/a": "b"}}},
             "InvalidMetadata",
             'invalid additionalPodMetadata: failed to validate annotation "x.k8s.io/a":'
@@ -387,6 +415,27 @@ async def test_quotas(api: FakeCustomObjectsApi) -> None:
     api.quota = None
     await asyncio.sleep(3)
     assert ready(api)["status"] == "True"
+
+
+async def test_a_pool_that_is_refused_its_members_tries_again(api: FakeCustomObjectsApi) -> None:
+    api.quota = 1
+    api.add_warm_pool("python", 2)
+    await asyncio.sleep(5)
+    assert len(members(api)) == 1
+    api.quota = None
+    await asyncio.sleep(2)
+    assert len(members(api)) == 2
+
+
+async def test_a_claim_may_bring_volumes_where_the_template_allows_them(api: FakeCustomObjectsApi) -> None:
+    await warm(api)
+    change = {"spec": {"volumeClaimTemplatesPolicy": "Allowed"}}
+    await api.patch_namespaced_custom_object(*TEMPLATES, "python", change, **MERGE)
+    volumes = [{"metadata": {"name": "v"}, "spec": {}}]
+    await claim(api, volumeClaimTemplates=volumes)
+    await asyncio.sleep(2)
+    assert bound(api) == "a"
+    assert found(api, "a", "Sandbox")["spec"]["volumeClaimTemplates"] == volumes
 
 
 async def test_a_pool_is_scaled(api: FakeCustomObjectsApi) -> None:

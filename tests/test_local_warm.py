@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from _local import STUB, condition, create, in_seconds, processes, reason, stub, traces, until_gone
-from _patience import PATIENCE, until
+from _patience import PATIENCE, put_forward, until
 
 from prodisco_sandbox import SandboxManager
 from prodisco_sandbox._cluster.claim import CLAIM
+from prodisco_sandbox._cluster.grace import STARTING_SERVER
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import session_hash
 from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
@@ -229,6 +230,36 @@ async def test_a_quota_that_keeps_the_pool_small(tmp_path: Path) -> None:
             assert "exceeded quota" in condition(api.get("b"))["message"]
             await api.delete_namespaced_custom_object(*AT, "a")
             await bound(cluster, "b")
+
+
+async def test_claims_are_listed_where_they_cannot_be_watched(tmp_path: Path) -> None:
+    async with FakeCustomObjectsApi() as api:
+        api.forbid("watch")
+        cluster = LocalCluster(custom_objects_api=api, python=stub(tmp_path), warm=1, poll_interval=0.05)
+        async with cluster:
+            (name,) = await warmed(cluster, 1)
+            await claim(cluster, "a")
+            assert await bound(cluster, "a") == name
+            await api.delete_namespaced_custom_object(*AT, "a")
+            await warmed(cluster, 1)
+            assert api.get(name) is None
+
+
+async def test_a_claim_that_may_not_be_written_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    async with LocalCluster(python=stub(tmp_path), warm=1) as cluster:
+        api = cluster.custom_objects_api
+        await warmed(cluster, 1)
+        api.faults.add("patch", error=403, when=lambda request: request.plural == CLAIM.plural)
+        await claim(cluster, "a")
+        put_forward(monkeypatch, STARTING_SERVER)
+        await until(lambda: "claim_abandoned" in caplog.text)
+        await api.delete_namespaced_custom_object(*AT, "a")
+        api.faults.clear()
+        await claim(cluster, "b")
+        assert await bound(cluster, "b") != "b"
 
 
 async def test_an_api_server_without_the_extensions(tmp_path: Path) -> None:
