@@ -13,13 +13,13 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from . import at_once, calls, imports, lookups, memory, readiness, reaping
+from . import at_once, calls, imports, lookups, memory, readiness, reaping, warm
 from .clusters import Cluster, FakeCluster, real_cluster
 from .measure import Figure, new_loop
 from .sandboxes import sandboxes
 from .scale import FULL, QUICK, SMOKE, Scale, Setting
 
-SCENARIOS = {1: lookups, 2: readiness, 3: at_once, 4: memory, 5: calls, 6: reaping, 7: imports}
+SCENARIOS = dict(enumerate((lookups, readiness, at_once, memory, calls, reaping, imports, warm), start=1))
 VERDICTS = {True: "yes", False: "NO", None: ""}
 
 

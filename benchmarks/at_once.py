@@ -61,12 +61,12 @@ async def _storm(cluster: Cluster, make: Make, count: int, found: Found, patienc
             found.ready = len(done)
             opened = [session for session, task in zip(sessions, tasks, strict=True) if task in done]
             await _close(contender, opened)
-        found.requests = await _settled(access)
+        found.requests = await settled(access)
     found.seconds.append(seconds)
     return seconds
 
 
-async def _settled(access: Access) -> Counter[str]:
+async def settled(access: Access) -> Counter[str]:
     """How many requests there were; a watch may be noted only some time after its end."""
     requests: Counter[str] = Counter()
     while (now := await access.requests()) != requests:

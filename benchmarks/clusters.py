@@ -25,6 +25,9 @@ from prodisco_sandbox.testing import FakeCustomObjectsApi
 from .controller import GROUP, next_address
 
 ROOT = Path(__file__).parents[1]
+KIND = "Sandbox"
+OURS = '"userAgent":"OpenAPI-Generator/'
+"""In the audit log: a request of kubernetes_asyncio, and so not of a controller."""
 CRD_FILE = "sandboxes-v0.5.6.yaml"
 
 
@@ -72,12 +75,12 @@ class _FakeAccess:
         api.subscribe(self._changed)
 
     def _changed(self, kind: str, sandbox: dict[str, Any]) -> None:
-        if kind == "ADDED":
+        if kind == "ADDED" and sandbox["kind"] == KIND:
             pause = random.uniform(*self._cluster.pause)
             asyncio.get_running_loop().call_later(pause, self._write, sandbox["metadata"]["name"])
 
     def _write(self, name: str) -> None:
-        if self.api.get(name) is not None:
+        if self.api.get(name, kind=KIND) is not None:
             self.api.set_ready(name, podIPs=[next_address()])
             self._written[name] = time.perf_counter()
 
@@ -110,8 +113,8 @@ class FakeCluster:
         self.pause = (0.0, 0.0)
 
     @asynccontextmanager
-    async def access(self) -> AsyncIterator[_FakeAccess]:
-        async with FakeCustomObjectsApi(history=5_000) as api:
+    async def access(self, auto_ready: Any = False) -> AsyncIterator[_FakeAccess]:
+        async with FakeCustomObjectsApi(history=5_000, auto_ready=auto_ready) as api:
             yield _FakeAccess(api, self)
 
     async def delay(self, low: float, high: float) -> None:
@@ -129,7 +132,7 @@ class _RealAccess:
         verbs: dict[str, str] = {}
         with self._cluster.audit.open() as log:
             for line in log:
-                if f'"namespace":"{self.namespace}"' in line and '"userAgent":"controller"' not in line:
+                if f'"namespace":"{self.namespace}"' in line and OURS in line:
                     event = json.loads(line)
                     verbs[event["auditID"]] = event["verb"]
         return Counter(verbs.values())
@@ -147,7 +150,7 @@ class RealCluster:
     name = "kube-apiserver"
 
     def __init__(
-        self, server: Any, controller: asyncio.subprocess.Process, audit: Path, sandbox_port: int
+        self, server: Any, controller: asyncio.subprocess.Process | None, audit: Path, sandbox_port: int
     ) -> None:
         self.sandbox_port = sandbox_port
         self.server_port: int = server.port
@@ -169,6 +172,7 @@ class RealCluster:
         await self.command("delay", low, high)
 
     async def command(self, *words: Any) -> Any:
+        assert self._controller is not None
         assert self._controller.stdin is not None
         assert self._controller.stdout is not None
         async with self._turn:

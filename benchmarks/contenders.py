@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -15,11 +16,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kubernetes_asyncio.watch import Watch
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox._cluster import manifest as m
 from prodisco_sandbox._cluster import metadata
+from prodisco_sandbox._cluster.claim import resource_for
 
 from .clusters import Access
-from .controller import GROUP, PLURAL, VERSION
 
 HEALTH_TIMEOUT = 5.0
 
@@ -72,19 +72,21 @@ async def library(access: Access, **settings: Any) -> AsyncIterator[Library]:
 class _Bare:
     """What the others share: the calls themselves. The body is the library's own."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, warm_pool: str | None = None) -> None:
         self._api = access.api
-        self._namespace = access.namespace
-        self._at = (GROUP, VERSION, access.namespace, PLURAL)
         self._port = access.sandbox_port
-        self._config = SandboxManagerConfig(mode="multi", namespace=access.namespace)
+        self._config = SandboxManagerConfig(mode="multi", namespace=access.namespace, warm_pool=warm_pool)
+        self._resource = resource_for(self._config)
+        self._version = self._resource.versions[0]
+        self._at = (self._resource.group, self._version, access.namespace, self._resource.plural)
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def sandbox(self, session: str) -> str:
-        return m.SANDBOX.name(session)
+        return self._resource.name(session)
 
     async def _create(self, name: str, session: str) -> None:
-        body = m.SANDBOX.body(self._config, VERSION, name, metadata.session_hash(session))
+        which = (self._version, name, metadata.session_hash(session))
+        body = self._resource.body(self._config, *which, requested=time.time())
         await self._api.create_namespaced_custom_object(*self._at, body)
 
     async def _connect(self, session: str, address: str) -> None:
@@ -103,8 +105,8 @@ class _Bare:
 class Floor(_Bare):
     """The calls that nobody can avoid: a create, one watch for all, a connection, a health check."""
 
-    def __init__(self, access: Access) -> None:
-        super().__init__(access)
+    def __init__(self, access: Access, warm_pool: str | None = None) -> None:
+        super().__init__(access, warm_pool)
         self._ready: dict[str, asyncio.Future[str]] = {}
 
     async def open(self, session: str) -> None:
@@ -134,20 +136,19 @@ class Floor(_Bare):
         return version
 
 
-def ready_address(sandbox: dict[str, Any]) -> str | None:
-    """The pod's address, once the Sandbox is ready."""
-    status = sandbox.get("status") or {}
-    conditions = status.get("conditions") or ()
-    if status.get("podIPs") and any(c["type"] == "Ready" and c["status"] == "True" for c in conditions):
-        return str(status["podIPs"][0])
+def ready_address(obj: dict[str, Any]) -> str | None:
+    """The pod's address, once the Sandbox or SandboxClaim is ready."""
+    status = obj.get("status") or {}
+    ips, conditions = (status.get("sandbox") or status).get("podIPs"), status.get("conditions") or ()
+    if ips and any(c["type"] == "Ready" and c["status"] == "True" for c in conditions):
+        return str(ips[0])
     return None
 
 
 @asynccontextmanager
-async def floor(access: Access) -> AsyncIterator[Floor]:
-    contender = Floor(access)
-    at = (GROUP, VERSION, access.namespace, PLURAL)
-    listed = await access.api.list_namespaced_custom_object(*at)
+async def floor(access: Access, warm_pool: str | None = None) -> AsyncIterator[Floor]:
+    contender = Floor(access, warm_pool)
+    listed = await access.api.list_namespaced_custom_object(*contender._at)
     task = asyncio.create_task(contender.follow(listed["metadata"]["resourceVersion"]))
     try:
         yield contender

@@ -34,6 +34,10 @@ class Scale:
     """Sessions that the reaper looks at."""
     starts: int = 11
     """Processes that import the library."""
+    warm: int = 40
+    """Sessions on a warm pool, one after another."""
+    warm_at_once: int = 20
+    warm_rounds: int = 3
 
 
 FULL = Scale()
@@ -50,6 +54,8 @@ QUICK = Scale(
     chunks=5_000,
     stream_rounds=2,
     starts=3,
+    warm=10,
+    warm_rounds=1,
 )
 SMOKE = Scale(
     rounds=1,
@@ -66,6 +72,9 @@ SMOKE = Scale(
     stream_rounds=1,
     idle=5,
     starts=1,
+    warm=1,
+    warm_at_once=2,
+    warm_rounds=1,
 )
 
 
