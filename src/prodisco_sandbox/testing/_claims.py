@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from ._controller import TIMER_SLACK, CallLater
 from ._kinds import CLAIM, POOL, SANDBOX, TEMPLATE, Kind
 from ._patches import MERGE_PATCH
 from ._store import LINGERING, Change, Key, Store
-from ._warm_pools import Step, World, claim_step, owner, owns, pool_status, pool_step
+from ._warm_pools import Step, World, claim_step, owner, pool_status, pool_step
 
 STATUS_LAG = 1.0
 """Seconds by which a pool's counts are late, as seen on a cluster."""
@@ -48,16 +49,22 @@ class ClaimController:
         self._writes = False
         self._abandoned: set[str] = set()
         self._wakes: dict[tuple[Kind, Key], Callable[[], None]] = {}
+        self._dependents = collections.defaultdict[str | None, dict[Key, None]](dict)
+        """Sandboxes by the uid of their owner, in the order in which they became its."""
 
     def changed(self, of: Kind, change: Change) -> None:
         """Somebody has changed an object; it may have been this controller."""
         old, new, key = change.old, change.new, change.key
+        owners = owner(old or {}), owner(new or {})
+        if of is SANDBOX and owners[0] != owners[1]:
+            self._dependents[owners[0].get("uid")].pop(key, None)
+            self._dependents[owners[1].get("uid")][key] = None
         if of in (CLAIM, POOL):
             self._collect(of, key, old or new or {}, new)
         if not self._runs:
             return
         if of is SANDBOX:
-            for reference in (owner(old or {}), owner(new or {})):
+            for reference in owners:
                 for kind in (CLAIM, POOL):
                     if reference.get("kind") == kind.kind:
                         self._wake(kind, (key[0], reference["name"]), 0.0)
@@ -92,7 +99,7 @@ class ClaimController:
             pool = self._stores[POOL].objects.get((key[0], claim["spec"]["warmPoolRef"]["name"]))
             world = World(
                 sandbox=lambda name: self._stores[SANDBOX].objects.get((key[0], name)),
-                members=self._members(key[0], pool),
+                members=self._owned(pool),
                 pool=pool,
                 template=self._template(key[0], pool),
                 now=self._now(),
@@ -110,7 +117,7 @@ class ClaimController:
 
     def _pool_pass(self, key: Key) -> None:
         while (pool := self._stores[POOL].objects.get(key)) is not None:
-            members = self._members(key[0], pool)
+            members = list(self._owned(pool))
             step = pool_step(pool, members, self._template(key[0], pool), self._now())
             if not isinstance(step, Step):
                 late = functools.partial(self._write_pool_status, key, pool_status(pool, members))
@@ -144,12 +151,9 @@ class ClaimController:
             self._writes = False
         return ""
 
-    def _members(self, namespace: str, pool: Object | None) -> list[Object]:
-        return list(self._owned(namespace, pool)) if pool is not None else []
-
-    def _owned(self, namespace: str, obj: Object) -> Iterator[Object]:
-        for key, sandbox in self._stores[SANDBOX].objects.items():
-            if key[0] == namespace and owns(obj, sandbox):
+    def _owned(self, obj: Object | None) -> Iterator[Object]:
+        for key in list(self._dependents[metadata.uid(obj)]) if obj is not None else ():
+            if (sandbox := self._stores[SANDBOX].objects.get(key)) is not None:
                 yield sandbox
 
     def _template(self, namespace: str, pool: Object | None) -> Object | None:
@@ -163,12 +167,12 @@ class ClaimController:
         if new is None:
             self._call_later(0.0, lambda: self._delete_owned(key[0], obj))
         elif LINGERING in (new["metadata"].get("finalizers") or ()) and not self._stores[of].lingers:
-            seconds = self._termination() if any(self._owned(key[0], obj)) else 0.0
+            seconds = self._termination() if any(self._owned(obj)) else 0.0
             self._call_later(0.0, lambda: self._delete_owned(key[0], obj))
             self._call_later(seconds + TIMER_SLACK, lambda: self._finish(of, key, obj))
 
     def _delete_owned(self, namespace: str, obj: Object) -> None:
-        for sandbox in list(self._owned(namespace, obj)):
+        for sandbox in self._owned(obj):
             if not metadata.is_deleting(sandbox):
                 self._stores[SANDBOX].delete(namespace, metadata.name(sandbox), {}, dry_run=False)
 
