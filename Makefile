@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 UNIT := not slow and not process
 # tests/conftest.py says how many.
-WORKERS := --numprocesses=auto --dist=loadgroup --max-worker-restart=0
+WORKERS := --numprocesses=auto --max-worker-restart=0
 PROTO_PY := .venv-proto/bin/python
 PROTO := src/prodisco_sandbox/proto/sandbox.proto
 # Directories too: they change when a file goes.

@@ -18,6 +18,8 @@ from _leftovers import children, kept_open, left_running, open_files
 from _measuring import import_libraries, unmeasured
 from _patience import PATIENCE
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # A shared machine makes deadlines fail by chance, and the check of how long examples take to
 # draw. In CI a failure must come again, and must not depend on examples that an earlier run kept.
@@ -74,12 +76,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(here).as_posix()
         if path.startswith(_WITH_PROCESSES):
             item.add_marker("process")
-        for group in filter(path.startswith, _TOGETHER):
-            item.add_marker(pytest.mark.xdist_group(group))
         for marker, variables in _NEEDED.items():
             missing = [name for name in variables if not os.environ.get(name)]
             if item.get_closest_marker(marker) and missing:
                 item.add_marker(pytest.mark.skip(reason=f"{missing[0]} is not set"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Gives workers one test after another, but each set of `_TOGETHER` to one of them, and those first.
+
+    Not --dist=loadgroup, which does not group any more: github.com/pytest-dev/pytest-xdist/issues/1386.
+    """
+
+    def scope(nodeid: str) -> str:
+        path = nodeid.removeprefix("tests/")
+        return next(filter(path.startswith, _TOGETHER), nodeid)
+
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = scope
+    return scheduling
 
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)

@@ -36,12 +36,12 @@ def test_children_have_the_default_of_every_signal() -> None:
 def test_it_can_be_started_with_signals_ignored_and_says_last_what_was_skipped() -> None:
     chosen = [
         f"{__file__}::{test_children_have_the_default_of_every_signal.__name__}",
-        "tests/test_local_envtest.py",
+        "tests/envtest/test_rights.py",
     ]
     done = subprocess.run(
         [
             *("/bin/sh", "-c", 'trap "" HUP INT TERM USR1 CHLD; exec "$@"', "sh"),
-            *(sys.executable, "-m", "pytest", "--numprocesses=1", "--dist=loadgroup", *chosen),
+            *(sys.executable, "-m", "pytest", "--numprocesses=2", "-v", *chosen),
         ],
         cwd=ROOT,
         env={
@@ -59,6 +59,9 @@ def test_it_can_be_started_with_signals_ignored_and_says_last_what_was_skipped()
     skipped = re.search(r"(\d+) skipped", closing)
     assert skipped is not None
     assert last == f"skipped: {skipped[1]} envtest (KUBEBUILDER_ASSETS is not set)"
+    workers = re.findall(r"^\[(\w+)\] .* SKIPPED tests/envtest/", done.stdout, re.MULTILINE)
+    assert len(workers) == int(skipped[1]) > 3
+    assert len(set(workers)) == 1, "they share what takes seconds to start"
 
 
 def test_what_is_open_for_a_moment_is_not_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
