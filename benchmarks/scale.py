@@ -37,7 +37,6 @@ class Scale:
     warm: int = 40
     """Sessions on a warm pool, one after another."""
     warm_at_once: int = 20
-    warm_rounds: int = 3
 
 
 FULL = Scale()
@@ -55,7 +54,6 @@ QUICK = Scale(
     stream_rounds=2,
     starts=3,
     warm=10,
-    warm_rounds=1,
 )
 SMOKE = Scale(
     rounds=1,
@@ -74,7 +72,6 @@ SMOKE = Scale(
     starts=1,
     warm=1,
     warm_at_once=2,
-    warm_rounds=1,
 )
 
 

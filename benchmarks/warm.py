@@ -157,7 +157,7 @@ async def measure(make: MakePool, cluster: str, scale: Scale) -> list[Figure]:
         await taking_turns(contenders, 1, 1, full, {})  # The first pays for what is made once.
         await taking_turns(contenders, 1, scale.warm, full, found)
         contenders.pop("cold", None)
-        rounds = scale.warm_rounds * (1 if is_real else 5)  # Nothing has to start in memory.
+        rounds = scale.at_once_rounds * (1 if is_real else 5)  # Nothing has to start in memory.
         await taking_turns(contenders, at_once, rounds, full, found)
         stats = ours.manager.stats()
         await stack.aclose()
