@@ -262,6 +262,22 @@ async def test_a_claim_that_may_not_be_written_is_logged(
         assert await bound(cluster, "b") != "b"
 
 
+async def test_a_dead_member_that_may_not_be_deleted_yet(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with LocalCluster(python=stub(tmp_path), warm=1) as cluster:
+        api = cluster.custom_objects_api
+        (name,) = await warmed(cluster, 1)
+        api.forbid("delete")
+        cluster.kill(name)
+        await api.until(lambda: api.count("delete"), timeout=PATIENCE)
+        put_forward(monkeypatch, STARTING_SERVER)
+        await until(lambda: "task_failed" in caplog.text)
+        api.allow()
+        assert await warmed(cluster, 1) != [name]
+        assert len(api.watches) == 2
+
+
 async def test_an_api_server_without_the_extensions(tmp_path: Path) -> None:
     async with FakeCustomObjectsApi(extensions=False) as api:
         cluster = LocalCluster(custom_objects_api=api, directory=tmp_path)

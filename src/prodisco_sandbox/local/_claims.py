@@ -109,13 +109,19 @@ class Claims(Follower):
     # Passes
 
     async def run(self, tasks: OwnedTasks) -> None:
-        """Makes passes for ever, where the API server knows claims."""
+        """Starts, if the API server knows claims."""
         try:
             await self.resources.api_version(math.inf)
         except SandboxError as e:
             (log.warning if self._pool["spec"]["replicas"] else log.info)("no_claims", reason=str(e))
             return
         self.follow(tasks, "local-claims")
+        tasks.supervise(self._make_passes, "local-claims-passes")
+
+    async def _make_passes(self) -> None:
+        # Before, members would be missed, and too many made.
+        await self.listed.wait()
+        await self._sandboxes.listed.wait()
         while True:
             self._woken.clear()
             waits = [await self._settle(uid) for uid in list(self._claims)]
@@ -132,7 +138,7 @@ class Claims(Follower):
         refusal = ""
         while uid in self._claims and uid not in self._abandoned:
             claim, _ = self._claims[uid]
-            ready = [member for member in self._members() if self._is_ready(member)]
+            ready = filter(self._is_ready, self._members())
             found = self._sandboxes.sandbox
             world = model.World(found, ready, self._pool, _TEMPLATE, time.time(), refusal)
             step = model.claim_step(claim, world)
@@ -171,7 +177,7 @@ class Claims(Follower):
 
     async def _collect(self) -> None:
         """Deletes the Sandboxes of claims that are gone, in place of Kubernetes' garbage collector."""
-        for sandbox in self._sandboxes.sandboxes() if self.listed else ():
+        for sandbox in self._sandboxes.sandboxes():
             for owner in sandbox["metadata"].get("ownerReferences") or ():
                 if owner["kind"] == claims.KIND and owner["uid"] not in self._claims:
                     found = await self.resources.get(owner["name"], math.inf)

@@ -26,11 +26,15 @@ class Follower(ABC):
     Args:
         resources: The kind, and how to ask for it.
         poll_interval: How often they are listed where they cannot be watched, in seconds.
+
+    Attributes:
+        resources: As above.
+        listed: Set once all of them have been listed.
     """
 
     def __init__(self, resources: SandboxResources, poll_interval: float) -> None:
         self.resources = resources
-        self.listed = False
+        self.listed = asyncio.Event()
         self._watch = SandboxWatch(resources, SELECTOR, self)
         self._poll_interval = poll_interval
         self._unwatched = asyncio.Event()
@@ -61,7 +65,7 @@ class Follower(ABC):
         for obj in list(self.seen_before(since)):
             if metadata.uid(obj) not in listed:
                 self.deleted(obj)
-        self.listed = True
+        self.listed.set()
 
     def down(self) -> None:
         self._unwatched.set()

@@ -58,7 +58,8 @@ class ClaimController:
         owners = owner(old or {}), owner(new or {})
         if of is SANDBOX and owners[0] != owners[1]:
             self._dependents[owners[0].get("uid")].pop(key, None)
-            self._dependents[owners[1].get("uid")][key] = None
+            if owners[1]:
+                self._dependents[owners[1]["uid"]][key] = None
         if of in (CLAIM, POOL):
             self._collect(of, key, old or new or {}, new)
         if not self._runs:
