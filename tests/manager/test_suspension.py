@@ -380,3 +380,16 @@ async def test_an_api_server_that_is_away_ends_nothing() -> None:
         assert is_suspended(api)
         await manager.get_client("s")
         assert manager.stats().created == 1
+
+
+async def test_one_that_somebody_else_started_has_a_lease_while_it_is_used() -> None:
+    async with suspending() as (api, manager):
+        first = await suspended(api, manager)
+        api.resume(NAME)
+        await asyncio.sleep(5)
+        async with manager.session("s") as client:
+            await asyncio.sleep(2 * KEPT)
+            assert found(api)["metadata"].get("deletionTimestamp") is None
+            assert client.sandbox is not None
+            assert client.sandbox.uid == first.sandbox.uid
+            assert manager.stats().lost == 0

@@ -45,7 +45,9 @@ class Connect:
         self._parts = parts
         self._clients = clients
 
-    async def __call__(self, session: Session, deadline: float, *, exchange: bool = False) -> SandboxClient:
+    async def __call__(
+        self, session: Session, deadline: float, *, exchange: bool = False, resume: bool = False
+    ) -> SandboxClient:
         """Waits until the object is ready and its server healthy; makes the client.
 
         A client that the session has is kept as long as it leads to the same pod.
@@ -54,6 +56,7 @@ class Connect:
             session: It has an object.
             deadline: On the loop's clock.
             exchange: A name that an earlier pod still holds is not waited for: `SpentError`.
+            resume: Its deadline is that of a suspended object, also if somebody else has started it.
 
         Raises:
             SpentError: It, or its pod, has come to its end, and nothing is lost with it.
@@ -61,7 +64,10 @@ class Connect:
             SandboxFailedError: It will not be ready; SuspendedError: nor may it be started.
             SandboxError: The API server could not be reached in time.
         """
-        return await _Connecting(self._parts, self._clients, session, deadline, exchange=exchange).run()
+        connecting = _Connecting(
+            self._parts, self._clients, session, deadline, exchange=exchange, resume=resume
+        )
+        return await connecting.run()
 
     async def look_at(self, session: Session) -> None:
         """Reads a suspect session's object, which must not take long.
@@ -112,13 +118,21 @@ class _Connecting:
     """One connection to a session's machine, from the first reading to a healthy client."""
 
     def __init__(
-        self, parts: Parts, clients: Clients, session: Session, deadline: float, *, exchange: bool
+        self,
+        parts: Parts,
+        clients: Clients,
+        session: Session,
+        deadline: float,
+        *,
+        exchange: bool,
+        resume: bool,
     ) -> None:
         self._parts = parts
         self._clients = clients
         self._session = session
         self._deadline = deadline
         self._exchange = exchange
+        self._resume = resume
         self._restarted = False
         self._starts = 0
         self._refused_at: float | None = None
@@ -189,6 +203,9 @@ class _Connecting:
                     raise SuspendedError(
                         f"sandbox {session.name} was suspended again each time that it was started"
                     )
+                await self._set_mode("Running")
+                return True
+            case "starting" | "running" if self._resume:  # Somebody else has started it.
                 await self._set_mode("Running")
                 return True
         return False
@@ -287,6 +304,7 @@ class _Connecting:
         spec = manifest.mode_spec(str(observed.get("apiVersion")), mode)
         lease = None
         if mode == "Running":  # Its deadline may be that of a suspended one.
+            self._resume = False
             lease = self._parts.leases.next() if await self._parts.leases.allowed(self._deadline) else None
             spec |= self._parts.resources.resource.deadline_spec(lease)
         patch = {"metadata": {"uid": known.uid}, "spec": spec}

@@ -208,7 +208,9 @@ class Lives:
         try:
             if suspended is not None and not watch.current:
                 await refresh(self._parts, session, deadline)
-            return await self._connect(session, deadline, exchange=not session.known.used)
+            return await self._connect(
+                session, deadline, exchange=not session.known.used, resume=suspended is not None
+            )
         except SpentError as e:
             await self._obtain.replace(session, str(e), deadline)
         except LostError:
