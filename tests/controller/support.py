@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import signal
 import socket
 import sys
 import time
@@ -85,10 +86,12 @@ class ControlPlane(AuditedServer):
         self.kubectl("create", "--validate=false", "-f", str(self._agent_sandbox / "crds-served"))
         # The controller ends where a definition is not established yet.
         self.kubectl("wait", "--for=condition=Established", f"--timeout={PATIENCE:.0f}s", "crd", "--all")
+        # The last lets go of volume claims.
+        controllers = "garbage-collector namespace resourcequota persistentvolumeclaim-protection"
         self._run(
             "kube-controller-manager",
             f"--kubeconfig={self._kubeconfig}",
-            "--controllers=garbage-collector-controller,namespace-controller,resourcequota-controller",
+            f"--controllers={','.join(f'{name}-controller' for name in controllers.split())}",
             "--leader-elect=false",
             "--secure-port=0",
         )
@@ -160,9 +163,35 @@ class ControlledNamespace(Namespace):
         async with manager:
             yield manager
 
+    @asynccontextmanager
+    async def killed(self, *sessions: str, **settings: Any) -> AsyncIterator[None]:
+        """A manager with a sandbox for each session, in a process that is killed at the end."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            Path(__file__).with_name("manager_process.py"),
+            *(json.dumps(self._settings(settings)), *sessions),
+            env={
+                "KUBECONFIG": str(self.server.directory / "admin.kubeconfig"),
+                "TMPDIR": str(self.server.directory),  # It is killed, and leaves files.
+            },
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(PATIENCE):
+                assert await process.stdout.readline() == b"ready\n"
+            yield
+        finally:
+            process.kill()
+            await process.communicate()
+        assert process.returncode == -signal.SIGKILL
+
     def config(self, **settings: Any) -> SandboxManagerConfig:
-        given = {"mode": "multi", "namespace": self.name, "ready_timeout": PATIENCE}
-        return SandboxManagerConfig(**{**given, "sandbox_port": self.server.sandbox_port, **settings})
+        return SandboxManagerConfig(mode="multi", **self._settings(settings))
+
+    def _settings(self, settings: Object) -> Object:
+        port = self.server.sandbox_port
+        return {"namespace": self.name, "ready_timeout": PATIENCE, "sandbox_port": port, **settings}
 
     async def make_pool(self, replicas: int, *, ready: bool = True) -> None:
         """The pool, template and rights of deploy/overlays/warm-pool; returns once its members are ready."""
@@ -233,9 +262,10 @@ class ControlledNamespace(Namespace):
     async def suspend(self, name: str) -> None:
         """As an operator does; returns once the controller says that it is suspended."""
         await self.patch(name, {"operatingMode": "Suspended"})
-        async with asyncio.timeout(PATIENCE):
-            while condition(await self.get(name), "Suspended").get("status") != "True":
-                await asyncio.sleep(0.02)
+        await until(lambda: self.is_suspended(name))
+
+    async def is_suspended(self, name: str) -> bool:
+        return condition(await self.get(name), "Suspended").get("status") == "True"
 
     async def pods(self, sandbox: str | None = None) -> list[Object]:
         """All pods, or those of the Sandbox of this name, ending ones included."""

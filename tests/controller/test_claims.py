@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import signal
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,26 +140,8 @@ async def test_a_claim_whose_time_is_over_ends_the_session(cluster: ControlledNa
 
 async def test_a_killed_manager_s_lease_ends_its_claim(cluster: ControlledNamespace) -> None:
     await cluster.make_pool(1)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        Path(__file__).with_name("manager_process.py"),
-        *(cluster.name, str(cluster.server.sandbox_port), "3.0", "session"),
-        env={
-            "KUBECONFIG": str(cluster.server.directory / "admin.kubeconfig"),
-            "TMPDIR": str(cluster.server.directory),
-            "SANDBOX_WARM_POOL": POOL,
-        },
-        stdout=asyncio.subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(PATIENCE):
-            assert await process.stdout.readline() == b"ready\n"
+    async with cluster.killed("session", lease_duration=3.0, warm_pool=POOL):
         left = await cluster.claim(NAME)
-    finally:
-        process.kill()
-        await process.communicate()
-    assert process.returncode == -signal.SIGKILL
     assert left is not None
     ends, bound = left["spec"]["lifecycle"]["shutdownTime"], left["status"]["sandbox"]["name"]
     await until(lambda: is_gone(cluster, bound))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from _patience import PATIENCE, until
@@ -88,24 +85,8 @@ async def test_a_session_that_somebody_suspends_is_resumed_on_its_next_use(
 async def test_a_killed_manager_s_lease_ends_its_sandbox(cluster: ControlledNamespace) -> None:
     name = SANDBOX.name("session")
     async with cluster.watched() as events:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            Path(__file__).with_name("manager_process.py"),
-            *(cluster.name, str(cluster.server.sandbox_port), "2.0", "session"),
-            env={
-                "KUBECONFIG": str(cluster.server.directory / "admin.kubeconfig"),
-                "TMPDIR": str(cluster.server.directory),  # It is killed, and leaves files.
-            },
-            stdout=asyncio.subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(PATIENCE):
-                assert await process.stdout.readline() == b"ready\n"
-        finally:
-            process.kill()
-            await process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        async with cluster.killed("session", lease_duration=2.0):
+            pass
         left = await cluster.get(name)
         ends = dt.datetime.fromisoformat(left["spec"]["shutdownTime"]).timestamp()
         await until(lambda: any(kind == "DELETED" for _, kind, _ in events))
