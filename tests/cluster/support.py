@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import trustme
-from envtest.support import connections
+from envtest.support import MERGE_PATCH, connections
 from kubernetes_asyncio.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi
 from kubernetes_asyncio.config import new_client_from_config
 
@@ -52,6 +52,11 @@ class Pods:
 
     async def delete(self, pod: Object) -> None:
         await self._core.delete_namespaced_pod(pod["metadata"]["name"], NAMESPACE, _request_timeout=10)
+
+    async def end(self, pod: str) -> None:
+        """Makes kubelet kill the pod of this name: it becomes Failed, and is not deleted."""
+        deadline = {"spec": {"activeDeadlineSeconds": 1}}
+        await self._core.patch_namespaced_pod(pod, NAMESPACE, deadline, _content_type=MERGE_PATCH)
 
     async def going(self, sandbox: str) -> None:
         """Waits until the Sandbox's pods are told to end; that they do is looked at once, at the end."""

@@ -97,11 +97,6 @@ class Pool:
         found = await self._custom.list_namespaced_custom_object(*AT, CLAIMS)
         return [item for item in found["items"] if item["spec"]["warmPoolRef"]["name"] == self.name]
 
-    async def end_pod(self, pod: str) -> None:
-        """Makes kubelet kill it: it becomes Failed, and is not deleted."""
-        deadline = {"spec": {"activeDeadlineSeconds": 1}}
-        await self._core.patch_namespaced_pod(pod, NAMESPACE, deadline, _content_type=MERGE_PATCH)
-
     async def delete_pod(self, pod: str) -> None:
         await self._core.delete_namespaced_pod(pod, NAMESPACE)
 
@@ -271,13 +266,13 @@ async def test_a_pod_drained_under_a_claim(pool: Pool, session: str) -> None:
         await another(manager, pool, session, client.sandbox)
 
 
-async def test_a_pod_killed_under_a_claim(pool: Pool, session: str) -> None:
+async def test_a_pod_killed_under_a_claim(pods: Pods, pool: Pool, session: str) -> None:
     """Nobody replaces a pod that has Failed: the session's claim is."""
     await pool.scale(1)
     await pool.filled(1)
     async with managed(warm_pool=pool.name) as manager:
         client, pod = await started(manager, pool, session)
-        await pool.end_pod(pod)
+        await pods.end(pod)
         await until(lambda: manager.stats().lost == 1, "the death to be noticed", READY)
         await another(manager, pool, session, client.sandbox, pod)
 
