@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from _patience import PATIENCE
 
 from prodisco_sandbox._cluster import manifest, metadata
-from prodisco_sandbox.local import LocalCluster
+from prodisco_sandbox.local import LocalCluster, _keeper, _processes
 
 Object = dict[str, Any]
 
@@ -37,6 +38,14 @@ def stub(directory: Path, script: str = STUB) -> Path:
     path.write_text(script)
     path.chmod(0o700)
     return path
+
+
+def make_keepers_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers get so long to end by themselves that no busy machine kills them before."""
+    assert hasattr(_keeper, "STOP_GRACE")
+    before, main, after = _processes._BOOTSTRAP.partition("sys.exit(keeper.main")
+    assert main
+    monkeypatch.setattr(_processes, "_BOOTSTRAP", f"{before}keeper.STOP_GRACE = {PATIENCE}\n{main}{after}")
 
 
 async def create(cluster: LocalCluster, name: str, version: str = "v1beta1", **spec: Any) -> Object:

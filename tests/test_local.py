@@ -11,13 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _local import AT, STUB, condition, create, in_seconds, processes, reason, stub, traces, until_gone
+from _local import (
+    AT,
+    STUB,
+    condition,
+    create,
+    in_seconds,
+    make_keepers_patient,
+    processes,
+    reason,
+    stub,
+    traces,
+    until_gone,
+)
 from _patience import PATIENCE, put_forward, until
 
 from prodisco_sandbox import SandboxFailedError, SandboxManager
 from prodisco_sandbox._cluster.grace import STARTING_SERVER
 from prodisco_sandbox.errors import SandboxError
-from prodisco_sandbox.local import LocalCluster, _keeper, _processes
+from prodisco_sandbox.local import LocalCluster
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 Object = dict[str, Any]
@@ -41,11 +53,7 @@ async def until_there(path: Path) -> None:
 
 @pytest.fixture
 def patient_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers get so long to end by themselves that no busy machine kills them before."""
-    assert hasattr(_keeper, "STOP_GRACE")
-    before, main, after = _processes._BOOTSTRAP.partition("sys.exit(keeper.main")
-    assert main
-    monkeypatch.setattr(_processes, "_BOOTSTRAP", f"{before}keeper.STOP_GRACE = {PATIENCE}\n{main}{after}")
+    make_keepers_patient(monkeypatch)
 
 
 # Whole lives, on real servers

@@ -365,7 +365,7 @@ def test_a_keeper_whose_cluster_vanishes_without_having_listened(tmp_path: Path)
         argv = ["/bin/sh", "-c", "echo listening on x; exec sleep 60"]
         orders = [
             {"do": "stop", "server": "unknown"},
-            {"do": "start", "server": "1", "argv": argv, "env": {}},
+            {"do": "start", "server": "1", "argv": argv, "env": {}, "workspace": "workspace-1"},
         ]
         ours.sendall(b"".join(json.dumps(order).encode() + b"\n" for order in orders))
         while b"first_line" not in ours.recv(1000, socket.MSG_PEEK):

@@ -56,9 +56,13 @@ class LocalCluster:
     does on a cluster: it runs a server (`python -m prodisco_sandbox.server`, on a Unix
     socket in a directory of its own) as the pod of each, and writes the same conditions in
     the same steps. It honours ``spec.shutdownTime``, and ``spec.operatingMode``: a suspended
-    Sandbox has no server and, there being no volumes, no workspace; a resumed one starts
-    afresh. The pod template is not looked at. A server that ends by itself is a failed pod
-    under restartPolicy Never: Ready is False and Finished True, with the reason PodFailed.
+    Sandbox has no server. The pod template is not looked at. A server that ends by itself is a
+    failed pod under restartPolicy Never: Ready is False and Finished True, with the reason PodFailed.
+
+    The workspace goes with its server, except where the Sandbox has ``spec.volumeClaimTemplates``
+    (``cluster.config(on_idle="suspend")``, or a `workspace_storage`): then it stays, whatever the
+    templates say, until the Sandbox is deleted or the cluster ends, and each server of that Sandbox
+    gets it. TMPDIR, cached scripts and processes are always the server's own.
 
     With `warm`, so many servers are started ahead, and a session takes one of them over: a
     SandboxClaim, whatever pool it names, binds a server that is ready, another one is started in its
@@ -136,7 +140,8 @@ class LocalCluster:
 
     @property
     def directory(self) -> Path:
-        """The cluster's directory: one of each server's inside, with its ``server.log``.
+        """The cluster's directory: one of each server's inside, with its ``server.log``, and those
+        workspaces that outlive their servers.
 
         Raises:
             SandboxError: The cluster has not been started.
@@ -156,7 +161,8 @@ class LocalCluster:
         return self._controller.target(sandbox)
 
     def config(self, **settings: Any) -> SandboxManagerConfig:
-        """Settings of a manager on this cluster: multi mode, the namespace, the endpoint, the warm pool.
+        """Settings of a manager on this cluster: multi mode, the namespace, the endpoint, the warm pool,
+        and with ``on_idle="suspend"`` a volume for the workspace, whose size and class mean nothing here.
 
         Args:
             settings: Further fields of `SandboxManagerConfig`; they beat the cluster's.
@@ -170,6 +176,7 @@ class LocalCluster:
             "api_version": self._config.api_version,
             "endpoint": self.endpoint,
             **({"warm_pool": POOL} if self._warm else {}),
+            **({"workspace_storage": "1Gi"} if settings.get("on_idle") == "suspend" else {}),
         }
         return SandboxManagerConfig(**(own | settings))
 
@@ -187,7 +194,8 @@ class LocalCluster:
 
     def delete_pod(self, name: str) -> None:
         """Ends the server of a Sandbox, or of a claim, in good order, as a drained node or
-        ``kubectl delete pod`` does: another one starts in the same Sandbox, with an empty workspace.
+        ``kubectl delete pod`` does: another one starts in the same Sandbox. The workspace is empty
+        then, unless the Sandbox has volumes.
 
         Raises:
             KeyError: There is no server for a Sandbox of this name, not even one that has ended.
@@ -237,7 +245,7 @@ class LocalCluster:
         self._controller.start()
 
     async def aclose(self) -> None:
-        """Ends every server and removes every file. Sandboxes stay as they are.
+        """Ends every server and removes every file, kept workspaces too. Sandboxes stay as they are.
 
         Idempotent. Safe to cancel: it goes on in a task of the cluster's. Leaving ``async
         with`` waits for it even if cancelled.
@@ -269,12 +277,12 @@ class LocalCluster:
         if self._fake is not None:
             await self._fake.aclose()
 
-    def _command(self, directory: Path) -> tuple[Sequence[str], Mapping[str, str]]:
+    def _command(self, directory: Path, workspace: Path) -> tuple[Sequence[str], Mapping[str, str]]:
         """How a server is started."""
         # -P: a file in its working directory must not pass for a module.
         argv = [self._python, "-P", "-m", "prodisco_sandbox.server", "--exit-with-parent"]
-        for option in ("socket", "workspace", "cache-dir"):
-            argv += [f"--{option}", str(directory / option)]
+        argv += ["--socket", str(directory / "socket"), "--workspace", str(workspace)]
+        argv += ["--cache-dir", str(directory / "cache-dir")]
         return argv + self._server_args, {**self._env, "TMPDIR": str(directory / "tmp")}
 
 

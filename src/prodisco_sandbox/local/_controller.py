@@ -14,6 +14,7 @@ from typing import Any
 from .._aio.tasks import OwnedTasks
 from .._cluster import claim, metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError
+from .._cluster.manifest import holds_volumes
 from .._cluster.metadata import Object
 from .._cluster.requests import SandboxResources
 from .._log import get_logger
@@ -27,8 +28,8 @@ from ._processes import Keeper, ServerProcess
 
 log = get_logger("local")
 
-Command = Callable[[Path], tuple[Sequence[str], Mapping[str, str]]]
-"""Arguments and environment of a server, given its directory."""
+Command = Callable[[Path, Path], tuple[Sequence[str], Mapping[str, str]]]
+"""Arguments and environment of a server, given its directory and workspace."""
 
 NODE = "local"
 
@@ -108,6 +109,8 @@ class Controller(Follower):
         self.workers: dict[str, Worker] = {}
         self.pods: dict[str, Pod] = {}
         self._addresses = itertools.count(1)
+        self._workspaces: dict[str, Path] = {}
+        """Those that outlive their servers, by the uid of their Sandboxes."""
         self._keeper = keeper
         self._command = command
         self._starting = asyncio.Semaphore(max_starting)
@@ -153,6 +156,7 @@ class Controller(Follower):
             worker.task.cancel()
         if (pod := self.pod_of(worker.uid, worker.name)) is not None:
             self.end(pod)
+        self._release_workspace(worker.uid)
 
     def sandboxes(self) -> list[Object]:
         return [worker.sandbox for worker in self.workers.values()]
@@ -183,11 +187,12 @@ class Controller(Follower):
         if pod.has_ended:
             self._pod_changed(pod)
 
-    async def _run(self, pod: Pod) -> None:
+    async def _run(self, pod: Pod, workspace: Path | None) -> None:
         async with self._starting:
             server = pod.server = self._keeper.new()
             self._set(pod, node=NODE)
-            server.start(*self._command(server.directory))
+            command = self._command(server.directory, workspace or server.directory / "workspace")
+            server.start(*command, workspace)
             await server.settled()
         if server.target is not None and not pod.state.deleting:
             log.debug("server_started", sandbox=pod.state.name, target=server.target)
@@ -215,6 +220,19 @@ class Controller(Follower):
     def _forget(self, pod: Pod) -> None:
         if self.pods.get(pod.state.name) is pod:
             del self.pods[pod.state.name]
+            self._release_workspace(pod.state.owner[1])
+
+    def _workspace(self, worker: Worker) -> Path | None:
+        """The workspace that a Sandbox's servers share; None: each has its own."""
+        if worker.uid not in self._workspaces and holds_volumes(worker.sandbox):
+            self._workspaces[worker.uid] = self._keeper.new_workspace()
+        return self._workspaces.get(worker.uid)
+
+    def _release_workspace(self, uid: str) -> None:
+        """Removes the workspace of a Sandbox that is gone, once its last server is."""
+        in_use = any(pod.state.owner[1] == uid for pod in self.pods.values())
+        if uid in self._workspaces and uid not in self.workers and not in_use:
+            self._keeper.remove_workspace(self._workspaces.pop(uid))
 
     # A Sandbox's worker
 
@@ -279,7 +297,8 @@ class Controller(Follower):
                 return None
         if pod is not None and pod.state == model.new_pod(worker.sandbox) and pod.task is None:
             # Only after the status was written: a controller that may not write starts nothing.
-            pod.task = self._tasks.spawn(self._run(pod), f"local-pod:{worker.name}")
+            run = self._run(pod, self._workspace(worker))
+            pod.task = self._tasks.spawn(run, f"local-pod:{worker.name}")
         return made.wait
 
     async def _patch(self, worker: Worker, change: Object, *, status: bool = False) -> bool:

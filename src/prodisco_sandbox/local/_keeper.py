@@ -120,6 +120,9 @@ class Keeper:
             self._carry_out(json.loads(line))
 
     def _carry_out(self, order: dict[str, Any]) -> None:
+        if order["do"] == "remove":
+            self._remove(self._root / order["workspace"])
+            return
         server = self._servers.get(order["server"])
         if order["do"] == "start":
             if not self._ending:  # Else nobody would stop it.
@@ -151,6 +154,8 @@ class Keeper:
         try:
             server.directory.mkdir(0o700)
             (server.directory / "tmp").mkdir(0o700)
+            if workspace := order.get("workspace"):
+                _provide(self._root / workspace)
             log = os.open(server.directory / LOG, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             theirs, server.input = os.pipe2(os.O_CLOEXEC)
             server.output, out = os.pipe2(os.O_CLOEXEC)
@@ -227,9 +232,12 @@ class Keeper:
 
     def _finish(self, server: Server, status: int, log: str) -> None:
         _close(server.input, server.output)
-        if not remove(server.directory):
-            self.report(event="left", what=f"files that cannot be removed, in {server.directory}")
+        self._remove(server.directory)
         self.report(event="ended", server=server.key, exit=status, log=log)
+
+    def _remove(self, directory: Path) -> None:
+        if not remove(directory):
+            self.report(event="left", what=f"files that cannot be removed, in {directory}")
 
 
 def _become_server(
@@ -252,6 +260,22 @@ def _become_server(
         os.write(2, f"cannot run {argv[0]}: {e}\n".encode(errors="replace"))
     finally:
         os._exit(127)
+
+
+def _provide(workspace: Path) -> None:
+    """Makes a workspace that outlives its servers, or makes an old one usable again."""
+    try:
+        held = os.open(workspace, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        workspace.mkdir(0o700)
+    except NotADirectoryError:  # A link that code put there would let the next server's code out.
+        workspace.unlink()
+        workspace.mkdir(0o700)
+    else:
+        try:
+            Path(f"/proc/self/fd/{held}").chmod(0o700)  # Code may have closed it to its own user.
+        finally:
+            os.close(held)
 
 
 def remove(directory: Path) -> bool:

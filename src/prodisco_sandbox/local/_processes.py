@@ -88,9 +88,16 @@ class ServerProcess:
         assert self.exit is not None  # noqa: S101
         return self.exit
 
-    def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        """Starts it, in its directory, with standard error in ``server.log`` there. Once."""
-        self._keeper.send(do="start", server=self._key, argv=list(argv), env=dict(env))
+    def start(self, argv: Sequence[str], env: Mapping[str, str], workspace: Path | None = None) -> None:
+        """Starts it, in its directory, with standard error in ``server.log`` there. Once.
+
+        Args:
+            argv: Program and arguments.
+            env: Its environment.
+            workspace: A `Keeper.new_workspace` to be there when it starts.
+        """
+        name = workspace and workspace.name
+        self._keeper.send(do="start", server=self._key, argv=list(argv), env=dict(env), workspace=name)
 
     def stop(self) -> None:
         """Asks it to end, and kills it if it does not. Idempotent."""
@@ -136,6 +143,7 @@ class Keeper:
         self._lost: str | None = None
         self._servers: dict[str, ServerProcess] = {}
         self._keys = map(str, itertools.count(1))
+        self._workspaces = map("workspace-{}".format, itertools.count(1))
         self._ending = False
 
     async def start(self) -> None:
@@ -186,6 +194,15 @@ class Keeper:
         else:
             server.on_end(KILLED, self._lost)
         return server
+
+    def new_workspace(self) -> Path:
+        """A place for a workspace that outlives its servers; made when the first one starts."""
+        assert self.root is not None  # noqa: S101
+        return self.root / next(self._workspaces)
+
+    def remove_workspace(self, workspace: Path) -> None:
+        """Removes one that no server uses any more."""
+        self.send(do="remove", workspace=workspace.name)
 
     def send(self, **order: object) -> None:
         if self._lost is None and self._writer is not None and not self._ending:
