@@ -74,7 +74,8 @@ class LspSymbolKind(_OpenEnum):
 
 @dataclass(frozen=True, slots=True)
 class SandboxRef:
-    """Which machine a client leads to: one that compares unequal has none of the old state."""
+    """Which machine a client leads to: one that compares unequal has none of the old state, except what
+    is on volumes where `uid` is the same."""
 
     name: str
     uid: str

@@ -55,6 +55,8 @@ def _levels() -> Iterator[None]:
         (["--kubernetes", "--warm", "1"], "--warm is for --local"),
         (["--local", "--warm", "-1"], "--warm: -1 is no number of at least 0"),
         (["--local", "--warm", "many"], "--warm: invalid"),
+        (["--local", "--on-idle", "sleep"], "--on-idle: invalid choice: 'sleep'"),
+        (["--kubernetes", "--suspended-for", "long"], "--suspended-for: invalid float value: 'long'"),
         (
             ["--local", "--server-option=--frob=1"],
             "--server-option=--frob=1: the sandbox server has no option",
@@ -100,6 +102,12 @@ def test_wrong_arguments_are_refused(
         ("SANDBOX_MAX_SESSIONS", "many", ["--local"]),
         ("SANDBOX_WARM", "many", ["--local"]),
         ("SANDBOX_WARM", "-1", ["--local"]),
+        ("SANDBOX_WARM", "1", ["--local", "--on-idle", "suspend"]),
+        ("SANDBOX_ON_IDLE", "sleep", ["--local"]),
+        ("SANDBOX_ON_IDLE", "sleep", ["--kubernetes"]),
+        ("SANDBOX_SUSPENDED_FOR", "long", ["--local"]),
+        ("SANDBOX_SUSPENDED_FOR", "-1", ["--kubernetes"]),
+        ("SANDBOX_WORKSPACE_STORAGE", "", ["--kubernetes", "--on-idle", "suspend"]),
         ("SANDBOX_MEMORY_LIMIT_MB", "lots", ["--local"]),
         ("SANDBOX_HANDLE_SECRET", "short", ["--local"]),
     ],
@@ -167,6 +175,34 @@ async def test_servers_are_started_ahead(
     args = program._parser().parse_args(["--local", *arguments])
     async with program._manager(args) as manager:
         assert manager.config.warm_pool == pool
+
+
+@pytest.mark.parametrize("where", ["--local", "--kubernetes"])
+async def test_sandboxes_are_suspended(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    async def settings(*arguments: str, **environment: str) -> tuple[str, float, str | None, str | None]:
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(f"SANDBOX_{name}", value)
+            async with program._manager(program._parser().parse_args([where, *arguments])) as manager:
+                config = manager.config
+                return config.on_idle, config.suspended_for, config.workspace_storage, config.warm_pool
+
+    warm = "local" if where == "--local" else None
+    storage = {} if where == "--local" else {"WORKSPACE_STORAGE": "1Gi"}
+    assert await settings() == ("delete", 86_400.0, None, warm)
+    by_option = await settings("--on-idle", "suspend", "--suspended-for", "3600", **storage)
+    assert by_option == ("suspend", 3600.0, "1Gi", None)
+    by_variable = await settings(ON_IDLE="suspend", SUSPENDED_FOR="60.5", **storage)
+    assert by_variable == ("suspend", 60.5, "1Gi", None)
+    beaten = await settings(
+        *("--on-idle", "delete", "--suspended-for", "5"), ON_IDLE="suspend", SUSPENDED_FOR="long"
+    )
+    assert beaten == ("delete", 5.0, None, warm)
+
+
+def test_what_is_started_ahead_is_not_suspended(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--local", "--warm", "2", "--on-idle", "suspend"]) == 1
+    assert "--warm is 2: it must be 0 with --on-idle suspend" in capsys.readouterr().err
 
 
 def test_options_of_the_servers_beat_their_variables_and_reach_them_whole(

@@ -109,6 +109,19 @@ async def test_modes_work_together_on_the_reference_server() -> None:
         assert "needs" in await refused(client, mode="status")
 
 
+@pytest.mark.parametrize("era", ERAS)
+async def test_files_are_there_after_a_suspension_and_the_model_is_told(era: str) -> None:
+    settings = {"on_idle": "suspend", "session_idle_timeout": 0.3, "idle_check_interval": 0.05}
+    async with local_server(**settings) as (url, manager), connect(url, era) as client:
+        begun = await run(client, WRITE)
+        known = {"sandbox": begun["sandbox"]} if "sandbox" in begun else {}
+        await until(lambda: manager.stats().suspended == 1)
+        read = await run(client, READ, **known)
+        assert read["output"] == "the owl\n"
+        assert "Files in the working directory were kept" in read["note"]
+        assert manager.stats().created == 1
+
+
 # The server as a program
 
 

@@ -28,6 +28,7 @@ from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
 
 from .support import (
     ERAS,
+    Rig,
     call,
     connect,
     open_session,
@@ -275,6 +276,84 @@ async def test_who_comes_back_after_a_reap_is_told_once_that_the_files_are_gone(
         assert r.manager.stats().recreated == 1
 
 
+async def restart_in_place(r: Rig, key: str) -> None:
+    """The session's server is another one, in the same sandbox."""
+    await r.sandbox.kill()
+    await r.sandbox.start()
+    await broken(await r.manager.get_client(key))
+
+
+SUSPENDS = {"on_idle": "suspend", "workspace_storage": "1Gi"}
+
+
+@pytest.mark.parametrize("era", ERAS)
+async def test_who_comes_back_after_a_suspension_is_told_once_what_was_kept(
+    era: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(settings=SUSPENDS) as r, Client(r.server, mode=era) as client:
+        known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
+        (key,) = r.manager.sessions
+        put_forward(monkeypatch, 700.0)
+        await until(lambda: r.manager.stats().suspended == 1)
+        async with r.manager.session(key):
+            note = (await run(client, "", **known))["note"]
+            assert "The sandbox was restarted" in note
+            assert "Files in the working directory were kept; other files, processes" in note
+            assert "gone" not in note
+            assert "note" not in await run(client, "", **known)
+        assert (r.manager.stats().resumed, r.manager.stats().recreated) == (1, 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"workspace_storage": "1Gi"}, SUSPENDS])
+async def test_files_are_said_to_be_kept_only_where_they_are(settings: dict[str, Any]) -> None:
+    async with rig(settings=settings) as r, Client(r.server, mode=MODERN) as client:
+        handle = (await run(client, ""))["sandbox"]
+        (key,) = r.manager.sessions
+        (sandbox,) = r.api.objects
+        r.api.delete_now(sandbox["metadata"]["name"])
+        await until(lambda: not r.manager.has_session(key))
+        assert "This is a new sandbox" in (await run(client, "", sandbox=handle))["note"]
+        await restart_in_place(r, key)
+        note = (await run(client, "", sandbox=handle))["note"]
+        assert ("Files in the working directory were kept" in note) == bool(settings)
+        assert ("This is a new sandbox" in note) == (not settings)
+
+
+async def test_that_files_are_gone_is_said_even_if_the_next_ones_were_kept() -> None:
+    async with rig(settings=SUSPENDS) as r, Client(r.server, mode=MODERN) as client:
+        handle = (await run(client, ""))["sandbox"]
+        (key,) = r.manager.sessions
+        await r.manager.on_session_closed(key)
+        r.sandbox.script("ExecuteTest", NEVER)
+        async with anyio.create_task_group() as tasks:  # Cancelled before it could be told.
+            tasks.start_soon(lambda: run(client, "", mode="test", tests="x", sandbox=handle))
+            await r.sandbox.wait_for_call("ExecuteTest")
+            tasks.cancel_scope.cancel()
+        await restart_in_place(r, key)
+        assert "This is a new sandbox" in (await run(client, "", sandbox=handle))["note"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "The sandbox is closed after 10 minutes without use, and its files are gone then."),
+        (
+            {**SUSPENDS, "session_idle_timeout": 60.0},
+            "The sandbox is suspended after 60 seconds without use: files in the working directory are kept"
+            " for 24 hours then, nothing else is.",
+        ),
+        ({**SUSPENDS, "suspended_for": 3600.0}, " are kept for 60 minutes then"),
+        ({"workspace_storage": "1Gi"}, " and its files are gone then."),
+        ({"on_idle": "suspend", "pod_template_spec": {"spec": {}}}, " and its files are gone then."),
+    ],
+)
+async def test_the_description_says_what_becomes_of_files(settings: dict[str, Any], text: str) -> None:
+    async with rig(settings=settings) as r, Client(r.server, mode=MODERN) as client:
+        (tool,) = (await client.list_tools()).tools
+        assert tool.description is not None
+        assert text in tool.description
+
+
 async def test_an_error_tells_it_too() -> None:
     async with rig() as r, Client(r.server, mode=MODERN) as client:
         handle = (await run(client, ""))["sandbox"]
@@ -518,10 +597,8 @@ async def test_a_call_to_a_machine_that_was_restarted_in_place_is_repeated_with_
     arguments = {"mode": mode, "tests": "x"} if mode == "test" else {"mode": mode}
     async with rig() as r, Client(r.server, mode=era) as client:
         known = {"sandbox": handle} if (handle := (await run(client, "")).get("sandbox")) else {}
-        await r.sandbox.kill()
-        await r.sandbox.start()
         (key,) = r.manager.sessions
-        await broken(await r.manager.get_client(key))
+        await restart_in_place(r, key)
         r.sandbox.calls.clear()
         result = await run(client, "", **arguments, **known)
         assert "This is a new sandbox" in result["note"]

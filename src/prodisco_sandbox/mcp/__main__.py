@@ -11,8 +11,9 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
-from .._checks import env_int, integer
+from .._checks import env_int, integer, wrong
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..local import LocalCluster
@@ -28,12 +29,15 @@ HANDLE_SECRET = "SANDBOX_HANDLE_SECRET"  # noqa: S105 - the variable's name
 
 EPILOG = f"""\
 Settings come from the environment: SANDBOX_NAMESPACE, SANDBOX_IMAGE, SANDBOX_MAX_SESSIONS,
-SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, SANDBOX_MANAGED_BY, and SANDBOX_TRANSPORT_MODE with the
-SANDBOX_TLS_* variables; KUBECONFIG and K8S_CONTEXT outside a cluster; {HANDLE_SECRET} (at least 16
-random characters) for handles that outlive the process.
+SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, SANDBOX_ON_IDLE and
+SANDBOX_SUSPENDED_FOR (for --on-idle and --suspended-for) with SANDBOX_WORKSPACE_STORAGE and
+SANDBOX_WORKSPACE_STORAGE_CLASS, and SANDBOX_TRANSPORT_MODE with the SANDBOX_TLS_* variables;
+KUBECONFIG and K8S_CONTEXT outside a cluster; {HANDLE_SECRET} (at least 16 random characters) for
+handles that outlive the process.
 
-With --local, SANDBOX_MAX_SESSIONS, {HANDLE_SECRET} and SANDBOX_WARM (for --warm) count, and
-the variables of the sandbox server, such as SANDBOX_MEMORY_LIMIT_MB; an option beats its variable.
+With --local, SANDBOX_MAX_SESSIONS, SANDBOX_ON_IDLE, SANDBOX_SUSPENDED_FOR, SANDBOX_WARM (for --warm)
+and {HANDLE_SECRET} count, and the variables of the sandbox server, such as
+SANDBOX_MEMORY_LIMIT_MB; an option beats its variable.
 `python -m prodisco_sandbox.server --help` lists both. Where servers listen and keep their files
 is the program's to decide: such options are refused, and such variables ignored.
 
@@ -106,7 +110,20 @@ def _parser() -> argparse.ArgumentParser:
         "--warm",
         type=_count,
         metavar="N",
-        help=f"local: how many sandbox servers are started ahead, for sessions to come; default: {WARM}",
+        help=f"local: how many sandbox servers are started ahead, for sessions to come; default: {WARM},"
+        " and 0 with --on-idle suspend, which needs that",
+    )
+    parser.add_argument(
+        "--on-idle",
+        choices=("delete", "suspend"),
+        help="what becomes of a sandbox that nobody uses; suspend: its server ends, and its files are there"
+        " when its session comes back; default: delete",
+    )
+    parser.add_argument(
+        "--suspended-for",
+        type=float,
+        metavar="SECONDS",
+        help="how long a suspended sandbox is kept; default: 86400",
     )
     parser.add_argument("--transport", choices=("stdio", "http"), default="stdio", help="default: stdio")
     parser.add_argument("--host", default="127.0.0.1", help="http: where to listen; default: %(default)s")
@@ -173,18 +190,46 @@ def _listener(args: argparse.Namespace) -> Iterator[socket.socket | None]:
 async def _manager(args: argparse.Namespace) -> AsyncIterator[SandboxManager]:
     """The manager; the server's lifespan starts it."""
     if args.kubernetes:
-        yield SandboxManager(SandboxManagerConfig.from_env(mode="multi"))
+        yield SandboxManager(SandboxManagerConfig.from_env(mode="multi", **_idleness(args)))
         return
     server_args, pass_env = server_settings(args.server_option, os.environ)
-    warm = WARM if args.warm is None else args.warm
-    if args.warm is None and os.environ.get("SANDBOX_WARM"):
-        warm = integer("SANDBOX_WARM", env_int(os.environ, "SANDBOX_WARM"), most=None)
+    settings = _idleness(args)
+    on_idle = settings.setdefault("on_idle", os.environ.get("SANDBOX_ON_IDLE") or "delete")
+    warm = _warm(args, suspends=on_idle == "suspend")
+    if os.environ.get("SANDBOX_MAX_SESSIONS"):
+        settings["max_sessions"] = env_int(os.environ, "SANDBOX_MAX_SESSIONS")
     cluster = LocalCluster(server_args=server_args, pass_env=pass_env, python=args.python, warm=warm)
+    config = cluster.config(**settings)  # Wrong settings are reported before anything is started.
     async with cluster:
-        settings = {}
-        if os.environ.get("SANDBOX_MAX_SESSIONS"):
-            settings["max_sessions"] = env_int(os.environ, "SANDBOX_MAX_SESSIONS")
-        yield SandboxManager(cluster.config(**settings), custom_objects_api=cluster.custom_objects_api)
+        yield SandboxManager(config, custom_objects_api=cluster.custom_objects_api)
+
+
+def _idleness(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of --on-idle and --suspended-for; SANDBOX_ON_IDLE is read elsewhere."""
+    settings: dict[str, Any] = {}
+    if args.on_idle is not None:
+        settings["on_idle"] = args.on_idle
+    if args.suspended_for is not None:
+        settings["suspended_for"] = args.suspended_for
+    elif text := os.environ.get("SANDBOX_SUSPENDED_FOR"):
+        try:
+            settings["suspended_for"] = float(text)
+        except ValueError:
+            raise wrong("SANDBOX_SUSPENDED_FOR", text, "a number of seconds") from None
+    return settings
+
+
+def _warm(args: argparse.Namespace, *, suspends: bool) -> int:
+    """How many servers are started ahead."""
+    name, count = "--warm", args.warm
+    if count is None and os.environ.get("SANDBOX_WARM"):
+        name = "SANDBOX_WARM"
+        count = integer(name, env_int(os.environ, name), most=None)
+    if count is None:
+        return 0 if suspends else WARM
+    if count and suspends:
+        raise wrong(name, count, "0 with --on-idle suspend: what was started ahead cannot be suspended")
+    return int(count)
 
 
 def _joined(argv: Sequence[str]) -> list[str]:

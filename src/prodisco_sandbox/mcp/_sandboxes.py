@@ -170,11 +170,20 @@ class Sandboxes:
                 sandbox, texts.maybe_replaced(self._language) if known else None
             )
         elif memory.sandbox != sandbox:
-            memory.sandbox, memory.note = sandbox, texts.replaced(self._language)
+            if not self._keeps_files(memory.sandbox, sandbox):
+                memory.note = texts.replaced(self._language)
+            elif memory.note is None:  # One that has yet to be delivered says more.
+                memory.note = texts.restarted(self._language)
+            memory.sandbox = sandbox
         self._memories.move_to_end(key)
         if len(self._memories) > REMEMBERED + self._manager.config.max_sessions:
             self._memories.popitem(last=False)
         return memory
+
+    def _keeps_files(self, old: SandboxRef | None, new: SandboxRef | None) -> bool:
+        """Whether the workspace of one machine is that of the other."""
+        on_volume = self._manager.config.workspace_storage is not None
+        return on_volume and old is not None and new is not None and old.uid == new.uid
 
     def _close_with_connection(self, ctx: Context[Any, Any], key: str) -> None:
         connection = connection_with_key(ctx, key)

@@ -29,6 +29,11 @@ REPLACED = (
     "This is a new sandbox: the one of your last call was closed (after some time without use) or failed."
     " Its files, cached scripts and executions are gone; make again what you need."
 )
+RESTARTED = (
+    "The sandbox was restarted: since your last call it was suspended (after some time without use) or"
+    " failed. Files in the working directory were kept; other files, processes, cached scripts and"
+    " executions were not: make again what you need."
+)
 MAYBE_REPLACED = (
     "The server was restarted since your last call, or that is long ago: this may be a new, empty sandbox."
     " Check which of your files are there before you rely on them."
@@ -48,6 +53,13 @@ def replaced(language: Language) -> str:
     return REPLACED if language.has_files else REPLACED.replace("files, cached", "cached")
 
 
+def restarted(language: Language) -> str:
+    """The sandbox is that of the last call, with its files, but on another machine."""
+    if language.has_files:
+        return RESTARTED
+    return RESTARTED.partition(" Files")[0] + " Cached scripts and executions are gone."
+
+
 def maybe_replaced(language: Language) -> str:
     """The sandbox may not be the one of the last call."""
     if language.has_files:
@@ -55,9 +67,19 @@ def maybe_replaced(language: Language) -> str:
     return MAYBE_REPLACED.partition(" Check")[0] + " Do not rely on cached scripts and executions."
 
 
-def description(language: Language, idle: float) -> str:
-    """The tool's description."""
-    files = ", and its files are gone then" if language.has_files else ""
+def description(language: Language, idle: float, kept_for: float | None = None) -> str:
+    """The tool's description.
+
+    Args:
+        language: That of the sandboxes.
+        idle: Seconds without use after which a sandbox ends.
+        kept_for: Seconds for which its files are kept then; None: they are not.
+    """
+    end, files = "closed", ", and its files are gone then"
+    if kept_for is not None:
+        end = "suspended"
+        files = f": files in the working directory are kept for {duration(kept_for)} then, nothing else is"
+    files = files if language.has_files else ""
     tests = f" {language.tests}" if language.tests else ""
     return f"""\
 Runs {language.name} code in a sandbox, which nobody else uses.
@@ -71,7 +93,7 @@ Modes:
 - list: executions that run, or ran lately.
 - test: run `tests` against `code`.{tests}
 
-{language.state} The sandbox is closed after {duration(idle)} without use{files}.
+{language.state} The sandbox is {end} after {duration(idle)} without use{files}.
 
 If a result has a `sandbox` handle, pass that in every further call: without it, a call gets another, empty \
 sandbox. If a result has a `note`, act on it."""
@@ -80,14 +102,16 @@ sandbox. If a result has a `note`, act on it."""
 def too_many(limit: int, idle: float) -> str:
     return (
         f"You have {limit} sandboxes, as many as one caller may. Nothing was run. Go on in one of them by"
-        f" passing its handle as `sandbox`; one is closed when it has not been used for {duration(idle)}."
+        f" passing its handle as `sandbox`; one that has not been used for {duration(idle)} does not count."
     )
 
 
 def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:g} seconds"
-    return f"{seconds / 60:.0f} minutes"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.0f} hours"
 
 
 def timed_out(milliseconds: int, longest_ms: int, language: Language) -> str:
@@ -155,7 +179,7 @@ def failed_call(error: SandboxError, mode: str, language: Language) -> str:
         files = " Look at the files before you run it again." if language.has_files else ""
         return f"The sandbox gave no answer in time; how far the code came is unknown.{files}"
     if isinstance(error, SandboxReplacedError) and not error.ran:
-        return "The sandbox was replaced by a new, empty one. Nothing was run. Call again."
+        return "The sandbox was replaced. Nothing was run. Call again."
     if isinstance(error, SandboxUnavailableError | SandboxReplacedError):
         return (
             "The sandbox was lost during the call; how far the code came is unknown. Call again: if there had"

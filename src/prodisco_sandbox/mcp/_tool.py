@@ -15,6 +15,7 @@ from mcp_types import CallToolResult, TextContent, ToolAnnotations
 
 from .._log import get_logger
 from ..client import SandboxClient
+from ..config import SandboxManagerConfig
 from ..errors import SandboxError, SandboxReplacedError, SandboxTimeoutError
 from ..manager import SandboxManager
 from ..results import ExecutionState
@@ -104,11 +105,17 @@ def add_sandbox_tools(
         tools.run_sandbox,
         name=name,
         title="Run code in a sandbox",
-        description=texts.description(spoken, manager.config.session_idle_timeout),
+        description=_description(spoken, manager.config),
         annotations=ToolAnnotations(read_only_hint=False, idempotent_hint=False, open_world_hint=True),
         structured_output=True,
     )
     return tools
+
+
+def _description(language: Language, config: SandboxManagerConfig) -> str:
+    keeps_files = config.on_idle == "suspend" and config.workspace_storage is not None
+    kept_for = config.suspended_for if keeps_files else None
+    return texts.description(language, config.session_idle_timeout, kept_for)
 
 
 class SandboxTools:
