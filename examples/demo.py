@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from prodisco_sandbox import SandboxCapacityError, SandboxManager
 from prodisco_sandbox.client import SandboxClient
@@ -135,6 +136,26 @@ class Demo:
         names = [sandbox["metadata"]["name"] for sandbox in cluster.custom_objects_api.objects]
         self.check("alice", "has left, and her sandbox is deleted", ok=name not in names)
 
+    async def suspend(self, cluster: LocalCluster) -> None:
+        self.say("", "Where idle sandboxes are suspended, a session comes back to its files.")
+        config = cluster.config(
+            on_idle="suspend", session_idle_timeout=0.3, idle_check_interval=0.1, warm_pool=None
+        )
+        api = cluster.custom_objects_api
+        async with SandboxManager(config, custom_objects_api=api) as manager:
+            async with contextlib.AsyncExitStack() as entered:
+                client = await self.begin(manager, "erin", entered)
+                await client.execute("open('draft.txt', 'w').write('chapter one')")
+            begun = time.monotonic()
+            await api.until(lambda: any(map(_is_suspended, api.objects)), timeout=60)
+            took = time.monotonic() - begun
+            target = cluster.endpoint(api.get(manager.sandbox_name("erin")))
+            self.check("erin", f"has no server any more, after {took:.2f} s", ok=target is None)
+            async with contextlib.AsyncExitStack() as entered:
+                client = await self.begin(manager, "erin", entered)
+                await self.sees("erin", client, "draft.txt")
+            self.check("erin", "was resumed, in the same Sandbox", ok=manager.stats().resumed == 1)
+
     async def compare(self, cluster: LocalCluster) -> None:
         self.say("", "A server that was started ahead, beside one that starts for its session.")
         took = {}
@@ -177,6 +198,11 @@ class Traces:
         return len(self._seen & running), len(files)
 
 
+def _is_suspended(sandbox: dict[str, Any]) -> bool:
+    conditions = (sandbox.get("status") or {}).get("conditions") or ()
+    return any((c["type"], c["status"]) == ("Suspended", "True") for c in conditions)
+
+
 def _processes() -> dict[int, tuple[int, int]]:
     """Parent and time of start of every process that runs."""
     table = {}
@@ -206,6 +232,7 @@ async def run() -> int:
             )
             async with SandboxManager(config, custom_objects_api=cluster.custom_objects_api) as manager:
                 await demo.play(manager, cluster)
+            await demo.suspend(cluster)
             await demo.compare(cluster)
     except asyncio.CancelledError:
         demo.say("", "Interrupted.")
