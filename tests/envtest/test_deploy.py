@@ -30,7 +30,7 @@ def test_the_documents_manifests_are_accepted(prodisco: AuditedServer) -> None:
     assert kinds.pop("certificate")["apiVersion"] == "cert-manager.io/v1"
     # tests/controller applies it.
     assert kinds.pop("kustomization")["resources"] == ["../warm-pool"]
-    assert set(kinds) == {"statefulset", "runtimeclass", "horizontalpodautoscaler"}
+    assert set(kinds) == {"statefulset", "runtimeclass", "horizontalpodautoscaler", "resourcequota"}
     if prodisco.status("/apis/autoscaling/v2") == 404:
         assert kinds.pop("horizontalpodautoscaler")["apiVersion"] == "autoscaling/v2"  # since 1.23
     assert accepted(prodisco, "-f", "-", text=yaml.safe_dump_all(kinds.values())) == set(kinds)
