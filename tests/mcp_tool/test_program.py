@@ -22,6 +22,7 @@ from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.local import PASSED, LocalCluster
 from prodisco_sandbox.mcp import __main__ as program
 from prodisco_sandbox.mcp import _serve
+from prodisco_sandbox.mcp._auth import server_auth
 from prodisco_sandbox.mcp._local import server_settings
 from prodisco_sandbox.mcp._serve import add_probes, serve_http
 from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
@@ -248,10 +249,12 @@ def test_it_listens_on_loopback_and_warns_of_anything_else(
 ) -> None:
     parser = program._parser()
     assert parser.get_default("host") == "127.0.0.1"
-    args = parser.parse_args(["--local", "--transport", "http", "--port", "0", "--host", host])
+    arguments = ["--local", "--transport", "http", "--port", "0", "--host", host, "--unauthenticated"]
+    args = parser.parse_args(arguments)
     with program._listener(args) as listener:
         assert listener is not None
         assert listener.getsockname()[0] == host
+        assert server_auth(args, *listener.getsockname()) == {}
     assert ("callers are not authenticated" in caplog.text) == warns
 
 

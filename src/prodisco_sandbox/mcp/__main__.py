@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import socket
@@ -18,10 +17,9 @@ from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..local import LocalCluster
 from ..manager import SandboxManager
+from ._auth import add_auth_options, read_auth_options, server_auth
 from ._local import server_settings
 from ._serve import make_server, serve_http, serve_stdio
-
-log = logging.getLogger("prodisco_sandbox.mcp")
 
 WARM = 1
 """How many servers are started ahead unless told otherwise."""
@@ -41,8 +39,10 @@ SANDBOX_MEMORY_LIMIT_MB; an option beats its variable.
 `python -m prodisco_sandbox.server --help` lists both. Where servers listen and keep their files
 is the program's to decide: such options are refused, and such variables ignored.
 
-Callers are not authenticated: put something in front of it that does it before it listens
-anywhere but on loopback.
+Over HTTP, callers are authenticated with --auth-token-file (variable: SANDBOX_AUTH_TOKEN_FILE) or
+with --oidc-issuer, --oidc-audience and --public-url (SANDBOX_OIDC_ISSUER, SANDBOX_OIDC_AUDIENCE,
+SANDBOX_PUBLIC_URL), or with both. Without, it listens on loopback addresses only, unless
+--unauthenticated is given.
 """
 
 
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     try:
         server_settings(args.server_option, {})
+        read_auth_options(args, os.environ)
     except ValueError as error:
         parser.error(str(error))
     # To standard error; standard output belongs to the protocol.
@@ -149,15 +150,21 @@ def _parser() -> argparse.ArgumentParser:
         help="how long calls may go on after SIGTERM; default: %(default)g",
     )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add_auth_options(parser)
     return parser
 
 
 async def _run(args: argparse.Namespace) -> None:
     # Bound first, so that a port in use is reported before sandboxes are started.
     with _listener(args) as listener:
-        async with _manager(args) as manager:
+        auth = {} if listener is None else server_auth(args, *listener.getsockname()[:2])
+        async with contextlib.AsyncExitStack() as stack:
+            if auth:
+                stack.push_async_callback(auth["token_verifier"].aclose)
+            manager = await stack.enter_async_context(_manager(args))
             server, tools = make_server(
                 manager,
+                auth=auth,
                 language=args.language or ("Python" if args.local else "TypeScript"),
                 handle_secret=os.environ.get(HANDLE_SECRET) or None,
             )
@@ -181,8 +188,6 @@ def _listener(args: argparse.Namespace) -> Iterator[socket.socket | None]:
         return
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
-        if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            log.warning("%s is no loopback address, and callers are not authenticated here", args.host)
         yield listener
 
 

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import signal
 import socket
+from collections.abc import Mapping
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from ..manager import SandboxManager
+from ._auth import LogRefusals
 from ._lifespan import sandbox_lifespan
 from ._stdio import Stdio
 from ._tool import SandboxTools, add_sandbox_tools
@@ -34,10 +36,15 @@ CLOSE_TIMEOUT = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def make_server(manager: SandboxManager, **options: Any) -> tuple[MCPServer[Any], SandboxTools]:
-    """An MCP server with nothing but the tool; ``options`` are `add_sandbox_tools`'s."""
+def make_server(
+    manager: SandboxManager, *, auth: Mapping[str, Any] | None = None, **options: Any
+) -> tuple[MCPServer[Any], SandboxTools]:
+    """An MCP server with nothing but the tool; ``auth`` is from `server_auth`, ``options`` for the tool."""
     server = MCPServer(
-        "prodisco-sandbox", version=version("prodisco-sandbox"), lifespan=sandbox_lifespan(manager)
+        "prodisco-sandbox",
+        version=version("prodisco-sandbox"),
+        lifespan=sandbox_lifespan(manager),
+        **(auth or {}),
     )
     return server, add_sandbox_tools(server, manager, **options)
 
@@ -104,6 +111,8 @@ async def serve_http(
         allowed_origins=[f"{scheme}://{each}" for each in allowed_hosts for scheme in ("https", "http")],
     )
     app = server.streamable_http_app(streamable_http_path=path, transport_security=security)
+    if server.settings.auth is not None:
+        app.add_middleware(LogRefusals)
     config = uvicorn.Config(
         app,
         lifespan="on",
