@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx2
+import pytest
 import uvicorn
 from _patience import PATIENCE
 from mcp import Client
@@ -216,6 +217,12 @@ def text_of(result: CallToolResult) -> str:
     if not result.is_error and result.structured_content is not None:
         assert json.loads(block.text) == result.structured_content
     return block.text
+
+
+def events(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
+    """The pairs of each such event in the log."""
+    found = [getattr(record, "sandbox", {}) for record in caplog.records]
+    return [pairs for pairs in found if pairs.get("event") == event]
 
 
 # Requests by hand, where a client would not make them

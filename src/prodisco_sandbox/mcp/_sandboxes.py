@@ -82,7 +82,7 @@ class Sandboxes:
         self._manager = manager
         self._language = language
         self._session_key = session_key
-        self._principal = principal
+        self.principal = principal
         self._max_per_principal = max_per_principal
         self._handles = handles
         self._shared = manager.config.mode == "single"
@@ -106,7 +106,7 @@ class Sandboxes:
             async with self._manager.session() as client:
                 yield Use(client, None, None, _nothing_new)
             return
-        who = self._principal(ctx)
+        who = self.principal(ctx)
         key, handle, known = self._resolve(ctx, handle, who, make=make)
         self._admit(key, who)
         if handle is None:

@@ -21,6 +21,7 @@ from ..manager import SandboxManager
 from ..results import ExecutionState
 from . import _parameters as p
 from . import _texts as texts
+from ._audit import CallRecord, audited
 from ._identity import Handles, Policy
 from ._identity import principal as default_principal
 from ._identity import session_key as default_session_key
@@ -179,34 +180,43 @@ class SandboxTools:
             states, limit, include_completed_within_ms, tests, sandbox,
         )  # fmt: skip
         sent = foreign_arguments(ctx, self._name) | dict(zip(PARAMETERS, values, strict=True))
-        try:
-            call = read_call(sent, self._language)
-        except WrongCallError as error:
-            return _result(SandboxOutput(), str(error))
-        if self._draining:
-            return _result(SandboxOutput(), texts.DRAINING)
-        self._calls += 1
-        self._quiet.clear()
-        try:
-            return await self._answer(ctx, call)
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._quiet.set()
+        with audited(self._sandboxes.principal(ctx)) as record:
+            try:
+                call = read_call(sent, self._language)
+            except WrongCallError as error:
+                record.outcome = "invalid"
+                return _result(SandboxOutput(), str(error))
+            record.mode = call.mode
+            if self._draining:
+                record.outcome = "refused"
+                return _result(SandboxOutput(), texts.DRAINING)
+            self._calls += 1
+            self._quiet.clear()
+            try:
+                return await self._answer(ctx, call, record)
+            finally:
+                self._calls -= 1
+                if not self._calls:
+                    self._quiet.set()
 
-    async def _answer(self, ctx: Context[Any, Any], call: Call) -> CallToolResult:
+    async def _answer(self, ctx: Context[Any, Any], call: Call, record: CallRecord) -> CallToolResult:
         make = call.mode in NEED_NO_SANDBOX
         try:
             async with Progress(ctx) as progress, self._sandboxes.use(ctx, call.sandbox, make=make) as use:
                 progress.doing = "running"
+                record.use = use
                 result = await self._in_sandbox(use, call, progress)
+                failed = (result.structured_content or {}).get("success") is False
+                record.outcome = "error" if result.is_error else "failed" if failed else "ok"
                 # Before the handle counts as delivered: the caller may leave meanwhile.
                 await progress.flush()
                 use.delivered = True
                 return result
         except RefusedError as refusal:
+            record.outcome = "refused" if refusal.__cause__ is None else "no_sandbox"
             return _result(SandboxOutput(), str(refusal))
         except SandboxError as error:
+            record.outcome = "no_sandbox"
             log.warning("no_sandbox", error=str(error))
             return _result(SandboxOutput(), texts.no_sandbox(error))
 
