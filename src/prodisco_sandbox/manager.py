@@ -218,6 +218,8 @@ class SandboxManager:
         session_id = _checked(session_id)
         if self._shutdown is None:
             self._started()
+        elif self._loop is None:  # It was shut down before its first use.
+            return
         await self._engine.close(session_id)
 
     def sandbox_name(self, session_id: str) -> str:

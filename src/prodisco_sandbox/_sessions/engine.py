@@ -167,8 +167,12 @@ class Engine:
         if session is not None:
             self._lives.end(session, "closed", SandboxError("the session was closed while it was waited for"))
         closing, waited = self.table.closing.get(session_id), None
-        if closing is None and self._config.on_idle == "suspend":
-            await asyncio.wait({self._tasks.spawn(self._bury(session_id), "sandbox-bury")})
+        if closing is None and self._config.on_idle == "suspend" and not self._lives.stopped:
+            session_hash = metadata.session_hash(session_id)
+            if (found := self._suspended.take(session_hash)) is not None:
+                self._lives.bury(session_id, session_hash, found)
+            elif not self._watch.current:
+                await asyncio.wait({self._tasks.spawn(self._bury(session_id, session_hash), "sandbox-bury")})
             closing = self.table.closing.get(session_id)
         while closing is not None and closing is not waited:
             self.table.delete_after_all(closing)
@@ -177,28 +181,23 @@ class Engine:
             # Suspended at the last moment: it is deleted by another.
             waited, closing = closing, self.table.closing.get(session_id)
 
-    async def _bury(self, session_id: str) -> None:
-        """Deletes what a session has left that was suspended, by this process or by an earlier one."""
-        session_hash = metadata.session_hash(session_id)
-        found = self._suspended.take(session_hash)
-        if found is None and not self._watch.current:
-            selector = self._parts.selector(instance=self._config.instance_label, session=session_hash)
-            deadline = self._parts.now() + self._config.ready_timeout
-            try:
-                objects, _ = await self._resources.list(selector, deadline)
-            except SandboxError as e:
-                self._log.warning(
-                    "sandbox_not_looked_for", sandbox=self.sandbox_name(session_id, deadline), reason=str(e)
-                )
+    async def _bury(self, session_id: str, session_hash: str) -> None:
+        """Deletes what an earlier process has left of a session, where the watch has not told of it."""
+        selector = self._parts.selector(instance=self._config.instance_label, session=session_hash)
+        deadline = self._parts.now() + self._config.ready_timeout
+        try:
+            objects, _ = await self._resources.list(selector, deadline)
+        except SandboxError as e:
+            name = self.sandbox_name(session_id, self._parts.now())
+            self._log.warning("sandbox_not_looked_for", sandbox=name, reason=str(e))
+            return
+        if session_id in self.table.current or session_id in self.table.closing:
+            return  # Meanwhile it has come back.
+        for found in objects:
+            if not metadata.is_deleting(found):
+                self._suspended.take(session_hash)
+                self._lives.bury(session_id, session_hash, Suspended(found))
                 return
-            known = [
-                o
-                for o in objects
-                if not metadata.is_deleting(o) and self.table.named(metadata.name(o)) is None
-            ]
-            found = Suspended(known[0]) if known else None
-        if found is not None and session_id not in self.table.closing:
-            self._lives.bury(session_id, session_hash, found)
 
     async def clean_up(self, *, all_instances: bool) -> int:
         deadline = self._parts.now() + self._config.ready_timeout

@@ -51,7 +51,8 @@ class Lives:
         self._obtain = Obtain(parts, self.clients, self.remove)
         self._connect = Connect(parts, self.clients)
         self._tasks: dict[asyncio.Task[None], Session] = {}
-        self._stopped = False
+        self.stopped = False
+        """Whether a session that ends now is not removed any more."""
 
     def begin(self, session: Session) -> None:
         """Begins the life of a session that was admitted to the table."""
@@ -64,7 +65,7 @@ class Lives:
         """Waits for lives that were ended; from then on a cancellation ends a life itself."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=max(0.0, deadline - self._parts.now()))
-        self._stopped = True
+        self.stopped = True
 
     def end(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
         """Takes a session out of use at once; its life goes on with the removal.
@@ -267,6 +268,10 @@ class Lives:
             await self.clients.close(session.name, session.client)
         await self.remove(session)
         self.remove.remember(session)
+        found = self._parts.suspended.take(session.session_hash) if session.ended == "closed" else None
+        if found is not None:  # It was closed before it took that up.
+            self._obtain.take_up(session, found)
+            await self.remove(session)
         took = self._since(begun)
         self._parts.log.info("sandbox_closed", sandbox=session.name, reason=session.ended, duration=took)
 
@@ -279,10 +284,10 @@ class Lives:
             parts.suspended.left(session, found)
             if parts.suspended.beyond(parts.config.most_suspended):
                 parts.tasks.spawn(self.remove.limit_suspended(), "sandbox-limit-suspended")
-        elif not self._stopped and (session.known.uid is not None or session.remains.needs_delete):
+        elif not self.stopped and (session.known.uid is not None or session.remains.needs_delete):
             self._past.occupy(session.name, parts.now())
         parts.table.release(session)
-        if found is not None and not (session.suspends or self._stopped):  # It was closed at the last moment.
+        if found is not None and not (session.suspends or self.stopped):  # It was closed at the last moment.
             self.bury(session.session_id, session.session_hash, Suspended(found))
 
     def _since(self, begun: float) -> float:
