@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
+from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request
 
@@ -14,6 +15,9 @@ from .support import Clients, managed
 from .test_suspension import (
     NAME,
     SUSPENDS,
+    TICK,
+    is_suspended,
+    mode,
     suspended,
     suspending,
 )
@@ -73,3 +77,47 @@ async def test_a_close_of_a_manager_that_was_never_used_asks_for_nothing() -> No
         await manager.shutdown()
         await manager.on_session_closed("s")
         assert api.requests == []
+
+
+# Too many
+
+
+async def test_one_that_is_resumed_while_it_is_one_too_many_is_no_longer_counted() -> None:
+    async with suspending(max_suspended=1) as (api, manager):
+        await suspended(api, manager, "a")
+        with api.faults.add("delete", hold=True, times=1) as gate:
+            await suspended(api, manager, "b")
+            await gate.reached()
+            await manager.get_client("a")
+        async with manager.session("a"):
+            await asyncio.sleep(5 * TICK)
+            assert mode(api, SANDBOX.name("a")) == "Running"
+            assert is_suspended(api, SANDBOX.name("b"))
+
+
+async def test_one_too_many_that_another_manager_has_claimed_is_left_to_it() -> None:
+    async with suspending(max_suspended=1) as (api, manager):
+        await suspended(api, manager, "a")
+        api.silence_watches()
+        await claim(api, SANDBOX.name("a"))
+        await suspended(api, manager, "b")
+        await asyncio.sleep(3 * TICK)
+        assert api.get(SANDBOX.name("a")) is not None
+
+
+async def test_many_that_are_too_many_are_deleted_once_each() -> None:
+    async with suspending(max_suspended=1, max_sessions=20) as (api, manager):
+        await asyncio.gather(*(manager.get_client(str(i)) for i in range(20)))
+        await api.until(lambda: manager.stats().suspended == 20)
+        await asyncio.sleep(1)
+        assert len(api.objects) == 1
+        assert (api.count("delete"), api.count("get")) == (19, 0)
+
+
+async def test_one_that_may_not_be_deleted_does_not_keep_the_others() -> None:
+    async with suspending(max_suspended=1) as (api, manager):
+        api.faults.add("delete", error=403, name=SANDBOX.name("a"))
+        for session_id in ("a", "b", "c"):
+            await suspended(api, manager, session_id)
+        await asyncio.sleep(TICK)
+        assert [o["metadata"]["name"] for o in api.objects] == sorted(map(SANDBOX.name, "ac"))

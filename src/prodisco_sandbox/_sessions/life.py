@@ -282,7 +282,7 @@ class Lives:
             found = None
         if found is not None and session.suspends:
             parts.suspended.left(session, found)
-            if parts.suspended.beyond(parts.config.most_suspended):
+            if parts.suspended.beyond(parts.config.most_suspended) and not self.stopped:
                 parts.tasks.spawn(self.remove.limit_suspended(), "sandbox-limit-suspended")
         elif not self.stopped and (session.known.uid is not None or session.remains.needs_delete):
             self._past.occupy(session.name, parts.now())

@@ -28,6 +28,7 @@ class Remove:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._deletes = asyncio.Semaphore(CONCURRENT_DELETES)
+        self._limiting = asyncio.Lock()
         self._again = asyncio.Event()
         self._last_chance = False
         self._unconfirmed: dict[str, tuple[str, float]] = {}
@@ -204,19 +205,25 @@ class Remove:
 
     async def limit_suspended(self) -> None:
         """Deletes suspended objects that are too many, the oldest first."""
-        suspended = self._parts.suspended
-        for found in suspended.beyond(self._parts.config.most_suspended):
-            seen = found.object
-            try:
-                deleted = await self._delete_seen(seen)
-                now = None if deleted else await self._parts.resources.get(found.name)
-            except SandboxError as e:  # At the next tick again.
-                self._parts.log.info("sandbox_sweep_failed", reason=str(e))
-                return
-            if now is None or metadata.uid(now) != metadata.uid(seen):
-                suspended.gone(seen)
-            else:
-                suspended.seen(now, is_suspended=True)
+        parts, suspended = self._parts, self._parts.suspended
+        async with self._limiting:
+            for found in suspended.beyond(parts.config.most_suspended):
+                seen = found.object
+                if suspended.find(seen) is not found:  # Its session has come back.
+                    continue
+                try:
+                    deleted = await self._delete_seen(seen)
+                    now = None if deleted else await parts.resources.get(found.name)
+                except SandboxError as e:  # At the next tick again.
+                    parts.log.info("sandbox_sweep_failed", sandbox=found.name, reason=str(e))
+                    if isinstance(e, SandboxUnavailableError):
+                        return
+                    continue
+                same = now is not None and metadata.uid(now) == metadata.uid(seen)
+                if now is not None and same and metadata.instance(now) == parts.config.instance_label:
+                    suspended.seen(now, is_suspended=False)  # Unless its session has taken it meanwhile.
+                else:
+                    suspended.gone(seen)
 
     async def _delete_seen(self, sandbox: Object, deadline: float | None = None) -> bool:
         """Deletes an object of no session, unless somebody has changed it since it was read."""

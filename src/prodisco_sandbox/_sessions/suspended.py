@@ -55,8 +55,14 @@ class SuspendedObjects:
         self._by_session.clear()
         return found
 
+    def find(self, obj: Object) -> Suspended | None:
+        """What is recorded of this very object."""
+        found = self._by_session.get(metadata.labels(obj).get(metadata.LABEL_SESSION, ""))
+        same = found is not None and metadata.uid(found.object) == metadata.uid(obj)
+        return found if same else None
+
     def is_own(self, obj: Object) -> bool:
-        found = self._find(obj)
+        found = self.find(obj)
         return found is not None and found.is_own
 
     def left(self, session: Session, obj: Object) -> None:
@@ -65,7 +71,7 @@ class SuspendedObjects:
 
     def seen(self, obj: Object, *, is_suspended: bool) -> None:
         """An object that no session has was added or modified."""
-        found = self._find(obj)
+        found = self.find(obj)
         if metadata.is_deleting(obj):
             self.gone(obj)
         elif found is not None:
@@ -75,7 +81,7 @@ class SuspendedObjects:
             self._by_session.setdefault(session, Suspended(_without_template(obj)))
 
     def gone(self, obj: Object) -> None:
-        if self._find(obj) is not None:
+        if self.find(obj) is not None:
             self.take(metadata.labels(obj)[metadata.LABEL_SESSION])
 
     def listed(self, objects: Iterable[Object]) -> None:
@@ -89,11 +95,6 @@ class SuspendedObjects:
         """Those that are too many, the ones that were suspended first."""
         found = sorted(self._by_session.values(), key=lambda suspended: suspended.until)
         return found[: max(0, len(found) - most)]
-
-    def _find(self, obj: Object) -> Suspended | None:
-        found = self._by_session.get(metadata.labels(obj).get(metadata.LABEL_SESSION, ""))
-        same = found is not None and metadata.uid(found.object) == metadata.uid(obj)
-        return found if same else None
 
 
 def _without_template(obj: Object) -> Object:
