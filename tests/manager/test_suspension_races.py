@@ -11,11 +11,12 @@ from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request
 
-from .support import Clients, managed
+from .support import Clients, managed, settle
 from .test_suspension import (
     NAME,
     SUSPENDS,
     TICK,
+    found,
     is_suspended,
     mode,
     suspended,
@@ -121,3 +122,52 @@ async def test_one_that_may_not_be_deleted_does_not_keep_the_others() -> None:
             await suspended(api, manager, session_id)
         await asyncio.sleep(TICK)
         assert [o["metadata"]["name"] for o in api.objects] == sorted(map(SANDBOX.name, "ac"))
+
+
+# Other managers, and people
+
+
+async def test_a_session_that_was_at_another_manager_comes_back_with_its_object() -> None:
+    async with suspending() as (api, manager):
+        await manager.get_client("s")
+        await manager.on_session_closed("s")
+        await manager.get_client("s")
+        name = manager.sandbox_name("s")
+        assert name != NAME
+        await api.until(lambda: is_suspended(api, name))
+        uid = found(api, name)["metadata"]["uid"]
+        await manager.get_client("busy")  # The watch goes on.
+        async with managed(api, **SUSPENDS | {"instance_id": "another"}) as other:
+            await other.get_client("s")
+        await asyncio.sleep(20)
+        assert is_suspended(api, name)
+        client = await manager.get_client("s")
+        assert client.sandbox is not None
+        assert client.sandbox.uid == uid
+
+
+async def test_one_that_is_claimed_before_the_suspension_is_answered_is_not_recorded() -> None:
+    async with suspending() as (api, manager):
+        await manager.get_client("s")
+        uid = found(api)["metadata"]["uid"]
+        with api.faults.add("patch", hold=True, after=True, when=suspends) as gate:
+            await gate.reached()
+            await claim(api)
+            await settle()
+        await settle()
+        client = await manager.get_client("s")
+        assert client.sandbox is not None
+        assert client.sandbox.uid == uid
+        assert found(api)["metadata"]["labels"][LABEL_INSTANCE] == "me"
+
+
+async def test_one_that_is_deleted_while_its_suspension_fails_holds_no_slot() -> None:
+    async with suspending(max_sessions=1) as (api, manager):
+        await manager.get_client("s")
+        api.faults.add("patch", error=503, name=NAME)
+        api.faults.add("get", error=503, name=NAME)
+        await api.until(lambda: manager.stats().closing == 1)
+        await settle()
+        api.delete_now(NAME)
+        await asyncio.sleep(2 * TICK)
+        await manager.get_client("another")

@@ -286,6 +286,8 @@ class Lives:
                 parts.tasks.spawn(self.remove.limit_suspended(), "sandbox-limit-suspended")
         elif not self.stopped and (session.known.uid is not None or session.remains.needs_delete):
             self._past.occupy(session.name, parts.now())
+        if session.suspends and session.remains.what == "another's":
+            self._past.has_strayed(session.session_hash)
         parts.table.release(session)
         if found is not None and not (session.suspends or self.stopped):  # It was closed at the last moment.
             self.bury(session.session_id, session.session_hash, Suspended(found))

@@ -99,7 +99,7 @@ class Obtain:
         parts.table.deleted(session)
         session.known = Known()
         self._next_name(session)
-        await self(session, deadline)
+        await self(session, deadline, look=True)  # Another manager may have claimed it.
 
     async def replace(self, session: Session, reason: str, deadline: float) -> None:
         """Deletes the session's object, which is spent, and makes another; keeps one that has changed."""

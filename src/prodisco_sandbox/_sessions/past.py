@@ -58,13 +58,17 @@ class Past:
         """Notes how a session has ended."""
         if session.ended in ("failed", "lost") and not session.remains.needs_delete:
             # Its object was kept, or perhaps claimed by another manager.
-            self._strays.add(session.session_hash)
-            if len(self._strays) > STRAYS:
-                self._strays.pop()
+            self.has_strayed(session.session_hash)
         if session.ended in ("lost", "reaped"):
             self._ended[session.session_hash] = None
             if len(self._ended) > REMEMBERED:
                 self._ended.popitem(last=False)
+
+    def has_strayed(self, session_hash: str) -> None:
+        """The session may have an object that this manager no longer follows."""
+        self._strays.add(session_hash)
+        if len(self._strays) > STRAYS:
+            self._strays.pop()
 
     def occupy(self, name: str, now: float) -> None:
         """The object of this name was deleted, and its pod may not be gone yet."""

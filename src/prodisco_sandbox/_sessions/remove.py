@@ -52,11 +52,10 @@ class Remove:
             again = self._again
             try:
                 async with self._deletes:
-                    if session.suspends:
+                    if session.suspends and session.remains.needs_delete:
                         await self._suspend_once(session)
-                    if (
-                        session.remains.needs_delete
-                    ):  # else it is suspended, gone, or another manager's by now
+                    # It may be suspended, gone, or another manager's by now.
+                    if session.remains.needs_delete:
                         await self._delete_once(session)
                 return
             except SandboxError as e:
@@ -111,7 +110,8 @@ class Remove:
                 error = e
                 continue
             found = patched or await resources.get(name)
-            if found is not None and session.suspends:  # else it was closed meanwhile
+            # Meanwhile it may have been closed, deleted, or claimed by another manager.
+            if found is not None and session.suspends and session.remains.needs_delete:
                 table.suspended(session, found)
                 parts.log.info("sandbox_suspended", sandbox=name, uid=known.uid, until=until)
             return

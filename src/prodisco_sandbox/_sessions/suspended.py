@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .._cluster import metadata
@@ -35,10 +35,16 @@ class Suspended:
 
 
 class SuspendedObjects:
-    """The suspended objects of an instance, by their sessions' hash; kept up to date by the watch."""
+    """The suspended objects of an instance, by their sessions' hash; kept up to date by the watch.
 
-    def __init__(self) -> None:
+    Args:
+        on_gone: Called with the hash of a session whose object was deleted, or claimed by another
+            manager.
+    """
+
+    def __init__(self, on_gone: Callable[[str], object]) -> None:
         self._by_session: dict[str, Suspended] = {}
+        self._on_gone = on_gone
 
     def __len__(self) -> int:
         return len(self._by_session)
@@ -82,14 +88,16 @@ class SuspendedObjects:
 
     def gone(self, obj: Object) -> None:
         if self.find(obj) is not None:
-            self.take(metadata.labels(obj)[metadata.LABEL_SESSION])
+            session = metadata.labels(obj)[metadata.LABEL_SESSION]
+            del self._by_session[session]
+            self._on_gone(session)
 
     def listed(self, objects: Iterable[Object]) -> None:
         """All objects of the instance: those that are not among them are gone."""
         uids = {metadata.uid(obj) for obj in objects}
-        for session, found in list(self._by_session.items()):
+        for found in list(self._by_session.values()):
             if metadata.uid(found.object) not in uids:
-                del self._by_session[session]
+                self.gone(found.object)
 
     def beyond(self, most: int) -> list[Suspended]:
         """Those that are too many, the ones that were suspended first."""
