@@ -8,11 +8,12 @@ import pytest
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
-from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE
+from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, lease_time
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request
 
-from .support import Clients, managed, settle
+from .support import Clients, managed, now, settle
 from .test_suspension import (
+    KEPT,
     NAME,
     SUSPENDS,
     TICK,
@@ -171,3 +172,66 @@ async def test_one_that_is_deleted_while_its_suspension_fails_holds_no_slot() ->
         api.delete_now(NAME)
         await asyncio.sleep(2 * TICK)
         await manager.get_client("another")
+
+
+# Deadlines
+
+
+async def test_a_renewal_on_its_way_does_not_shorten_the_deadline() -> None:
+    async with suspending(lease_duration=74.0) as (api, manager):
+        await manager.get_client("s")
+        hold = api.faults.add("patch", hold=True, name=NAME, times=1, when=lambda r: not suspends(r))
+        await hold.reached()
+        await api.until(lambda: manager.stats().closing == 1)
+        await settle()
+        hold.remove()
+        await api.until(lambda: is_suspended(api))
+        await asyncio.sleep(5)
+        assert found(api)["spec"]["shutdownTime"] > lease_time(now(), KEPT - 60)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+async def test_one_that_somebody_else_has_started_gets_a_lease(when: str) -> None:
+    async with suspending(lease_duration=60.0, suspended_for=200.0) as (api, manager):
+        if when == "before":
+            await suspended(api, manager)
+            api.resume(NAME)
+            await asyncio.sleep(5)
+            waiting = asyncio.create_task(manager.get_client("s"))
+        else:
+            api.pod_termination = 20.0
+            await manager.get_client("s")
+            await api.until(lambda: manager.stats().suspended == 1)
+            await settle()
+            waiting = asyncio.create_task(manager.get_client("s"))
+            await asyncio.sleep(1)
+            assert not waiting.done()
+            api.resume(NAME)
+        await waiting
+        async with manager.session("s"):
+            await asyncio.sleep(400)
+            assert lease_time(now(), 0) < found(api)["spec"]["shutdownTime"] <= lease_time(now(), 60.0)
+
+
+async def test_without_leases_only_what_is_suspended_has_a_deadline() -> None:
+    async with suspending(lease_duration=None) as (api, manager):
+        for _ in range(2):
+            async with manager.session("s"):
+                assert "shutdownTime" not in found(api)["spec"] or found(api)["spec"]["shutdownTime"] is None
+                await asyncio.sleep(2 * KEPT)
+            await api.until(lambda: is_suspended(api))
+            assert found(api)["spec"]["shutdownTime"] > lease_time(now(), KEPT - 10)
+        await asyncio.sleep(KEPT + 10)
+        assert api.objects == []
+
+
+async def test_one_that_was_resumed_for_nobody_is_suspended_again() -> None:
+    async with suspending() as (api, manager):
+        await suspended(api, manager)
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await settle()
+        waiting.cancel()
+        await asyncio.sleep(5)
+        assert mode(api) == "Running"
+        await api.until(lambda: manager.stats().suspended == 2)
+        assert found(api)["spec"]["shutdownTime"] == lease_time(now(), KEPT)

@@ -121,6 +121,7 @@ class Leases:
             return
         loop = asyncio.get_running_loop()
         begun = loop.time()
+        task = session.request = asyncio.current_task()
         body = {
             "metadata": {"uid": session.known.uid},
             "spec": self._resources.resource.deadline_spec(self.next()),
@@ -139,6 +140,8 @@ class Leases:
         else:
             self._failures.pop(session, None)
             due = begun + self._duration / 2
+        if session.request is task:
+            session.request = None
         if session in self._due and session.state in LIVING:
             self._due[session] = due
         else:

@@ -133,7 +133,7 @@ class Session:
     outcome: Outcome = field(default_factory=Outcome)
     inbox: Inbox = field(default_factory=Inbox)
     request: asyncio.Task[Any] | None = None
-    """The create or claim in flight, which nothing cancels."""
+    """The create, claim or renewal in flight, which nothing cancels: the removal waits for it."""
     ended: str = ""
     """Why it ended."""
     suspends: bool = False
