@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from aiohttp import ServerDisconnectedError
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
@@ -235,3 +236,74 @@ async def test_one_that_was_resumed_for_nobody_is_suspended_again() -> None:
         assert mode(api) == "Running"
         await api.until(lambda: manager.stats().suspended == 2)
         assert found(api)["spec"]["shutdownTime"] == lease_time(now(), KEPT)
+
+
+# Shutdown
+
+
+async def test_a_shutdown_deletes_what_is_being_suspended_where_nobody_comes_back() -> None:
+    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+        config = SandboxManagerConfig(mode="multi", **SUSPENDS)
+        clock = asyncio.get_running_loop().time
+        manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients(), wall_clock=clock)
+        await manager.get_client("s")
+        with api.faults.add("patch", hold=True, when=suspends) as gate:
+            await gate.reached()
+            ending = asyncio.create_task(manager.shutdown())
+            await settle()
+        await ending
+        assert api.objects == []
+
+
+async def test_a_shutdown_while_one_is_claimed_suspends_it_again() -> None:
+    async with suspending() as (api, manager):
+        await suspended(api, manager)
+        async with managed(api, **SUSPENDS | {"instance_id": "another"}) as other:
+            with api.faults.add("patch", hold=True, name=NAME) as gate:
+                asking = asyncio.create_task(other.get_client("s"))
+                await gate.reached()
+                ending = asyncio.create_task(other.shutdown())
+                await settle()
+            await asyncio.gather(asking, return_exceptions=True)
+            await ending
+        await asyncio.sleep(2)
+        assert is_suspended(api)
+        assert found(api)["spec"]["shutdownTime"] > lease_time(now(), KEPT - 10)
+
+
+async def test_a_shutdown_while_the_answer_to_a_claim_is_lost_suspends_it_again() -> None:
+    async with suspending() as (api, manager):
+        await suspended(api, manager)
+        async with managed(api, **SUSPENDS | {"instance_id": "another"}) as other:
+            with api.faults.add("patch", hold=True, name=NAME, after=True, lost=True, times=1) as gate:
+                asking = asyncio.create_task(other.get_client("s"))
+                await gate.reached()
+                ending = asyncio.create_task(other.shutdown())
+                await settle()
+            await asyncio.gather(asking, return_exceptions=True)
+            await ending
+        await asyncio.sleep(2)
+        assert is_suspended(api)
+        assert found(api)["spec"]["shutdownTime"] > lease_time(now(), KEPT - 10)
+
+
+async def test_one_whose_create_was_repeated_is_not_looked_for_once_it_is_suspended() -> None:
+    async with suspending() as (api, manager):
+        api.faults.add("create", error=ServerDisconnectedError, times=1)
+        await manager.get_client("s")
+        await manager.shutdown()
+        await asyncio.sleep(1)
+        assert is_suspended(api)
+
+
+async def test_a_shutdown_at_its_deadline_names_what_is_being_suspended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with suspending(shutdown_timeout=3.0) as (api, manager):
+        await manager.get_client("s")
+        with api.faults.add("patch", hold=True, when=suspends):
+            begun = now()
+            await manager.shutdown()
+            assert now() - begun == pytest.approx(3.0, abs=0.1)
+        told = [record.__dict__["sandbox"] for record in caplog.records]
+        assert [event["sandboxes"] for event in told if event["event"] == "shutdown_incomplete"] == [[NAME]]

@@ -351,6 +351,8 @@ class Engine:
         for session in list(self.table.current.values()):
             lives.end(session, "shutdown", SandboxManagerClosedError("the manager has been shut down"))
         if self._config.has_random_instance_id:  # Nobody would come back to them.
+            for session in self.table.closing.values():
+                self.table.delete_after_all(session)
             for found in self._suspended.take_all():
                 lives.bury(found.name, metadata.labels(found.object)[metadata.LABEL_SESSION], found)
         remove.retry_now(last_chance=True)

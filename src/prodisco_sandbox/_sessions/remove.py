@@ -87,13 +87,14 @@ class Remove:
         parts, known, name = self._parts, session.known, session.name
         resources, table = parts.resources, parts.table
         for _ in range(ORPHAN_READS):
-            if known.version is None or not parts.watch.current:
+            if known.uid is None or known.version is None or not parts.watch.current:
                 found = await resources.get(name)
-                same = found is not None and metadata.uid(found) == known.uid
+                # It has no uid if the answer to its claim was lost.
+                same = found is not None and known.uid in (None, metadata.uid(found))
                 if found is None or not same or not self._may_delete(found, session.session_hash):
                     table.dropped(session)
                     return
-                known.version = metadata.resource_version(found)
+                known.uid, known.version = metadata.uid(found), metadata.resource_version(found)
             until = metadata.lease_time(parts.wall_clock(), parts.config.suspended_for)
             spec = manifest.mode_spec(await resources.api_version(), "Suspended")
             body = {
@@ -136,8 +137,8 @@ class Remove:
     def remember(self, session: Session) -> None:
         """Notes that a create of a session may still be carried out under its present name."""
         lost_at = session.remains.lost_at
-        if session.remains.what == "kept":  # Its claim was not answered: it is not looked for either.
-            return
+        if session.remains.what == "kept" or session.suspends:
+            return  # What would be found under its name is what was kept, perhaps by an unanswered claim.
         if lost_at is not None and lost_at + UNCONFIRMED_FOR > self._parts.now():
             self._unconfirmed[session.name] = (session.session_hash, lost_at + UNCONFIRMED_FOR)
 

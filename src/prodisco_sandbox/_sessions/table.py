@@ -365,7 +365,7 @@ class SessionTable:
             error: What those who wait for it get; None: they ask again.
             reason: For the log.
             keep: Its object is not deleted.
-            suspend: Its object is suspended instead of deleted, if it has one for certain.
+            suspend: Its object is suspended instead of deleted; with `keep` only if it has one for certain.
 
         Returns:
             Whether there is anything to undo: then it is closing and holds its slot
@@ -377,7 +377,8 @@ class SessionTable:
         self.ready.pop(session.session_id, None)
         self.machines.leave(session)
         session.ended = reason
-        session.suspends = suspend and session.remains.what == "known"
+        certain = session.remains.what == "known"
+        session.suspends = suspend and (certain or (session.remains.needs_delete and not keep))
         if keep and not session.suspends and session.remains.needs_delete:
             self._set_remains(session, "kept")
         if session.outcome is _REACHED:
