@@ -238,6 +238,51 @@ async def test_one_that_was_resumed_for_nobody_is_suspended_again() -> None:
         assert found(api)["spec"]["shutdownTime"] == lease_time(now(), KEPT)
 
 
+# Late news, and lost answers
+
+
+async def test_late_news_after_it_was_taken_up_does_not_lead_to_the_old_pod() -> None:
+    async with suspending() as (api, manager):
+        api.pod_termination = 5.0
+        first = await manager.get_client("s")
+        old = found(api)
+        await api.until(lambda: manager.stats().suspended == 1)
+        await settle()
+        waiting = asyncio.create_task(manager.get_client("s"))
+        await settle()
+        assert manager._engine is not None
+        manager._engine.changed(old)
+        client = await waiting
+        assert client.target != first.target
+
+
+async def test_late_news_before_it_is_taken_up_does_not_lead_to_the_old_pod() -> None:
+    async with suspending() as (api, manager):
+        api.pod_termination = 5.0
+        first = await manager.get_client("s")
+        old = found(api)
+        await api.until(lambda: manager.stats().suspended == 1)
+        await settle()
+        assert manager._engine is not None
+        manager._engine.changed(old)
+        client = await manager.get_client("s")
+        assert client.target != first.target
+
+
+async def test_lost_answers_to_both_patches() -> None:
+    async with suspending() as (api, manager):
+        client = await manager.get_client("s")
+        api.faults.add("patch", lost=True, times=1, when=suspends)
+        await api.until(lambda: manager.stats().suspended == 1)
+        await settle()
+        api.faults.add("patch", lost=True, times=1)
+        again = await manager.get_client("s")
+        assert client.sandbox is not None
+        assert again.sandbox is not None
+        assert again.sandbox.uid == client.sandbox.uid
+        assert (manager.stats().suspended, manager.stats().resumed, manager.stats().created) == (1, 1, 1)
+
+
 # Shutdown
 
 

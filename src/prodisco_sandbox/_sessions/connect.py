@@ -205,7 +205,7 @@ class _Connecting:
                     )
                 await self._set_mode("Running")
                 return True
-            case "starting" | "running" if self._resume:  # Somebody else has started it.
+            case "running" if self._resume:  # Somebody else has started it.
                 await self._set_mode("Running")
                 return True
         return False

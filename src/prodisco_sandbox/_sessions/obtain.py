@@ -87,7 +87,9 @@ class Obtain:
         """Gives the session the object that it has left; starting it is for `connect`."""
         parts = self._parts
         self._rename(session, suspended.name, suspended.incarnation + 1)  # It will be another machine.
-        session.known = Known(used=True)
+        # What the controller saw before it was suspended does not count; what the watch has told does.
+        generation = metadata.generation(suspended.object)
+        session.known = Known(used=True, generation=generation, object=session.known.object)
         parts.table.found(session, suspended.object, metadata.uid(suspended.object), parts.now())
 
     async def anew(self, session: Session, deadline: float) -> None:

@@ -81,7 +81,9 @@ class SuspendedObjects:
         if metadata.is_deleting(obj):
             self.gone(obj)
         elif found is not None:
-            found.object = _without_template(obj)
+            # News from before it was suspended may come late.
+            if metadata.generation(obj) >= metadata.generation(found.object):
+                found.object = _without_template(obj)
         elif is_suspended:
             session = metadata.labels(obj).get(metadata.LABEL_SESSION, "")
             self._by_session.setdefault(session, Suspended(_without_template(obj)))
