@@ -13,6 +13,7 @@ from prodisco_sandbox import (
     SandboxCapacityError,
     SandboxFailedError,
     SandboxManager,
+    SandboxManagerClosedError,
     SandboxPermissionError,
     SandboxTimeoutError,
     SandboxUnavailableError,
@@ -372,3 +373,18 @@ async def test_sandboxes_from_before_the_pool_are_told_of(caplog: pytest.LogCapt
             assert changed["sandboxes"] == [SANDBOX.name("old")]
             assert "use a new one" in changed["reason"]
         assert api.get(SANDBOX.name("old")) is not None
+
+
+async def test_a_shutdown_ends_the_search_for_sandboxes_from_before_the_pool() -> None:
+    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+        api.add_warm_pool(POOL, 1)
+        await asyncio.sleep(3)
+        before = asyncio.all_tasks()
+        async with managed(api, warm_pool=POOL) as manager:
+            with api.faults.add("discovery", hold=True) as gate:
+                asking = asyncio.create_task(manager.get_client("s"))
+                await gate.reached(2)
+                await manager.shutdown()
+                with pytest.raises(SandboxManagerClosedError):
+                    await asking
+                assert asyncio.all_tasks() == before

@@ -119,6 +119,7 @@ class SandboxResources:
         self._config = config
         self._page = page
         self._discover = SingleFlight("kubernetes-discovery", self._discover_version)
+        self._discoveries = [self._discover]
         self._grace = StartupGrace()
         self._turns = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
@@ -127,11 +128,13 @@ class SandboxResources:
         other = copy.copy(self)
         other.resource, other._grace = resource, StartupGrace()
         other._discover = SingleFlight(f"kubernetes-discovery-{resource.plural}", other._discover_version)
+        self._discoveries.append(other._discover)  # For `aclose`, which only this one needs.
         return other
 
     async def aclose(self) -> None:
         """Closes the connection that was opened here; one that was passed in stays open."""
-        await self._discover.aclose()
+        for discovery in self._discoveries:
+            await discovery.aclose()
         await self.connection.aclose()
 
     # The API version
