@@ -339,6 +339,19 @@ async def test_the_claim_of_an_earlier_process_is_adopted() -> None:
         assert api.claims == []
 
 
+async def test_one_that_is_adopted_and_replaced_counts_as_a_start() -> None:
+    async with claimed(session_idle_timeout=1000.0) as (api, manager):
+        await manager.get_client("s")
+        async with managed(api, warm_pool=POOL, instance_id="next") as successor:
+            with api.faults.add("patch", hold=True, when=lambda r: "next" in str(r.body)) as gate:
+                waiting = asyncio.create_task(successor.get_client("s"))
+                await gate.reached()
+                api.fail_pod(CLAIM.name("s"))
+            await waiting
+            stats = successor.stats()
+            assert stats.warm + stats.cold == stats.created == 1
+
+
 async def test_orphans_are_claims() -> None:
     async with claimed() as (api, manager), managed(api, warm_pool=POOL, instance_id="other") as other:
         await other.get_client("s")

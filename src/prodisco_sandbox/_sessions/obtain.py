@@ -127,6 +127,7 @@ class Obtain:
             return
         parts.leases.drop(session)
         parts.table.deleted(session)
+        session.known = Known()
         await self(session, deadline)
 
     # Creation
