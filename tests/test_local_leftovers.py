@@ -303,6 +303,14 @@ async def use(cluster):
     async for chunk in stream:
         print(chunk.text, end="", flush=True)
 
+async def suspend(cluster):
+    config = cluster.config(on_idle="suspend", session_idle_timeout=0.01, idle_check_interval=0.01)
+    manager = SandboxManager(config, custom_objects_api=cluster.custom_objects_api)
+    async with manager.session("suspended") as client:
+        await client.execute("open('file', 'w')")
+    while not manager.stats().suspended:
+        await asyncio.sleep(0.01)
+
 async def main(directory):
     async with LocalCluster(directory=directory) as one, LocalCluster(directory=directory, warm=1) as two:
         # Children with copies of whatever descriptor they can get; both outlive this.
@@ -311,6 +319,7 @@ async def main(directory):
             os._exit(0)
         other = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
         print(pid, other.pid, flush=True)
+        await suspend(one)
         await asyncio.gather(use(one), use(two))
 
 asyncio.run(main(sys.argv[1]))
@@ -325,6 +334,7 @@ async def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
             forked, other = map(int, parent.stdout.readline().split())
             assert [parent.stdout.readline() for _ in range(2)] == ["running\n"] * 2
             await sleepers(tmp_path, 2)
+            assert [path.name for path in tmp_path.glob("*/workspace-*/*")] == ["file"]
         finally:
             parent.kill()
             # Or the end of its output would not come.

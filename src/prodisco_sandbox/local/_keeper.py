@@ -263,19 +263,11 @@ def _become_server(
 
 
 def _provide(workspace: Path) -> None:
-    """Makes a workspace that outlives its servers, or makes an old one usable again."""
-    try:
-        held = os.open(workspace, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+    """Makes a workspace that outlives its servers, unless it is there."""
+    # A link that code has put there would let the next server's code out.
+    if workspace.is_symlink() or not workspace.is_dir():
+        workspace.unlink(missing_ok=True)
         workspace.mkdir(0o700)
-    except NotADirectoryError:  # A link that code put there would let the next server's code out.
-        workspace.unlink()
-        workspace.mkdir(0o700)
-    else:
-        try:
-            Path(f"/proc/self/fd/{held}").chmod(0o700)  # Code may have closed it to its own user.
-        finally:
-            os.close(held)
 
 
 def remove(directory: Path) -> bool:
