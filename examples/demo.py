@@ -182,7 +182,8 @@ class Traces:
         while True:
             table = _processes()
             found = {os.getpid()}
-            for pid in sorted(table):  # In the order of their start, nearly always.
+            # Parents first; process ids alone start anew some time.
+            for pid in sorted(table, key=lambda pid: (table[pid][1], pid)):
                 if table[pid][0] in found:
                     found.add(pid)
                     self._seen.add((pid, table[pid][1]))
