@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from aiohttp import ServerDisconnectedError
 
-from prodisco_sandbox import SandboxManager, SandboxManagerConfig
+from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, lease_time
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request
@@ -352,3 +352,19 @@ async def test_a_shutdown_at_its_deadline_names_what_is_being_suspended(
             assert now() - begun == pytest.approx(3.0, abs=0.1)
         told = [record.__dict__["sandbox"] for record in caplog.records]
         assert [event["sandboxes"] for event in told if event["event"] == "shutdown_incomplete"] == [[NAME]]
+
+
+async def test_a_create_that_may_yet_land_is_not_mistaken_for_what_is_suspended() -> None:
+    async with suspending() as (api, manager):
+        with api.faults.add("create", error=ServerDisconnectedError):
+            waiting = asyncio.create_task(manager.get_client("s"))
+            await asyncio.sleep(1)
+            await manager.on_session_closed("s")
+            with pytest.raises(SandboxError, match="was closed"):
+                await waiting
+        await asyncio.sleep(15)  # Its name is free again.
+        await manager.get_client("s")
+        assert manager.sandbox_name("s") == NAME
+        await manager.shutdown()
+        await asyncio.sleep(1)
+        assert is_suspended(api)

@@ -156,7 +156,8 @@ class Remove:
                 found = await resources.get(name, deadline)
                 if table.named(name) is not None:
                     continue  # Meanwhile a session has come back, and this may be its object.
-                if found is not None and self._may_delete(found, session_hash):
+                is_own = found is not None and self._parts.suspended.is_own(found)
+                if found is not None and not is_own and self._may_delete(found, session_hash):
                     over = await self._delete_seen(found, deadline) and over
             if over and self._unconfirmed.get(name) == (session_hash, until):
                 del self._unconfirmed[name]
