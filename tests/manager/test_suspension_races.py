@@ -368,3 +368,9 @@ async def test_a_create_that_may_yet_land_is_not_mistaken_for_what_is_suspended(
         await manager.shutdown()
         await asyncio.sleep(1)
         assert is_suspended(api)
+
+
+async def test_a_suspension_without_end_has_the_latest_deadline_there_is() -> None:
+    async with suspending(suspended_for=1e300) as (api, manager):
+        await suspended(api, manager)
+        assert found(api)["spec"]["shutdownTime"] == "9999-12-31T23:59:59Z"

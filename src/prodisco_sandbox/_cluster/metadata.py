@@ -17,6 +17,9 @@ LABEL_SANDBOX = "prodisco.dev/sandbox"
 APP = "sandbox-server"
 MANAGED_BY = "mcp-server"
 
+LATEST = dt.datetime(9999, 12, 31, 23, 59, 59, tzinfo=dt.UTC).timestamp()
+"""The last second that RFC 3339 can write."""
+
 Object = dict[str, Any]
 """An object as the API server returns it."""
 
@@ -108,8 +111,8 @@ def _is_older(observed: object, since: int) -> bool:
 
 
 def lease_time(now: float, duration: float) -> str:
-    """RFC 3339 time `duration` seconds after the Unix time `now`, in whole seconds."""
-    end = dt.datetime.fromtimestamp(now + duration, dt.UTC)
+    """RFC 3339 time `duration` seconds after the Unix time `now`, in whole seconds; at most `LATEST`."""
+    end = dt.datetime.fromtimestamp(min(now + duration, LATEST), dt.UTC)
     return end.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
