@@ -339,6 +339,18 @@ async def test_the_claim_of_an_earlier_process_is_adopted() -> None:
         assert api.claims == []
 
 
+async def test_one_whose_sandbox_goes_while_it_is_adopted_is_bound_anew() -> None:
+    async with claimed(0, session_idle_timeout=1000.0) as (api, manager):
+        await manager.get_client("s")
+        async with managed(api, warm_pool=POOL, instance_id="next") as successor:
+            with api.faults.add("patch", hold=True, when=lambda r: "next" in str(r.body)) as gate:
+                waiting = asyncio.create_task(successor.get_client("s"))
+                await gate.reached()
+                api.delete_now(bound_to(api))
+            client = await waiting
+            assert client.target == f"{claim_of(api)['status']['sandbox']['podIPs'][0]}:50051"
+
+
 async def test_one_that_is_adopted_and_replaced_counts_as_a_start() -> None:
     async with claimed(session_idle_timeout=1000.0) as (api, manager):
         await manager.get_client("s")

@@ -7,12 +7,12 @@ import asyncio
 import pytest
 from aiohttp import ServerDisconnectedError
 
-from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig
+from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerClosedError, SandboxManagerConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, lease_time
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request
 
-from .support import Clients, managed, now, settle
+from .support import Clients, left_behind, managed, now, settle
 from .test_suspension import (
     KEPT,
     NAME,
@@ -55,6 +55,16 @@ async def test_a_close_at_any_moment_of_the_resumption_deletes_it(steps: int) ->
         await asyncio.gather(waiting, return_exceptions=True)
         if manager.has_session("s"):
             await manager.on_session_closed("s")
+        assert api.objects == []
+
+
+async def test_a_close_deletes_all_that_the_session_has() -> None:
+    async with suspending() as (api, manager):
+        await manager.get_client("s")
+        await left_behind(api, "s", incarnation=3)
+        api.suspend(SANDBOX.name("s", 3))
+        await asyncio.sleep(3)
+        await manager.on_session_closed("s")
         assert api.objects == []
 
 
@@ -298,6 +308,21 @@ async def test_a_shutdown_deletes_what_is_being_suspended_where_nobody_comes_bac
             await settle()
         await ending
         assert api.objects == []
+
+
+@pytest.mark.parametrize("steps", range(0, 24, 3))
+async def test_a_shutdown_at_any_moment_of_the_resumption_suspends_it_again(steps: int) -> None:
+    async with suspending() as (api, manager):
+        await suspended(api, manager)
+        waiting = asyncio.create_task(manager.get_client("s"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await manager.shutdown()
+        with pytest.raises(SandboxManagerClosedError):
+            await waiting
+        await asyncio.sleep(2)
+        assert is_suspended(api)
+        assert found(api)["spec"]["shutdownTime"] >= lease_time(now(), KEPT - TICK)
 
 
 async def test_a_shutdown_while_one_is_claimed_suspends_it_again() -> None:
