@@ -18,7 +18,6 @@ log = get_logger("audit")
 class CallRecord:
     """What is logged of a call: never code, session ids or handles."""
 
-    principal: str | None
     mode: str | None = None
     use: Use | None = None
     outcome: Literal["ok", "failed", "error", "invalid", "refused", "no_sandbox", "cancelled"] = "cancelled"
@@ -27,7 +26,7 @@ class CallRecord:
 @contextmanager
 def audited(principal: str | None) -> Iterator[CallRecord]:
     """Logs a call at its end; the block sets what becomes known of it."""
-    record = CallRecord(principal)
+    record = CallRecord()
     begun = time.monotonic()
     try:
         yield record

@@ -103,7 +103,6 @@ class Verifier:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._file = TokenFile(args.auth_token_file) if args.auth_token_file else None
-        self._url = args.oidc_issuer
         self._issuer = Issuer(args.oidc_issuer, args.oidc_audience) if args.oidc_issuer else None
 
     async def verify_token(self, token: str) -> AccessToken | None:
@@ -119,7 +118,7 @@ class Verifier:
             _reason.set(str(refusal))
             return None
         # A principal is the same in all its clients, whose own ids therefore do not count.
-        claims = {"iss": self._url}
+        claims = {"iss": self._issuer.url}
         return AccessToken(token="", client_id=subject, scopes=[], subject=subject, claims=claims)
 
     async def aclose(self) -> None:

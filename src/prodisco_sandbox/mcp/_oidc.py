@@ -53,12 +53,12 @@ class Issuer:
     """An OIDC issuer, or another authorization server with metadata as in RFC 8414.
 
     Args:
-        issuer: Its URL, exactly as in the claim ``iss``.
+        url: The issuer's, exactly as in the claim ``iss``.
         audience: What the claim ``aud`` has to be, or to hold.
     """
 
-    def __init__(self, issuer: str, audience: str) -> None:
-        self._issuer, self._audience = issuer, audience
+    def __init__(self, url: str, audience: str) -> None:
+        self.url, self._audience = url, audience
         self._keys: dict[str | None, dict[str, Any]] = {}
         self._fetched_at = self._next_fetch = float("-inf")
         self._fetch: asyncio.Task[None] | None = None
@@ -84,7 +84,7 @@ class Issuer:
                 jwt.PyJWK(key, algorithm),
                 algorithms=[algorithm],
                 audience=self._audience,
-                issuer=self._issuer,
+                issuer=self.url,
                 leeway=LEEWAY,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
@@ -127,28 +127,28 @@ class Issuer:
             ):
                 self._keys = await self._read_keys(http)
             self._fetched_at = loop.time()
-            log.info("oidc_keys_fetched", issuer=self._issuer, keys=len(self._keys))
+            log.info("oidc_keys_fetched", issuer=self.url, keys=len(self._keys))
         except (OSError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
             text = str(error) or type(error).__name__
-            log.warning("oidc_keys_failed", issuer=self._issuer, error=text, known=len(self._keys))
+            log.warning("oidc_keys_failed", issuer=self.url, error=text, known=len(self._keys))
         finally:
             self._next_fetch = loop.time() + FETCH_PAUSE
 
     async def _read_keys(self, http: httpx2.AsyncClient) -> dict[str | None, dict[str, Any]]:
-        parts = urlsplit(self._issuer)
+        parts = urlsplit(self.url)
         server, path = f"{parts.scheme}://{parts.netloc}/", parts.path.rstrip("/")
         try:
-            metadata = await _get(http, f"{self._issuer.rstrip('/')}/.well-known/openid-configuration")
+            metadata = await _get(http, f"{self.url.rstrip('/')}/.well-known/openid-configuration")
         except ValueError:
             metadata = await _get(http, f"{server}.well-known/oauth-authorization-server{path}")
-        if metadata.get("issuer") != self._issuer:
-            raise ValueError(f"the metadata of {self._issuer} is that of another issuer")
+        if metadata.get("issuer") != self.url:
+            raise ValueError(f"the metadata of {self.url} is that of another issuer")
         url = str(metadata.get("jwks_uri"))
         check_url("jwks_uri", url)
         keys = (await _get(http, url)).get("keys")
         usable = {
             key.get("kid"): key
-            for key in (keys if isinstance(keys, list) else [])
+            for key in (keys if isinstance(keys, list) else ())
             if isinstance(key, dict)
             and isinstance(key.get("kid"), str | None)
             and key.get("use", "sig") == "sig"
