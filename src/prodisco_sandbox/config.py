@@ -292,7 +292,7 @@ class SandboxManagerConfig:
 
     @property
     def most_suspended(self) -> int:
-        """`max_suspended`, or what it stands for."""
+        """`max_suspended`, or its default."""
         return 10 * self.max_sessions if self.max_suspended is None else self.max_suspended
 
     @property

@@ -203,7 +203,7 @@ class SandboxManager:
             await engine.acquire(_checked(session_id))
 
     async def on_session_closed(self, session_id: str | None = None) -> None:
-        """Closes the session's client and deletes its Sandbox, also while it is being created.
+        """Closes the session's client and deletes its Sandbox, also a suspended one, or one being created.
 
         Returns once it is deleted or handed to the background retry; never raises an
         error of the cluster. Callers that wait for the session get `SandboxError`.
@@ -237,13 +237,13 @@ class SandboxManager:
         """Deletes Sandboxes that a previous incarnation of this manager left.
 
         These are the managed Sandboxes of the namespace that carry this instance_id and
-        are in no session here, and those whose lease has lapsed. Called at start-up, it
-        also deletes what a returning session could have adopted. Idempotent; safe to
-        cancel: what is not deleted yet stays. Single mode: nothing.
+        are in no session here, and those whose lease has lapsed. What sessions here have suspended
+        stays. Called at start-up, it also deletes what a returning session could have adopted.
+        Idempotent; safe to cancel: what is not deleted yet stays. Single mode: nothing.
 
         Args:
-            all_instances: Delete every managed Sandbox that is in no session here, other
-                managers' live ones included: only for a namespace that this manager has
+            all_instances: Delete every managed Sandbox that is in no session here, suspended ones
+                and other managers' live ones included: only for a namespace that this manager has
                 to itself.
 
         Returns:
@@ -295,6 +295,9 @@ class SandboxManager:
 
     async def shutdown(self) -> None:
         """Refuses new work, closes all clients, deletes every Sandbox, stops every task.
+
+        With ``on_idle="suspend"`` and an ``instance_id`` that is set, Sandboxes in use are suspended
+        instead, and suspended ones stay.
 
         Bounded by ``shutdown_timeout``; what it had to leave, or what may yet appear since
         the answer to its create was lost, it names in the log (``shutdown_incomplete``), and

@@ -22,7 +22,7 @@ API_VERSIONS = ("v1beta1", "v1alpha1")
 CACHE_DIR = "/tmp/prodisco-scripts"
 WORKSPACE, WORKSPACE_DIR = "workspace", "/workspace"
 GROUP_ID = 65532
-"""Of the image's user: a new volume is root's, and the kubelet makes it this group's."""
+"""Group of the image's user. A new volume belongs to root; fsGroup gives it to this group."""
 TLS_DIR = "/etc/prodisco/tls"
 
 

@@ -56,7 +56,7 @@ class Connect:
             session: It has an object.
             deadline: On the loop's clock.
             exchange: A name that an earlier pod still holds is not waited for: `SpentError`.
-            resume: Its deadline is that of a suspended object, also if somebody else has started it.
+            resume: The object was suspended: it needs a lease even if somebody else has started it.
 
         Raises:
             SpentError: It, or its pod, has come to its end, and nothing is lost with it.
@@ -205,7 +205,7 @@ class _Connecting:
                     )
                 await self._set_mode("Running")
                 return True
-            case "running" if self._resume:  # Somebody else has started it.
+            case "running" if self._resume:  # Somebody else has started it: it has no lease yet.
                 await self._set_mode("Running")
                 return True
         return False

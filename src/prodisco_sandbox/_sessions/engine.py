@@ -134,7 +134,7 @@ class Engine:
         return session
 
     async def _warn_of_other_kind(self) -> None:
-        """Sandboxes from before the warm pool was turned on: neither adopted nor cleaned up."""
+        """Warns of Sandboxes from before the warm pool, which are neither adopted nor cleaned up."""
         try:
             found, _ = await self._resources.of(SANDBOX).list(self._selector)
         except SandboxError as e:  # Such as a Role for claims only.
@@ -178,7 +178,7 @@ class Engine:
             self.table.delete_after_all(closing)
             if closing.released is not None:
                 await closing.released.wait()
-            # Suspended at the last moment: it is deleted by another.
+            # If it had just been suspended, a second closing session deletes it.
             waited, closing = closing, self.table.closing.get(session_id)
 
     async def _bury(self, session_id: str, session_hash: str) -> None:
@@ -192,7 +192,7 @@ class Engine:
             self._log.warning("sandbox_not_looked_for", sandbox=name, reason=str(e))
             return
         if session_id in self.table.current or session_id in self.table.closing:
-            return  # Meanwhile it has come back.
+            return  # It was asked for again meanwhile, and adopts the object.
         for found in objects:
             if not metadata.is_deleting(found):
                 self._suspended.take(session_hash)
@@ -278,7 +278,7 @@ class Engine:
         self.table.dropped(session)  # Nobody need delete it, and nobody may if it was claimed.
         text = f"sandbox {session.name} was deleted, or claimed by another manager"
         if session.state is SessionState.CREATING and session.known.used:
-            session.inbox.post(News.LOOK)  # It was suspended: the session gets another one.
+            session.inbox.post(News.LOOK)  # If it was suspended, the session gets another object.
         elif session.state is SessionState.CREATING:
             self._lives.fail(session, SandboxFailedError(text))
         elif session.state in SERVING:

@@ -52,7 +52,7 @@ class Lives:
         self._connect = Connect(parts, self.clients)
         self._tasks: dict[asyncio.Task[None], Session] = {}
         self.stopped = False
-        """Whether a session that ends now is not removed any more."""
+        """Shutdown no longer waits for lives: a session that ends now is not removed."""
 
     def begin(self, session: Session) -> None:
         """Begins the life of a session that was admitted to the table."""
@@ -91,7 +91,7 @@ class Lives:
         parts.leases.drop(session)
 
     def bury(self, session_id: str, session_hash: str, found: Suspended) -> None:
-        """Deletes the object of a session that is not there, however often that takes."""
+        """Deletes the suspended object of an id that has no session, and retries until that succeeds."""
         session = Session(
             session_id=session_id, session_hash=session_hash, name=found.name, incarnation=found.incarnation
         )
@@ -158,7 +158,8 @@ class Lives:
             error: SandboxError = parts.table.full()
             if before is not None and before.state is not SessionState.GONE:
                 error = SandboxTimeoutError(
-                    f"the session's previous sandbox {before.name} could not be deleted in time"
+                    f"the session's previous sandbox {before.name} could not be"
+                    f" {'suspended' if before.suspends else 'deleted'} in time"
                 )
             self.refused(session, error)
             self.end(session, "queued", error)
@@ -269,7 +270,7 @@ class Lives:
         await self.remove(session)
         self.remove.remember(session)
         found = self._parts.suspended.take(session.session_hash) if session.ended == "closed" else None
-        if found is not None:  # It was closed before it took that up.
+        if found is not None:  # The session was closed before it took up its suspended object.
             self._obtain.take_up(session, found)
             await self.remove(session)
         took = self._since(begun)

@@ -54,7 +54,7 @@ class Machine:
         return moved or self.is_another(said)
 
     def is_another(self, said: resource.Machine) -> bool:
-        """Whether the object's status names another pod: a claim binds another Sandbox without a word."""
+        """Whether the object's status names another pod: a claim may be rebound while it stays Ready."""
         return bool(said.pod and self.pod and said.pod != self.pod)
 
 

@@ -87,13 +87,13 @@ class Obtain:
         """Gives the session the object that it has left; starting it is for `connect`."""
         parts = self._parts
         self._rename(session, suspended.name, suspended.incarnation + 1)  # It will be another machine.
-        # What the controller saw before it was suspended does not count; what the watch has told does.
+        # Conditions from before the suspension do not count; events since then do.
         generation = metadata.generation(suspended.object)
         session.known = Known(used=True, generation=generation, object=session.known.object)
         parts.table.found(session, suspended.object, metadata.uid(suspended.object), parts.now())
 
     async def anew(self, session: Session, deadline: float) -> None:
-        """The session's object is gone, and it gets another one."""
+        """Obtains another object for a session whose own is gone, or claimed by another manager."""
         parts = self._parts
         self._clients.discard(session)
         parts.table.machines.forget(session)

@@ -65,7 +65,7 @@ class Past:
                 self._ended.popitem(last=False)
 
     def has_strayed(self, session_hash: str) -> None:
-        """The session may have an object that this manager no longer follows."""
+        """Notes that the session may have an object that this manager no longer follows."""
         self._strays.add(session_hash)
         if len(self._strays) > STRAYS:
             self._strays.pop()

@@ -46,7 +46,7 @@ class Remove:
         self._again = asyncio.Event()
 
     async def __call__(self, session: Session) -> None:
-        """Deletes or suspends the session's object, however often that takes."""
+        """Deletes or suspends the session's object, and retries until that succeeds."""
         parts, attempt, begun = self._parts, 0, self._parts.now()
         while True:
             again = self._again
@@ -83,7 +83,7 @@ class Remove:
                 continue
 
     async def _suspend_once(self, session: Session) -> None:
-        """Suspends the object, unless somebody has changed it since it was last seen: then looks again."""
+        """Suspends the object; one that has changed since it was last seen is read again first."""
         parts, known, name = self._parts, session.known, session.name
         resources, table = parts.resources, parts.table
         for _ in range(ORPHAN_READS):
@@ -138,7 +138,7 @@ class Remove:
         """Notes that a create of a session may still be carried out under its present name."""
         lost_at = session.remains.lost_at
         if session.remains.what == "kept" or session.suspends:
-            return  # What would be found under its name is what was kept, perhaps by an unanswered claim.
+            return  # Under its name is the object that was kept or suspended; a lost claim makes no other.
         if lost_at is not None and lost_at + UNCONFIRMED_FOR > self._parts.now():
             self._unconfirmed[session.name] = (session.session_hash, lost_at + UNCONFIRMED_FOR)
 
@@ -223,7 +223,7 @@ class Remove:
                     continue
                 same = now is not None and metadata.uid(now) == metadata.uid(seen)
                 if now is not None and same and metadata.instance(now) == parts.config.instance_label:
-                    suspended.seen(now, is_suspended=False)  # Unless its session has taken it meanwhile.
+                    suspended.seen(now, is_suspended=False)  # Ignored if its session has taken it meanwhile.
                 else:
                     suspended.gone(seen)
 

@@ -1,4 +1,4 @@
-"""Suspended objects: what sessions that nobody uses have left, for when they come back."""
+"""Suspended objects: those of idle sessions, kept until the sessions are used again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Suspended:
 
     @property
     def until(self) -> str:
-        """Its deadline; the one that was suspended first has the earliest."""
+        """Its deadline, the earliest for the one that was suspended first."""
         return str((self.object.get("spec") or {}).get("shutdownTime") or "")
 
 
@@ -53,7 +53,7 @@ class SuspendedObjects:
         return self._by_session.get(session_hash)
 
     def take(self, session_hash: str) -> Suspended | None:
-        """The object of a session that comes back, or is closed; whoever takes it answers for it."""
+        """Removes and returns the record of a session that is used again, or closed."""
         return self._by_session.pop(session_hash, None)
 
     def take_all(self) -> list[Suspended]:
@@ -62,7 +62,7 @@ class SuspendedObjects:
         return found
 
     def find(self, obj: Object) -> Suspended | None:
-        """What is recorded of this very object."""
+        """The record of this object, compared by uid."""
         found = self._by_session.get(metadata.labels(obj).get(metadata.LABEL_SESSION, ""))
         same = found is not None and metadata.uid(found.object) == metadata.uid(obj)
         return found if same else None
@@ -81,7 +81,7 @@ class SuspendedObjects:
         if metadata.is_deleting(obj):
             self.gone(obj)
         elif found is not None:
-            # News from before it was suspended may come late.
+            # The watch may lag behind the answer to the suspension.
             if metadata.generation(obj) >= metadata.generation(found.object):
                 found.object = _without_template(obj)
         elif is_suspended:
@@ -102,12 +102,12 @@ class SuspendedObjects:
                 self.gone(found.object)
 
     def beyond(self, most: int) -> list[Suspended]:
-        """Those that are too many, the ones that were suspended first."""
+        """Those beyond `most`, the earliest deadline first."""
         found = sorted(self._by_session.values(), key=lambda suspended: suspended.until)
         return found[: max(0, len(found) - most)]
 
 
 def _without_template(obj: Object) -> Object:
-    """What is read of it; the pod template is most of its size."""
+    """A copy for the record: nobody reads the pod template, which is most of its size."""
     spec = {key: value for key, value in (obj.get("spec") or {}).items() if key != "podTemplate"}
     return {**obj, "spec": spec}

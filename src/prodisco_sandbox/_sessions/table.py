@@ -399,7 +399,7 @@ class SessionTable:
         self.closing[session.session_id] = session
 
     def bury(self, session: Session) -> None:
-        """A new session closes at once: it has an object that no session had. It holds no slot."""
+        """Registers a closing session for an object that had no session. It holds no slot."""
         session.has_slot, session.ended = False, "closed"
         session.remains = Remains("known")
         self._by_name[session.name] = session
@@ -407,7 +407,7 @@ class SessionTable:
         session.inbox.close()
 
     def delete_after_all(self, session: Session) -> None:
-        """A closing session's object is deleted, although it was to be suspended."""
+        """Has a closing session's object deleted instead of suspended."""
         session.suspends = False
 
     def suspended(self, session: Session, obj: Object) -> None:
@@ -438,7 +438,7 @@ class SessionTable:
         return idle
 
     def counts(self) -> Counter[SessionState]:
-        """Sessions by state, without those that hold no slot because they were suspended before."""
+        """Sessions by state, without closing ones that hold no slot (see `bury`)."""
         closing = [session for session in self.closing.values() if session.has_slot]
         return Counter(session.state for session in (*self.current.values(), *closing))
 
