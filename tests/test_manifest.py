@@ -195,6 +195,19 @@ def test_default_body(api_version: str, running: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("size", "limit"),
+    [
+        *(("1Gi", 1024), ("1.5Gi", 1536), ("500Mi", 500), ("2Ti", 2 * 1024**2), ("1G", 953)),
+        *(("1048576", 1), ("2097152k", 2000), ("5000m", 1), ("100Ki", 1)),
+    ],
+)
+def test_the_server_may_fill_the_volume(size: str, limit: int) -> None:
+    spec = manifest.SANDBOX.body(multi(workspace_storage=size), "v1beta1", "a", "0" * 40)["spec"]
+    env = {e["name"]: e.get("value") for e in spec["podTemplate"]["spec"]["containers"][0]["env"]}
+    assert env["SANDBOX_WORKSPACE_LIMIT_MB"] == str(limit)
+
+
 def test_a_workspace_on_a_volume() -> None:
     """The Sandbox makes a PersistentVolumeClaim of each template, and a volume of its name in the pod."""
     config = multi(workspace_storage="2Gi", workspace_storage_class="fast")
@@ -210,6 +223,7 @@ def test_a_workspace_on_a_volume() -> None:
     [container] = pod["containers"]
     assert {"name": "workspace", "mountPath": "/workspace"} in container["volumeMounts"]
     assert {"name": "SANDBOX_WORKSPACE", "value": "/workspace"} in container["env"]
+    assert {"name": "SANDBOX_WORKSPACE_LIMIT_MB", "value": "2048"} in container["env"]
     assert pod["securityContext"]["fsGroup"] == 65532  # of the image's user
     assert "workspace" not in [volume["name"] for volume in pod["volumes"]]
     without = manifest.SANDBOX.body(multi(workspace_storage="2Gi"), "v1beta1", "sandbox-x", "0" * 40)

@@ -7,6 +7,7 @@ kubernetes-sigs/agent-sandbox.
 from __future__ import annotations
 
 import copy
+from decimal import Decimal
 from typing import Literal
 
 from ..config import SandboxManagerConfig, TlsConfig
@@ -41,6 +42,15 @@ def sandbox_spec(config: SandboxManagerConfig, api_version: str, labels: dict[st
         "service": True,
         **({"replicas": 1} if api_version == "v1alpha1" else {"operatingMode": "Running"}),
     }
+
+
+def _mebibytes(quantity: str) -> int:
+    """A quantity of bytes, as the Kubernetes API writes it, in whole MiB."""
+    number = quantity.rstrip("EPTGMKkim")
+    suffix = quantity[len(number) :]
+    base = 1024 if suffix.endswith("i") else 1000
+    power = -1 if suffix == "m" else " KMGTPE".index(suffix[:1].upper() or " ")
+    return max(1, int(Decimal(number) * Decimal(base) ** power / 2**20))
 
 
 def _workspace_claim(config: SandboxManagerConfig) -> Object:
@@ -92,7 +102,9 @@ def _default_pod_template(config: SandboxManagerConfig) -> Object:
         "volumes": volumes,
     }
     if config.workspace_storage is not None:
+        size = str(_mebibytes(config.workspace_storage))
         container["env"].append({"name": "SANDBOX_WORKSPACE", "value": WORKSPACE_DIR})
+        container["env"].append({"name": "SANDBOX_WORKSPACE_LIMIT_MB", "value": size})
         container["volumeMounts"].append({"name": WORKSPACE, "mountPath": WORKSPACE_DIR})
         spec["securityContext"] = {"fsGroup": GROUP_ID, "fsGroupChangePolicy": "OnRootMismatch"}
     return {"spec": spec}
