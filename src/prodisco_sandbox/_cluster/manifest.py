@@ -22,6 +22,8 @@ API_VERSIONS = ("v1beta1", "v1alpha1")
 
 CACHE_DIR = "/tmp/prodisco-scripts"
 WORKSPACE, WORKSPACE_DIR = "workspace", "/workspace"
+MOST_WORKSPACE = 2**20
+"""The largest limit that the server takes, in MiB."""
 GROUP_ID = 65532
 """Group of the image's user. A new volume belongs to root; fsGroup gives it to this group."""
 TLS_DIR = "/etc/prodisco/tls"
@@ -102,7 +104,7 @@ def _default_pod_template(config: SandboxManagerConfig) -> Object:
         "volumes": volumes,
     }
     if config.workspace_storage is not None:
-        size = str(_mebibytes(config.workspace_storage))
+        size = str(min(_mebibytes(config.workspace_storage), MOST_WORKSPACE))
         container["env"].append({"name": "SANDBOX_WORKSPACE", "value": WORKSPACE_DIR})
         container["env"].append({"name": "SANDBOX_WORKSPACE_LIMIT_MB", "value": size})
         container["volumeMounts"].append({"name": WORKSPACE, "mountPath": WORKSPACE_DIR})
