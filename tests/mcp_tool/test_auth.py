@@ -218,6 +218,11 @@ def test_a_changed_file_is_read_again_and_a_bad_one_is_not_used(
     with tokens.open("a") as appended:
         appended.write(f"ann {ANN}\n")
     assert file.find(ANN) == "ann"
+    # With as many bytes as before.
+    before = tokens.stat()
+    tokens.write_text(tokens.read_text().replace(ANN, ANN.swapcase()))
+    os.utime(tokens, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert (file.find(ANN), file.find(ANN.swapcase())) == (None, "ann")
     tokens.write_text("")
     assert (file.find(ANN), file.find(BOB)) == (None, None), "all are revoked"
 
