@@ -111,6 +111,20 @@ async def test_somebody_else_resumes_and_suspends_it(cluster: ControlledNamespac
             assert (manager.stats().created, manager.stats().failed) == (1, 0)
 
 
+async def test_one_that_somebody_else_suspended_is_suspended_again_and_resumes(
+    cluster: ControlledNamespace,
+) -> None:
+    # Then only its deadline changes: the controller must still say that it has seen the change.
+    async with cluster.managed(**SUSPENDS) as manager:
+        async with manager.session("session") as client:
+            first = ref(client)
+            await cluster.suspend(NAME)
+            await until(lambda: cluster.is_suspended(NAME))
+        await until(lambda: manager.stats().suspended == 1)
+        second = await use(manager)
+        assert (second.uid, second == first) == (first.uid, False)
+
+
 async def test_the_deadline_deletes_what_nobody_comes_back_to(cluster: ControlledNamespace) -> None:
     async with cluster.managed(**SUSPENDS, suspended_for=1.0) as manager, cluster.watched() as events:
         first = await use(manager)
