@@ -7,7 +7,13 @@ import asyncio
 import pytest
 from aiohttp import ServerDisconnectedError
 
-from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerClosedError, SandboxManagerConfig
+from prodisco_sandbox import (
+    SandboxError,
+    SandboxManager,
+    SandboxManagerClosedError,
+    SandboxManagerConfig,
+    SandboxTimeoutError,
+)
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, lease_time
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request
@@ -158,6 +164,16 @@ async def test_a_session_that_was_at_another_manager_comes_back_with_its_object(
         assert client.sandbox.uid == uid
 
 
+async def test_one_that_is_claimed_unnoticed_is_claimed_back_before_it_is_used() -> None:
+    async with suspending() as (api, manager):
+        await suspended(api, manager)
+        api.silence_watches()
+        await claim(api)
+        await manager.get_client("s")
+        assert found(api)["metadata"]["labels"][LABEL_INSTANCE] == "me"
+        assert manager.stats().created == 1
+
+
 async def test_one_that_is_claimed_before_the_suspension_is_answered_is_not_recorded() -> None:
     async with suspending() as (api, manager):
         await manager.get_client("s")
@@ -277,6 +293,15 @@ async def test_late_news_before_it_is_taken_up_does_not_lead_to_the_old_pod() ->
         manager._engine.changed(old)
         client = await manager.get_client("s")
         assert client.target != first.target
+
+
+async def test_one_that_cannot_be_suspended_says_so_when_its_session_comes_back() -> None:
+    async with suspending(ready_timeout=5.0) as (api, manager):
+        await manager.get_client("s")
+        with api.faults.add("patch", error=403, name=NAME):
+            await api.until(lambda: manager.stats().closing == 1)
+            with pytest.raises(SandboxTimeoutError, match=f"{NAME} could not be suspended in time"):
+                await manager.get_client("s")
 
 
 async def test_lost_answers_to_both_patches() -> None:
