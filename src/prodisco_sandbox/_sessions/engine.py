@@ -62,7 +62,7 @@ class Engine:
         self._watch = SandboxWatch(self._resources, selector, self, survey=(everyone, self._past.survey))
         self._watch_task: asyncio.Task[None] | None = None
         self._sweep_task: asyncio.Task[None] | None = None
-        self._suspended = SuspendedObjects(self._past.has_strayed)
+        self._suspended = SuspendedObjects(self._past.suspended_is_gone)
         self._leases = Leases(self._resources, config.lease_duration, wall_clock, self._look)
         self._parts = Parts(
             config=config,

@@ -288,7 +288,7 @@ class Lives:
         elif not self.stopped and (session.known.uid is not None or session.remains.needs_delete):
             self._past.occupy(session.name, parts.now())
         if session.suspends and session.remains.what == "another's":
-            self._past.has_strayed(session.session_hash)
+            self._past.suspended_is_gone(session.session_hash)
         parts.table.release(session)
         if found is not None and not (session.suspends or self.stopped):  # It was closed at the last moment.
             self.bury(session.session_id, session.session_hash, Suspended(found))

@@ -99,7 +99,7 @@ class Obtain:
         parts.table.machines.forget(session)
         parts.leases.drop(session)
         parts.table.deleted(session)
-        session.known = Known()
+        session.known, session.recreated = Known(), True
         self._next_name(session)
         await self(session, deadline, look=True)  # Another manager may have claimed it.
 

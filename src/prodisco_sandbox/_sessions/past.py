@@ -58,17 +58,24 @@ class Past:
         """Notes how a session has ended."""
         if session.ended in ("failed", "lost") and not session.remains.needs_delete:
             # Its object was kept, or perhaps claimed by another manager.
-            self.has_strayed(session.session_hash)
+            self._stray(session.session_hash)
         if session.ended in ("lost", "reaped"):
-            self._ended[session.session_hash] = None
-            if len(self._ended) > REMEMBERED:
-                self._ended.popitem(last=False)
+            self._remember(session.session_hash)
 
-    def has_strayed(self, session_hash: str) -> None:
-        """Notes that the session may have an object that this manager no longer follows."""
+    def suspended_is_gone(self, session_hash: str) -> None:
+        """The session's suspended object was deleted, or claimed by another manager."""
+        self._stray(session_hash)
+        self._remember(session_hash)
+
+    def _stray(self, session_hash: str) -> None:
         self._strays.add(session_hash)
         if len(self._strays) > STRAYS:
             self._strays.pop()
+
+    def _remember(self, session_hash: str) -> None:
+        self._ended[session_hash] = None
+        if len(self._ended) > REMEMBERED:
+            self._ended.popitem(last=False)
 
     def occupy(self, name: str, now: float) -> None:
         """The object of this name was deleted, and its pod may not be gone yet."""
