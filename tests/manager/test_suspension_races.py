@@ -335,6 +335,22 @@ async def test_a_shutdown_deletes_what_is_being_suspended_where_nobody_comes_bac
         assert api.objects == []
 
 
+@pytest.mark.parametrize("steps", range(8))
+async def test_a_shutdown_at_any_moment_of_the_suspension_leaves_nothing(
+    steps: int,
+) -> None:
+    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+        config = SandboxManagerConfig(mode="multi", **SUSPENDS)
+        clock = asyncio.get_running_loop().time
+        manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients(), wall_clock=clock)
+        await manager.get_client("s")
+        await api.until(lambda: manager.stats().closing == 1)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await manager.shutdown()
+        assert api.objects == []
+
+
 @pytest.mark.parametrize("steps", range(0, 24, 3))
 async def test_a_shutdown_at_any_moment_of_the_resumption_suspends_it_again(steps: int) -> None:
     async with suspending() as (api, manager):

@@ -63,8 +63,9 @@ class Lives:
 
     async def stop(self, deadline: float) -> None:
         """Waits for lives that were ended; from then on a cancellation ends a life itself."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=max(0.0, deadline - self._parts.now()))
+        while self._tasks and (patience := deadline - self._parts.now()) > 0:
+            await asyncio.wait(self._tasks, timeout=patience)
+            await asyncio.sleep(0)  # `_over` may begin another life, which deletes what was just suspended.
         self.stopped = True
 
     def end(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
