@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _multiprocessing  # type: ignore[import-not-found]
 import asyncio
 import contextlib
 import mmap
@@ -124,7 +125,7 @@ from multiprocessing import resource_tracker, shared_memory
 segment = shared_memory.SharedMemory(create=True, size=1 << 20)
 segment.buf[:6] = b"secret"
 resource_tracker.unregister(segment._name, "shared_memory")
-import _multiprocessing
+import _multiprocessing  # type: ignore[import-not-found]
 _multiprocessing.SemLock(1, 1, 1, f"/left-{os.getpid()}", False)
 print(segment._name.lstrip("/"), f"sem.left-{os.getpid()}")
 print(*os.listdir("/dev/shm"))
@@ -184,6 +185,22 @@ def test_files_that_are_open_somewhere_are_left(tmp_path: Path, monkeypatch: pyt
         assert {path.name for path in tmp_path.iterdir()} == {"old", "open"}
     memory.end()
     assert {path.name for path in tmp_path.iterdir()} == {"old"}
+
+
+def test_a_semaphore_that_no_child_has_opened_yet_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maker has it mapped under another name, which is gone."""
+    monkeypatch.setattr("prodisco_sandbox.server._shared_memory._refusal", lambda: "refused")
+    memory = SharedMemory(in_namespaces=False)
+    memory.begin()
+    name = f"/prodisco-{uuid.uuid4().hex}"
+    semaphore = _multiprocessing.SemLock(1, 1, 1, name, False)  # As multiprocessing makes it.
+    path = Path("/dev/shm", f"sem.{name[1:]}")
+    try:
+        memory.end()
+        assert path.exists()
+        assert semaphore.acquire(False)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def test_files_with_odd_names_that_are_mapped_are_left(

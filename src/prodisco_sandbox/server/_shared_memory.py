@@ -49,46 +49,50 @@ class SharedMemory:
     def begin(self) -> None:
         """Notes what is there before any execution runs."""
         if self._common:
-            self._before = self._own()
+            self._before = set(self._own())
 
     def end(self) -> None:
         """Removes what executions have left: this user's, new, and open nowhere.
 
         To be called while none runs, and before the next does.
         """
-        if not self._common or not (left := self._own() - self._before):
+        if not self._common:
             return
-        for name in left - _used(self._directory):
-            (self._directory / name).unlink(missing_ok=True)
-            log.info("removed %s, which an execution has left behind", self._directory / name)
+        left = {name: inode for name, inode in self._own().items() if name not in self._before}
+        if not left:
+            return
+        used = _used()
+        for name, inode in left.items():
+            if inode not in used:
+                (self._directory / name).unlink(missing_ok=True)
+                log.info("removed %s, which an execution has left behind", self._directory / name)
 
-    def _own(self) -> set[str]:
-        """Names of this user's files there."""
-        found = set()
+    def _own(self) -> dict[str, int]:
+        """Names and inodes of this user's files there."""
+        found = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
                     if entry.is_file(follow_symlinks=False) and entry.stat().st_uid == os.geteuid():
-                        found.add(entry.name)
+                        found[entry.name] = entry.inode()
         return found
 
 
-def _used(directory: Path) -> set[str]:
-    """Names of files there that some process has open or mapped."""
-    names: set[str] = set()
-    prefix = f"{directory}/"
+def _used() -> set[int]:
+    """Inodes that some process has open or mapped, on whatever file system.
+
+    Not names: sem_open maps a new semaphore under a name that it takes away at once.
+    """
+    inodes: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
-        paths: list[str] = []
-        try:
-            # Names are bytes, and may hold what ends a line of text elsewhere.
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
             lines = [line.split(maxsplit=5) for line in (process / "maps").read_bytes().split(b"\n")]
-            paths += [os.fsdecode(fields[5]) for fields in lines if len(fields) == 6]
+            inodes |= {int(fields[4]) for fields in lines if len(fields) > 4 and fields[4].isdigit()}
             with os.scandir(process / "fd") as entries:
-                paths += [os.readlink(entry.path) for entry in entries]  # noqa: PTH115
-        except OSError:  # ended meanwhile, or another user's
-            pass
-        names |= {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
-    return names
+                for entry in entries:
+                    with contextlib.suppress(OSError):  # closed meanwhile
+                        inodes.add(entry.stat().st_ino)
+    return inodes
 
 
 def _refusal() -> str | None:
