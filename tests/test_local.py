@@ -276,10 +276,13 @@ async def test_a_dead_server_stays_dead_until_its_pod_is_deleted(tmp_path: Path)
         await api.until(lambda: reason(api.get("s")) == "DependenciesReady")
 
 
+ECHO = 'echo "listening on unix:$6"'
+
+
 @pytest.mark.usefixtures("patient_keeper")
 async def test_a_name_waits_for_the_server_that_holds_it(tmp_path: Path) -> None:
-    script = STUB.replace("read -r _", f"while ! [ -e {tmp_path}/end ]; do sleep 0.02; done")
-    script = script.replace("echo", "trap '' TERM\necho", 1)
+    stays = f"trap '' TERM; {ECHO}; while ! [ -e {tmp_path}/end ]; do sleep 0.02; done; exit 0"
+    script = STUB.replace(ECHO, f"if mkdir {tmp_path}/first; then {stays}; fi\n{ECHO}")
     async with LocalCluster(python=stub(tmp_path, script)) as cluster:
         api = cluster.custom_objects_api
         old = await create(cluster, "s")
