@@ -172,7 +172,9 @@ async def test_a_pool_that_is_made_while_a_session_waits_for_it(pods: Pods, sess
         starting = asyncio.create_task(manager.get_client(session))
 
         async def refused() -> bool:
-            conditions = [c for claim in await pool.claims() for c in claim.get("status", {})["conditions"]]
+            conditions = [
+                c for claim in await pool.claims() for c in claim.get("status", {}).get("conditions", ())
+            ]
             return "WarmPoolNotFound" in [condition["reason"] for condition in conditions]
 
         await until(refused, "the claim to miss its pool", READY)
