@@ -66,7 +66,9 @@ async def test_an_idle_session_is_suspended_and_its_next_use_resumes_it(cluster:
             assert await volumes(cluster) == kept
             # One patch to suspend it, one to resume it, and one that asks whether leases are possible.
             await until(lambda: cluster.requests()["patch"] == 3)
-            assert cluster.requests() == {"create": 1, "list": 1, "watch": 1, "patch": 3}
+            requests = cluster.requests()
+            assert requests.pop("list") in (1, 2), "a tick lists too while the watch is opened"
+            assert requests == {"create": 1, "watch": 1, "patch": 3}
         # Started while its pod is there, it would report that pod as ready.
         assert modes(events)[1:] == [("Suspended", "False"), ("Running", "True")]
         assert (manager.stats().created, manager.stats().resumed, manager.stats().lost) == (1, 1, 0)
