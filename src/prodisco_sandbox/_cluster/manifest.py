@@ -187,6 +187,7 @@ SANDBOX = Resource(
     machine=machine,
     mode_spec=mode_spec,
     is_to_run=is_to_run,
+    is_suspended=is_suspended,
     never=frozenset({"InvalidConfiguration"}),
     dead=frozenset({"PodFailed", "PodSucceeded"}),
     expired="SandboxExpired",

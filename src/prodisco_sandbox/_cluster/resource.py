@@ -99,9 +99,10 @@ class Resource:
         machine: Where its status says that the pod is.
         lifecycle: The field of its spec that holds the deadline; None: the spec itself.
         requested_at: The annotation that says when a new object was asked for; None: it has none.
-        mode_spec: The spec fields that start or suspend it, given its API version; None: it cannot be
-            started here.
+        mode_spec: The spec fields that start or suspend it, given its API version.
         is_to_run: Whether it is not suspended, nor to be.
+        is_suspended: Whether one that is not to run may be started now, given the generation that the
+            reader's latest patch has made. By default never: somebody else starts it.
         never: Reasons of Ready=False for a spec that cannot work.
         dead: Reasons of Ready=False once the pod has come to its end.
         expired: The reason of Ready=False once the deadline is past.
@@ -118,8 +119,9 @@ class Resource:
     machine: Callable[[Object], Machine]
     lifecycle: str | None = None
     requested_at: str | None = None
-    mode_spec: Callable[[str, Literal["Running", "Suspended"]], Object] | None = None
+    mode_spec: Callable[[str, Literal["Running", "Suspended"]], Object] = lambda _version, _mode: {}
     is_to_run: Callable[[Object], bool] = lambda _: True
+    is_suspended: Callable[[Object, int], bool] = lambda _, _since: False
     never: frozenset[str]
     dead: frozenset[str] = frozenset()
     expired: str

@@ -133,6 +133,7 @@ class _Connecting:
         self._deadline = deadline
         self._exchange = exchange
         self._resume = resume
+        self._resource = parts.resources.resource
         self._restarted = False
         self._starts = 0
         self._refused_at: float | None = None
@@ -195,8 +196,7 @@ class _Connecting:
                 return True
             case "suspended":
                 self._clients.lose_machine(session, reading.text)
-                startable = self._parts.resources.resource.mode_spec is not None
-                if not (startable and manifest.is_suspended(observed, session.known.generation)):
+                if not self._resource.is_suspended(observed, session.known.generation):
                     return False
                 self._starts += 1
                 if self._starts > STARTS:
@@ -301,12 +301,12 @@ class _Connecting:
         """
         session, known = self._session, self._session.known
         observed = known.object or {}
-        spec = manifest.mode_spec(str(observed.get("apiVersion")), mode)
+        spec = self._resource.mode_spec(str(observed.get("apiVersion")), mode)
         lease = None
         if mode == "Running":  # Its deadline may be that of a suspended one.
             self._resume = False
             lease = self._parts.leases.next() if await self._parts.leases.allowed(self._deadline) else None
-            spec |= self._parts.resources.resource.deadline_spec(lease)
+            spec |= self._resource.deadline_spec(lease)
         patch = {"metadata": {"uid": known.uid}, "spec": spec}
         self._parts.log.info("sandbox_mode_changed", sandbox=session.name, mode=mode)
         try:
@@ -322,7 +322,7 @@ class _Connecting:
         if lease is not None:
             self._parts.leases.add(session)
         known.generation = max(known.generation, metadata.generation(patched))
-        if manifest.is_to_run(known.object or {}) != (mode == "Running"):
+        if self._resource.is_to_run(known.object or {}) != (mode == "Running"):
             # The watch has not shown it yet, nor does every stand-in of the API return the object.
             known.object = patched or {**observed, "spec": {**(observed.get("spec") or {}), **spec}}
             known.read_at = self._parts.now()

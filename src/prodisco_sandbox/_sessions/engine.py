@@ -243,11 +243,11 @@ class Engine:
         session = self._session_of(sandbox)
         if session is None:
             if self._config.on_idle == "suspend":
-                self._suspended.seen(sandbox, is_suspended=not manifest.is_to_run(sandbox))
+                self._suspended.seen(sandbox, is_suspended=not self._resources.resource.is_to_run(sandbox))
             return
         session.known.version = metadata.resource_version(sandbox)
         if session.state is SessionState.CLOSING:
-            if session.suspends and not manifest.is_to_run(sandbox):
+            if session.suspends and not self._resources.resource.is_to_run(sandbox):
                 session.known.object = sandbox
             return
         if session.state is SessionState.CREATING or session.checking:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from .._aio.pacing import backoff
-from .._cluster import manifest, metadata
+from .._cluster import metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError, RetryableError, UnexpectedError
 from .._cluster.metadata import Object
 from ..errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
@@ -96,7 +96,7 @@ class Remove:
                     return
                 known.uid, known.version = metadata.uid(found), metadata.resource_version(found)
             until = metadata.lease_time(parts.wall_clock(), parts.config.suspended_for)
-            spec = manifest.mode_spec(await resources.api_version(), "Suspended")
+            spec = resources.resource.mode_spec(await resources.api_version(), "Suspended")
             body = {
                 "metadata": {"uid": known.uid, "resourceVersion": known.version},
                 "spec": spec | resources.resource.deadline_spec(until),
