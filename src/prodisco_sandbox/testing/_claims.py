@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from kubernetes_asyncio.client import ApiException
 
 from .._cluster import metadata
+from .._cluster.claim import machine
 from .._cluster.metadata import Object
 from ._controller import TIMER_SLACK, CallLater
 from ._kinds import CLAIM, POOL, SANDBOX, TEMPLATE, Kind
@@ -184,5 +185,4 @@ class ClaimController:
 
 
 def _waits_for(claim: Object, pool: str) -> bool:
-    bound = ((claim.get("status") or {}).get("sandbox") or {}).get("name")
-    return claim["spec"]["warmPoolRef"]["name"] == pool and not bound
+    return claim["spec"]["warmPoolRef"]["name"] == pool and not machine(claim).pod

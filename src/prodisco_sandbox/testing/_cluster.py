@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
+from .._cluster.claim import machine
 from .._cluster.manifest import API_VERSIONS
 from .._cluster.metadata import Object
 from ._agent_sandbox import Conditions
@@ -239,7 +240,7 @@ class FakeCluster:
             status: Fields of the status to set otherwise: ``podIPs=["10.0.0.7"]``.
         """
         store, key = self._existing(name, namespace)
-        if store.of is CLAIM and not _bound(store.objects[key]):
+        if store.of is CLAIM and not machine(store.objects[key]).pod:
             self._controller.set_claim_ready(store, key, status)
         else:
             self._controller.set_ready(self._sandbox(name, namespace), status)
@@ -442,11 +443,6 @@ class FakeCluster:
         """The Sandbox of that name, or of the claim of that name."""
         store, key = self._existing(name, namespace)
         if store.of is CLAIM:
-            bound = _bound(store.objects[key])
+            bound = machine(store.objects[key]).pod
             _, key = self._existing(bound or name, key[0], SANDBOX.kind)
         return key
-
-
-def _bound(claim: Object) -> str | None:
-    found: str | None = ((claim.get("status") or {}).get("sandbox") or {}).get("name")
-    return found

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._cluster.manifest import API_VERSIONS, GROUP
+from .._cluster import claim, manifest
 
-EXTENSIONS = "extensions.agents.x-k8s.io"
+EXTENSIONS = claim.GROUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ _POD_TEMPLATE = _object("spec", spec=_object("containers", containers=Schema(lis
 _VOLUMES = _array(_object("spec", spec=_object()))
 
 SANDBOX = Kind(
-    *(GROUP, "Sandbox", "sandboxes", "sandbox", API_VERSIONS),
+    *(manifest.GROUP, manifest.KIND, manifest.PLURAL, "sandbox", manifest.API_VERSIONS),
     _object(
         "spec",
         spec=_object(
@@ -107,7 +107,7 @@ SANDBOX = Kind(
     ),
 )
 CLAIM = Kind(
-    *(EXTENSIONS, "SandboxClaim", "sandboxclaims", "sandboxclaim", ("v1beta1",)),
+    *(EXTENSIONS, claim.KIND, claim.PLURAL, "sandboxclaim", claim.CLAIM.versions),
     _object(
         "spec",
         spec=_object(

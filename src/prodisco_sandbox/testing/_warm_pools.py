@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .._cluster import metadata
+from .._cluster.claim import machine
 from .._cluster.manifest import GROUP
 from .._cluster.metadata import Object
 from ._agent_sandbox import POD_NAME, Conditions, name_hash, seconds_left
@@ -182,7 +183,7 @@ def _sandbox_step(claim: Object, world: World) -> Object | Step | float:
     """The claim's Sandbox; or the next write to get one, or the seconds to wait for one."""
     _check_metadata(claim["spec"].get("additionalPodMetadata") or {})
     name = metadata.name(claim)
-    known = ((claim.get("status") or {}).get("sandbox") or {}).get("name")
+    known = machine(claim).pod
     sandbox = world.sandbox(known) if known else None
     if sandbox is not None and owns(claim, sandbox):
         return sandbox
