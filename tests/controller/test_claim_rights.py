@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
-from envtest.support import CLAIMS, EXTENSIONS, until
+from envtest.support import CLAIMS, EXTENSIONS, VERBS, lacks, until
 from manager.support import Clients
-
-from prodisco_sandbox import SandboxPermissionError
 
 from .support import ControlledNamespace
 
 pytestmark = pytest.mark.controller
-
-VERBS = {"create", "delete", "get", "list", "patch", "watch"}
 
 
 async def test_a_whole_life_needs_every_verb_and_no_other(cluster: ControlledNamespace) -> None:
@@ -37,30 +30,14 @@ async def test_a_whole_life_needs_every_verb_and_no_other(cluster: ControlledNam
 async def without(cluster: ControlledNamespace, request: pytest.FixtureRequest) -> ControlledNamespace:
     """The namespace with its pool, and one verb taken out of the Role."""
     await cluster.make_pool(1)
-    await allow(cluster, VERBS - {request.param})
+    await cluster.allow("claims", VERBS - {request.param}, CLAIMS, EXTENSIONS)
     return cluster
-
-
-async def allow(cluster: ControlledNamespace, verbs: set[str]) -> None:
-    patch = [{"op": "replace", "path": "/rules/0/verbs", "value": sorted(verbs)}]
-    await cluster.kubectl("patch", "role", "claims", "--type=json", "-p", json.dumps(patch))
-
-    async def known() -> bool:
-        return all([await cluster.may(verb, CLAIMS, EXTENSIONS) == (verb in verbs) for verb in VERBS])
-
-    await until(known, "the changed rights to count")
-
-
-def lacks(verb: str) -> Any:
-    """The error names the rule to add."""
-    rule = rf'apiGroups \["{EXTENSIONS}"\], resources \["{CLAIMS}"\], verbs \["{verb}"\]'
-    return pytest.raises(SandboxPermissionError, match=rule)
 
 
 @pytest.mark.parametrize("without", ["create"], indirect=True)
 async def test_without_create_there_is_no_session(without: ControlledNamespace) -> None:
     async with without.managed(Clients(), warm_pool="python") as manager:
-        with lacks("create"):
+        with lacks("create", CLAIMS, EXTENSIONS):
             await manager.get_client("session")
         assert (manager.stats().failed, manager.stats().creating) == (1, 0)
 
@@ -71,7 +48,7 @@ async def test_without_delete_the_slot_is_held_until_it_works(without: Controlle
         await manager.get_client("session")
         await manager.on_session_closed("session")
         assert manager.stats().closing == 1
-        await allow(without, VERBS)
+        await without.allow("claims", VERBS, CLAIMS, EXTENSIONS)
         await until(lambda: manager.stats().closing == 0, "the deletion at a tick of the reaper's")
     assert not await without.claims()
 
@@ -82,10 +59,10 @@ async def test_without_get_a_suspect_session_cannot_be_checked(without: Controll
     async with without.managed(clients, warm_pool="python") as manager:
         client = await manager.get_client("session")
         clients.made[0].fail()
-        with lacks("get"):
+        with lacks("get", CLAIMS, EXTENSIONS):
             await manager.get_client("session")
         assert manager.stats().ready == 1  # It may be well: it is kept.
-        await allow(without, VERBS)
+        await without.allow("claims", VERBS, CLAIMS, EXTENSIONS)
         assert await manager.get_client("session") is client
 
 

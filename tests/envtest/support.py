@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
+import pytest
 import yaml
 from _apiserver import ApiServer
 from _patience import PATIENCE
@@ -32,7 +33,7 @@ from kubernetes_asyncio.client import (
 )
 from manager.support import Clients
 
-from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
+from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig, SandboxPermissionError
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_MANAGED_BY, session_hash
 
@@ -44,6 +45,8 @@ CRD = f"{PLURAL}.{GROUP}"
 VERSIONS = ("v1beta1", "v1alpha1")
 """What the compact definition serves; the first is the stored one."""
 MERGE_PATCH = "application/merge-patch+json"
+VERBS = {"create", "delete", "get", "list", "patch", "watch"}
+"""What a manager does, and its Roles allow."""
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kubernetes.md"
 
@@ -113,6 +116,12 @@ class Definitions:
         self._installed = None
 
 
+def lacks(verb: str, plural: str = PLURAL, group: str = GROUP) -> Any:
+    """The error names the rule to add."""
+    rule = rf'apiGroups \["{group}"\], resources \["{plural}"\], verbs \["{verb}"\]'
+    return pytest.raises(SandboxPermissionError, match=rule)
+
+
 @dataclass
 class Namespace:
     """A namespace with the rights of deploy/base/rbac.yaml for its manager's service account."""
@@ -173,6 +182,16 @@ class Namespace:
         review = {"spec": {"user": self.account, "resourceAttributes": resource}}
         answer = await AuthorizationV1Api(self.api.api_client).create_subject_access_review(review)
         return bool(answer.status.allowed)
+
+    async def allow(self, role: str, verbs: set[str], plural: str = PLURAL, group: str = GROUP) -> None:
+        """Gives the Role's first rule these verbs; returns once they count, and no others."""
+        patch = [{"op": "replace", "path": "/rules/0/verbs", "value": sorted(verbs)}]
+        await self.kubectl("patch", "role", role, "--type=json", "-p", json.dumps(patch))
+
+        async def known() -> bool:
+            return all([await self.may(verb, plural, group) == (verb in verbs) for verb in VERBS])
+
+        await until(known, "the changed rights to count")
 
     async def kubectl(self, *args: str, text: str | None = None) -> str:
         return await asyncio.to_thread(self.server.kubectl, f"--namespace={self.name}", *args, text=text)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 from manager.support import Clients
 
-from prodisco_sandbox import SandboxManager, SandboxPermissionError
+from prodisco_sandbox import SandboxManager
 from prodisco_sandbox._cluster import watch as _watch
 
-from .support import Controller, Namespace, rights, until
+from .support import VERBS, Controller, Namespace, lacks, rights, until
 
 pytestmark = pytest.mark.envtest
-
-VERBS = {"create", "delete", "get", "list", "patch", "watch"}
 
 
 def test_the_role_is_for_sandboxes_alone() -> None:
@@ -43,24 +38,8 @@ async def test_a_whole_life_needs_every_verb_and_no_other(
 @pytest.fixture
 async def without(namespace: Namespace, request: pytest.FixtureRequest) -> Namespace:
     """The namespace, with one verb taken out of the Role."""
-    await allow(namespace, VERBS - {request.param})
+    await namespace.allow("sandbox-manager", VERBS - {request.param})
     return namespace
-
-
-async def allow(namespace: Namespace, verbs: set[str]) -> None:
-    patch = [{"op": "replace", "path": "/rules/0/verbs", "value": sorted(verbs)}]
-    await namespace.kubectl("patch", "role", "sandbox-manager", "--type=json", "-p", json.dumps(patch))
-
-    async def known() -> bool:
-        return all([await namespace.may(verb) == (verb in verbs) for verb in VERBS])
-
-    await until(known, "the changed rights to count")
-
-
-def lacks(verb: str) -> Any:
-    """Whoever reads the error knows which rule to add."""
-    rule = rf'apiGroups \["agents.x-k8s.io"\], resources \["sandboxes"\], verbs \["{verb}"\]'
-    return pytest.raises(SandboxPermissionError, match=rule)
 
 
 @pytest.mark.parametrize("without", ["create"], indirect=True)
@@ -84,7 +63,7 @@ async def test_without_delete_the_slot_is_held_until_it_works(
         await without.orphan("gone", lease=None)
         with lacks("delete"):
             await manager.cleanup_orphaned_sandboxes(all_instances=True)
-        await allow(without, VERBS)
+        await without.allow("sandbox-manager", VERBS)
         await until(lambda: manager.stats().closing == 0, "the deletion at a tick of the reaper's")
         assert await manager.cleanup_orphaned_sandboxes(all_instances=True) == 1
     assert not await without.list()
@@ -101,7 +80,7 @@ async def test_without_get_a_doubted_session_cannot_be_checked(
         with lacks("get"):
             await manager.get_client("session")
         assert manager.stats().ready == 1  # It may be well: it is kept.
-        await allow(without, VERBS)
+        await without.allow("sandbox-manager", VERBS)
         assert await manager.get_client("session") is client
 
 
@@ -129,7 +108,7 @@ async def test_without_watch_it_polls_until_it_may_watch(
         await without.delete(manager.sandbox_name("session"))
         await until(lambda: manager.stats().lost == 1, "the list of each tick to tell")
         caplog.set_level("INFO", "prodisco_sandbox.watch")
-        await allow(without, VERBS)
+        await without.allow("sandbox-manager", VERBS)
         await until(lambda: "watch_restored" in caplog.text, "the watch to be tried again")
 
 

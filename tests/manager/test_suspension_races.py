@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from aiohttp import ServerDisconnectedError
@@ -366,27 +367,14 @@ async def test_a_shutdown_at_any_moment_of_the_resumption_suspends_it_again(step
         assert found(api)["spec"]["shutdownTime"] >= lease_time(now(), KEPT - TICK)
 
 
-async def test_a_shutdown_while_one_is_claimed_suspends_it_again() -> None:
+@pytest.mark.parametrize(
+    "answer", [{}, {"after": True, "lost": True, "times": 1}], ids=["on its way", "lost"]
+)
+async def test_a_shutdown_while_one_is_claimed_suspends_it_again(answer: dict[str, Any]) -> None:
     async with suspending() as (api, manager):
         await suspended(api, manager)
         async with managed(api, **SUSPENDS | {"instance_id": "another"}) as other:
-            with api.faults.add("patch", hold=True, name=NAME) as gate:
-                asking = asyncio.create_task(other.get_client("s"))
-                await gate.reached()
-                ending = asyncio.create_task(other.shutdown())
-                await settle()
-            await asyncio.gather(asking, return_exceptions=True)
-            await ending
-        await asyncio.sleep(2)
-        assert is_suspended(api)
-        assert found(api)["spec"]["shutdownTime"] > lease_time(now(), KEPT - 10)
-
-
-async def test_a_shutdown_while_the_answer_to_a_claim_is_lost_suspends_it_again() -> None:
-    async with suspending() as (api, manager):
-        await suspended(api, manager)
-        async with managed(api, **SUSPENDS | {"instance_id": "another"}) as other:
-            with api.faults.add("patch", hold=True, name=NAME, after=True, lost=True, times=1) as gate:
+            with api.faults.add("patch", hold=True, name=NAME, **answer) as gate:
                 asking = asyncio.create_task(other.get_client("s"))
                 await gate.reached()
                 ending = asyncio.create_task(other.shutdown())
