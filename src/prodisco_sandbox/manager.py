@@ -146,7 +146,7 @@ class SandboxManager:
         session_id = _checked(session_id)
         return self._engine is not None and session_id in self._engine.table.current
 
-    async def get_client(self, session_id: str | None = None) -> SandboxClient:
+    async def get_client(self, session_id: str | None = None, *, owner: str | None = None) -> SandboxClient:
         """The client of a session's sandbox, made (or made again) if there is none.
 
         However many callers ask at once, one sandbox is created. It waits for a creation
@@ -158,9 +158,11 @@ class SandboxManager:
 
         Args:
             session_id: Multi mode: any non-empty text. Single mode: not looked at.
+            owner: Whose session it is: any non-empty text, equal for all sessions of one caller;
+                None: not said. The first one that is given for a session stays.
 
         Raises:
-            ValueError: The id is None or empty, in multi mode.
+            ValueError: The id is None or empty, or the owner is wrong, in multi mode.
             SandboxError: Single mode without a client; the session was closed meanwhile;
                 or, as a subclass, what `SandboxError` lists.
         """
@@ -169,38 +171,52 @@ class SandboxManager:
         except TypeError:  # Not hashable, so no id either; see below.
             session = None
         if session is not None:
+            if owner is not None:
+                session.owner = session.owner or _checked(owner, "owner")
             session.last_used = self._loop.time()  # type: ignore[union-attr]
             return session.client  # type: ignore[return-value]
         engine = self._started()
         if engine is None:
             return self._single_client()
-        session = await engine.acquire(_checked(session_id))
+        owner = owner if owner is None else _checked(owner, "owner")
+        session = await engine.acquire(_checked(session_id), owner=owner)
         return session.client  # type: ignore[return-value]
 
-    def session(self, session_id: str | None = None) -> SessionContext:
+    def session(self, session_id: str | None = None, *, owner: str | None = None) -> SessionContext:
         """An async context manager around `get_client` that keeps the session busy.
 
         While it is entered, the session is not reaped. It may be entered by several tasks
         at once; each use needs its own call. Entering is safe to cancel, leaving does not
         wait.
 
+        Args:
+            session_id: As for `get_client`.
+            owner: As for `get_client`.
+
         Raises:
             ValueError, SandboxError: On entering, as `get_client`.
         """
-        return SessionContext(self, session_id)
+        return SessionContext(self, session_id, owner)
 
-    async def on_session_initialized(self, session_id: str | None = None) -> None:
+    async def on_session_initialized(
+        self, session_id: str | None = None, *, owner: str | None = None
+    ) -> None:
         """Makes the session's sandbox ready ahead of its first use.
 
         Returns at once if it already is, and joins a creation under way. Single mode:
         nothing. Idempotent; safe to cancel, as `get_client`.
+
+        Args:
+            session_id: As for `get_client`.
+            owner: As for `get_client`.
 
         Raises:
             ValueError, SandboxError: As `get_client`.
         """
         engine = self._started()
         if engine is not None:
-            await engine.acquire(_checked(session_id))
+            owner = owner if owner is None else _checked(owner, "owner")
+            await engine.acquire(_checked(session_id), owner=owner)
 
     async def on_session_closed(self, session_id: str | None = None) -> None:
         """Closes the session's client and deletes its Sandbox, also a suspended one, or one being created.
@@ -374,11 +390,12 @@ class SessionContext:
     """What `SandboxManager.session` returns: enter it to get the session's client."""
 
     # A class with slots, since a contextlib generator costs four times as much per request.
-    __slots__ = ("_manager", "_session", "_session_id")
+    __slots__ = ("_manager", "_owner", "_session", "_session_id")
 
-    def __init__(self, manager: SandboxManager, session_id: str | None) -> None:
+    def __init__(self, manager: SandboxManager, session_id: str | None, owner: str | None) -> None:
         self._manager = manager
         self._session_id = session_id
+        self._owner = owner
         self._session: Session | None = None
 
     async def __aenter__(self) -> SandboxClient:
@@ -389,13 +406,17 @@ class SessionContext:
             session = manager._ready.get(self._session_id)  # type: ignore[arg-type]
         except TypeError:
             session = None
+        owner = self._owner
         if session is not None:
+            if owner is not None:
+                session.owner = session.owner or _checked(owner, "owner")
             session.holds += 1
         else:
             engine = manager._started()
             if engine is None:
                 return manager._single_client()
-            session = await engine.acquire(_checked(self._session_id), hold=True)
+            owner = owner if owner is None else _checked(owner, "owner")
+            session = await engine.acquire(_checked(self._session_id), owner=owner, hold=True)
         self._session = session
         return session.client  # type: ignore[return-value]
 
@@ -408,9 +429,9 @@ class SessionContext:
             session.last_used = self._manager._loop.time()  # type: ignore[union-attr]
 
 
-def _checked(session_id: object) -> str:
-    if not isinstance(session_id, str) or not session_id:
+def _checked(value: object, name: str = "session_id") -> str:
+    if not isinstance(value, str) or not value:
         # Not the value itself: an id is as good as a credential.
-        got = "empty" if session_id == "" else f"of type {type(session_id).__name__}"
-        raise ValueError(f"session_id is {got}: multi mode needs a non-empty str")
-    return session_id
+        got = "empty" if value == "" else f"of type {type(value).__name__}"
+        raise ValueError(f"{name} is {got}: multi mode needs a non-empty str")
+    return value

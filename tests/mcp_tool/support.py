@@ -54,9 +54,9 @@ class Manager(SandboxManager):
         super().__init__(*arguments, **named)
         self._asked: dict[str, None] = {}
 
-    def session(self, session_id: str | None = None) -> SessionContext:
+    def session(self, session_id: str | None = None, *, owner: str | None = None) -> SessionContext:
         self._asked[session_id or ""] = None
-        return super().session(session_id)
+        return super().session(session_id, owner=owner)
 
     @property
     def sessions(self) -> list[str]:

@@ -86,17 +86,19 @@ class Engine:
 
     # Callers
 
-    async def acquire(self, session_id: str, *, hold: bool = False) -> Session:
+    async def acquire(self, session_id: str, *, owner: str | None = None, hold: bool = False) -> Session:
         """Waits for the session's sandbox; makes one if there is none.
 
         Args:
             session_id: Any non-empty text.
+            owner: Whose session it is; the first that is given stays.
             hold: Count the session as busy, until the caller takes one from `holds`.
         """
         for _ in range(ROUNDS):
             if self._closed:
                 raise SandboxManagerClosedError("the manager has been shut down")
-            session = self.table.current.get(session_id) or self._admit(session_id)
+            session = self.table.current.get(session_id) or self._admit(session_id, owner)
+            session.owner = session.owner or owner
             self.table.check(session)
             error = None
             if session.state is not SessionState.READY:
@@ -109,7 +111,7 @@ class Engine:
                 raise error.copy_for_waiter()
         raise SandboxFailedError(f"the session's sandbox died {ROUNDS} times before it could be used")
 
-    def _admit(self, session_id: str) -> Session:
+    def _admit(self, session_id: str, owner: str | None) -> Session:
         now, session_hash = self._parts.now(), metadata.session_hash(session_id)
         name, incarnation = self._past.fresh_name(session_id, now)
         session = Session(
@@ -117,6 +119,7 @@ class Engine:
             session_hash=session_hash,
             name=name,
             incarnation=incarnation,
+            owner=owner,
             since=now,
             recreated=self._past.was_here(session_hash),
         )

@@ -115,6 +115,8 @@ class Session:
     """Name of its object; it changes when the name turns out to be taken."""
     incarnation: int = 0
     """Goes up with the name, and with each machine that is replaced under the object."""
+    owner: str | None = field(default=None, repr=False)
+    """Whose session it is, as far as a caller has said."""
     state: SessionState = SessionState.QUEUED
     since: float = 0.0
     """When it was asked for or, later, when its creation began; on the loop's clock."""
