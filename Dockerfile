@@ -1,27 +1,15 @@
-# The reference sandbox server. Build it in the repository's root:
+# Two images. Build them in the repository's root:
 #
 #     docker build -t prodisco/sandbox-server:latest .
+#     docker build -t prodisco/mcp-server:latest --target mcp-server .
 #
-# It runs as an ordinary user, without capabilities and on a read-only root file system;
-# docs/server.md says how to run it and how to add packages of your own.
+# sandbox-server is the reference sandbox server: docs/server.md says how to run it and how to add
+# packages of your own. mcp-server is the MCP program: deploy/overlays/mcp-server runs it.
+# Both run as an ordinary user, without capabilities and on a read-only root file system.
 
 ARG PYTHON=3.13
 
-FROM python:${PYTHON}-slim AS build
-WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
-COPY src ./src
-# The server needs gRPC alone, not what the manager needs.
-RUN python -m venv /opt/sandbox \
-    && /opt/sandbox/bin/pip install --no-cache-dir --no-compile \
-        "grpcio>=1.74.0" "grpcio-health-checking>=1.74.0" "grpcio-reflection>=1.74.0" "protobuf>=6.31.1" pytest \
-    && /opt/sandbox/bin/pip install --no-cache-dir --no-compile --no-deps . \
-    && /opt/sandbox/bin/python -m compileall -q /opt/sandbox
-
-FROM python:${PYTHON}-slim
-COPY --from=build /opt/sandbox /opt/sandbox
-# The base image has no byte code of the standard library, which each start would compile anew.
-RUN python -m compileall -q -x 'site-packages|lib2to3' "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+FROM python:${PYTHON}-slim AS base
 # The official image has no bytecode of the standard library, which would be compiled anew for
 # every start and every execution.
 RUN python -m compileall -q -x '/(test|tests|idlelib|lib2to3|site-packages|dist-packages)/' \
@@ -30,6 +18,38 @@ RUN python -m compileall -q -x '/(test|tests|idlelib|lib2to3|site-packages|dist-
 RUN groupadd --gid 65532 sandbox \
     && useradd --uid 65532 --gid 65532 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin sandbox \
     && install -d -o 65532 -g 65532 -m 0700 /tmp/prodisco-scripts
+
+FROM base AS source
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY src ./src
+
+FROM source AS mcp-build
+RUN python -m venv /opt/mcp \
+    && /opt/mcp/bin/pip install --no-cache-dir --no-compile ".[mcp]" \
+    && python -m compileall -q /opt/mcp
+
+FROM base AS mcp-server
+COPY --from=mcp-build /opt/mcp /opt/mcp
+USER 65532:65532
+ENV PATH=/opt/mcp/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1
+WORKDIR /tmp
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["prodisco-sandbox-mcp"]
+
+FROM source AS build
+# The server needs gRPC alone, not what the manager needs.
+RUN python -m venv /opt/sandbox \
+    && /opt/sandbox/bin/pip install --no-cache-dir --no-compile \
+        "grpcio>=1.74.0" "grpcio-health-checking>=1.74.0" "grpcio-reflection>=1.74.0" "protobuf>=6.31.1" pytest \
+    && /opt/sandbox/bin/pip install --no-cache-dir --no-compile --no-deps . \
+    && /opt/sandbox/bin/python -m compileall -q /opt/sandbox
+
+# The last one is built where no --target is given.
+FROM base AS sandbox-server
+COPY --from=build /opt/sandbox /opt/sandbox
 USER 65532:65532
 
 # In a container, what executions write there is bounded by the container's own limits.

@@ -23,6 +23,16 @@ def test_the_manifests_are_accepted(prodisco: AuditedServer, directory: str) -> 
     assert kinds == {"namespace", "serviceaccount", "role", "rolebinding", "networkpolicy"}
 
 
+def test_the_mcp_server_s_manifests_are_accepted(prodisco: AuditedServer) -> None:
+    items = list(yaml.safe_load_all(prodisco.kubectl("kustomize", str(DEPLOY / "overlays" / "mcp-server"))))
+    if prodisco.status("/apis/policy/v1") == 404:  # since 1.21
+        (budget,) = [item for item in items if item["kind"] == "PodDisruptionBudget"]
+        budget["apiVersion"] = "policy/v1beta1"
+    added = {"deployment", "service", "poddisruptionbudget", "resourcequota"}
+    base = {"namespace", "serviceaccount", "role", "rolebinding", "networkpolicy"}
+    assert accepted(prodisco, "-f", "-", text=yaml.safe_dump_all(items)) == base | added
+
+
 def test_the_documents_manifests_are_accepted(prodisco: AuditedServer) -> None:
     found = [yaml.safe_load(example) for example in examples("yaml")]
     kinds = {document["kind"].lower(): document for document in found}
