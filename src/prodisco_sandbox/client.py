@@ -180,6 +180,11 @@ class SandboxClient:
         self._connection.fence = Fence(pod, on_other, look)
 
     @property
+    def _found_unused(self) -> bool | None:
+        """Whether the machine had been used by nobody before this client; None: it does not say."""
+        return None if self._connection.fence is None else self._connection.fence.first
+
+    @property
     def _boot_id(self) -> str | None:
         """Of the machine that calls are meant for; None: it has not answered yet, or has no fences."""
         fence = self._connection.fence

@@ -322,3 +322,30 @@ async def test_a_direct_client_is_meant_for_whoever_answers(server: FakeSandboxS
             await restart(server, **changes)
             assert (await reached(lambda: CALLS["execute"](client))).success
         assert client.sandbox is None
+
+
+def found_unused(client: SandboxClient) -> bool | None:
+    return client._found_unused
+
+
+@pytest.mark.parametrize("name", CALLS.keys() - {"health_check"})
+async def test_a_client_knows_whether_it_is_the_first_to_use_its_machine(meant: Meant, name: str) -> None:
+    assert found_unused(meant.client) is None
+    await meant.client.health_check()
+    assert found_unused(meant.client) is False
+    with contextlib.suppress(SandboxError):
+        await CALLS[name](meant.client)
+    await meant.client.execute(code="1")
+    assert found_unused(meant.client) is True
+
+    async with SandboxClient(meant.server.target) as other:
+        assert found_unused(other) is None
+        other._expect(POD, meant.reasons.append, meant.look)
+        await CALLS["execute"](other)
+        assert found_unused(other) is False
+
+
+async def test_a_server_without_fences_does_not_tell_who_was_first() -> None:
+    async with Meant(fences=False) as meant:
+        await meant.client.execute(code="1")
+        assert found_unused(meant.client) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,25 @@ async def test_every_answer_says_which_machine_it_comes_from(channel: grpc.aio.C
             assert "prodisco-fence" not in metadata, name
             boots.add(metadata["prodisco-boot-id"])
     assert len(boots) == 1
+
+
+async def test_the_first_call_is_told_that_nothing_was_done_before(channel: grpc.aio.Channel) -> None:
+    """Neither health checks nor calls that are refused do anything."""
+    request = code("pass").SerializeToString()
+    elsewhere = [("prodisco-expect-boot", "0" * 32)]
+    in_turn: dict[str, Callable[[], Any]] = {
+        "own health": lambda: method(channel, "HealthCheck")(b""),
+        "health": lambda: health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()),
+        "refused": lambda: method(channel, "Execute")(request, metadata=elsewhere),
+        "not found": lambda: method(channel, "GetExecution")(b"\x0a\x01x"),
+        "stream": lambda: method(channel, "ExecuteStream", streams=True)(request),
+    }
+    told = []
+    for name, begin in in_turn.items():
+        _, _, trailing = await end(begin())
+        assert "first" in trailing["prodisco-features"].split(","), name
+        told += [name] * ("prodisco-first-call" in trailing)
+    assert told == ["not found"]
 
 
 async def test_a_watch_of_its_health_says_so_at_once(channel: grpc.aio.Channel) -> None:

@@ -34,6 +34,7 @@ class Fence:
         pinned: Whether a machine has answered; from then on every other one is wrong.
         boot_id: Of the first answer, for good; None: none yet, or a server without fences.
         broken: How another machine was noticed; None: none was.
+        first: Whether the first call that the machine has taken was one of these; None: it does not say.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Fence:
         self.pinned = False
         self.boot_id: str | None = None
         self.broken: str | None = None
+        self.first: bool | None = None
 
     def expectations(self) -> tuple[tuple[str, str], ...]:
         """Metadata of a call."""
@@ -69,6 +71,8 @@ class Fence:
         if not self.pinned:
             self.pinned, self.boot_id = status == "OK" or boot_id is not None, boot_id
         if not self.pinned or boot_id == self.boot_id:
+            if names.FIRST in said.get(names.FEATURES, "").split(","):
+                self.first = self.first or names.FIRST_CALL in said
             return None
         self._give_up("a server without fences")
         return SandboxReplacedError(

@@ -14,6 +14,11 @@ QUEUE: Final = "queue"
 """The feature of a server that sends the initial metadata of a call that waits for code (Execute,
 ExecuteStream, ExecuteTest, and GetExecution with ``wait``) when the code begins: until then it is
 queued."""
+FIRST: Final = "first"
+"""The feature of a server that says `FIRST_CALL`."""
+FIRST_CALL: Final = "prodisco-first-call"
+"""With the boot id, in the answer to the first call that a server takes since its start, health checks
+aside: nothing that the caller may have left is on this machine."""
 
 EXPECT_POD: Final = "prodisco-expect-pod"
 """In a request: the name of the pod that it is meant for."""

@@ -11,6 +11,9 @@ from prodisco_sandbox.proto import metadata as names
 
 from ._undecodable import streamed
 
+_USES = "/prodisco.sandbox.v1."
+"""How methods begin whose calls leave something behind, or look for it; all but `_HEALTH` do."""
+_HEALTH = "/HealthCheck"
 _EXPECTATIONS = {names.EXPECT_POD: "pod", names.EXPECT_BOOT: "boot"}
 
 
@@ -25,10 +28,11 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def __init__(self, boot_id: str, pod: str | None, features: Iterable[str] = ()) -> None:
         self._own = {"pod": pod, "boot": boot_id}
-        answer = {names.BOOT_ID: boot_id, names.FEATURES: ",".join(("fence", *features))}
+        answer = {names.BOOT_ID: boot_id, names.FEATURES: ",".join(("fence", names.FIRST, *features))}
         if pod is not None:
             answer[names.POD_NAME] = pod
         self._answer = tuple(answer.items())
+        self._used = False
 
     async def intercept_service(
         self,
@@ -44,7 +48,14 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return self._refusal(
                 grpc.StatusCode.UNIMPLEMENTED, f"there is no method {handler_call_details.method}"
             )
-        return self._announced(handler)
+        return self._announced(handler, self._answer_to(handler_call_details.method))
+
+    def _answer_to(self, method: str) -> tuple[tuple[str, str], ...]:
+        """The metadata of the answer to a call that is taken."""
+        if self._used or not method.startswith(_USES) or method.endswith(_HEALTH):
+            return self._answer
+        self._used = True
+        return (*self._answer, (names.FIRST_CALL, "true"))
 
     def _unmet(self, metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
         """The first expectation of the call that this machine does not meet: pod, then boot id."""
@@ -59,14 +70,14 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         # Stream-stream, so that the refusal does not wait for the client's messages.
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    def _announced(self, handler: Any) -> Any:
+    def _announced(self, handler: Any, machine: tuple[tuple[str, str], ...]) -> Any:
         kind = ("stream" if handler.request_streaming else "unary") + (
             "_stream" if handler.response_streaming else "_unary"
         )
         run = getattr(handler, kind)
 
         async def unary(request: Any, context: Any) -> Any:
-            announcer = _Announcer(context, self._answer)
+            announcer = _Announcer(context, machine)
             try:
                 answer = await run(request, announcer)
             except Exception:
@@ -76,7 +87,7 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return answer
 
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            announcer = _Announcer(context, self._answer)
+            announcer = _Announcer(context, machine)
             try:
                 async for answer in streamed(run(request, announcer)):
                     await announcer.announce()
