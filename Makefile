@@ -3,7 +3,7 @@
 # PATH), VENV=.venv-3.12 another environment.
 
 VENV ?= .venv
-EXTRAS ?= dev mcp server
+EXTRAS ?= dev mcp server otel prometheus
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 UNIT := not slow and not process

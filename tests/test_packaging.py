@@ -70,8 +70,9 @@ def test_a_manager_of_single_mode_loads_no_kubernetes() -> None:
 
 
 def test_the_server_loads_no_part_of_the_manager() -> None:
-    modules = of_package(loaded_after("import prodisco_sandbox.server.__main__"))
-    assert {name.split(".")[0] for name in modules} == {"server", "proto"}
+    modules = loaded_after("import prodisco_sandbox.server.__main__, prodisco_sandbox.server._app")
+    assert {name.split(".")[0] for name in of_package(modules)} == {"server", "proto"}
+    assert "opentelemetry" not in modules
 
 
 # Names

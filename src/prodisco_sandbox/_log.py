@@ -7,6 +7,8 @@ from collections import Counter
 
 import structlog
 
+from . import _telemetry
+
 
 class Logger:
     """Logs events (``sandbox_ready``) with key=value pairs.
@@ -47,6 +49,7 @@ class Logger:
     def _log(self, level: int, event: str, pairs: dict[str, object], *, exc_info: bool = False) -> None:
         if self._counts is not None:
             self._counts[event] += 1
+            _telemetry.happened(event, pairs)
         if structlog.is_configured():
             if exc_info:
                 pairs["exc_info"] = True

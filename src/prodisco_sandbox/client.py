@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
+from . import _telemetry
 from . import results as r
 from ._checks import integer
 from ._grpc import codec as m
@@ -291,7 +292,8 @@ class SandboxClient:
                 unknown cached script.
         """
         request = m.execute_request(code, cached, timeout)
-        started = m.read(r.StartedExecution, await self._call("ExecuteAsync", request))
+        with _telemetry.span("sandbox.execute", attributes={"rpc.method": "ExecuteAsync"}):
+            started = m.read(r.StartedExecution, await self._call("ExecuteAsync", request))
         if not started.state.is_final:
             queued = started.state is r.ExecutionState.PENDING
             self._connection.count_execution(started.execution_id, self._deadline(timeout), queued=queued)
@@ -469,8 +471,8 @@ class SandboxClient:
         return found
 
     def _note_state(self, execution_id: str, state: r.ExecutionState) -> None:
-        if state.is_final:
-            self._connection.usage.executions.pop(execution_id, None)
+        if state.is_final and self._connection.usage.executions.pop(execution_id, None) is not None:
+            _telemetry.measure(_telemetry.EXECUTIONS, 1, m.ended_as(state))
 
     @property
     def _longest(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from ..config import SandboxManagerConfig
@@ -140,6 +141,7 @@ class Resource:
         session: str,
         lease: str | None = None,
         requested: float = 0.0,
+        annotations: Mapping[str, str] = MappingProxyType({}),
     ) -> Object:
         """The object to create.
 
@@ -150,6 +152,7 @@ class Resource:
             session: From `metadata.session_hash`.
             lease: From `metadata.lease_time`: when the cluster itself deletes the object.
             requested: The Unix time at which the session was asked for.
+            annotations: Of the object.
         """
         labels = {
             metadata.LABEL_APP: metadata.APP,
@@ -160,7 +163,9 @@ class Resource:
         spec = self.spec(config, api_version, {**labels, metadata.LABEL_SANDBOX: name})
         about: Object = {"name": name, "namespace": config.namespace, "labels": labels}
         if self.requested_at is not None:
-            about["annotations"] = {self.requested_at: metadata.timestamp(requested)}
+            annotations = {self.requested_at: metadata.timestamp(requested), **annotations}
+        if annotations:
+            about["annotations"] = dict(annotations)
         return {
             "apiVersion": f"{self.group}/{api_version}",
             "kind": self.kind,

@@ -12,11 +12,12 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 from .._checks import INT32_MAX, integer, seconds
 from ..errors import SandboxError
 from ..proto import sandbox_pb2 as pb
-from ..results import ExecutionChunk, ExecutionOutcome
+from ..results import ExecutionChunk, ExecutionOutcome, ExecutionState
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 _T = TypeVar("_T")
+_ENDS: dict[int, str] = {state: state.name.lower() for state in ExecutionState if state.is_final}
 
 # Answers
 
@@ -69,6 +70,18 @@ def read_chunk(message: pb.ExecuteChunk) -> ExecutionChunk | None:
     else:
         text, result = getattr(message, kind), None
     return ExecutionChunk(message.execution_id, kind, text, result, message.timestamp_ms)
+
+
+def outcome(message: Any) -> str | None:
+    """How an execution has ended, as its answer, or the last message of its stream, tells."""
+    if isinstance(message, pb.ExecuteChunk):
+        return ended_as(message.result.state) if message.HasField("result") else None
+    return "completed" if message.success else "failed"
+
+
+def ended_as(state: int) -> str:
+    """A final state as the label of a metric, which no server can add values to."""
+    return _ENDS.get(state, "unknown")
 
 
 # Requests

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from .. import _telemetry
 from ..config import TlsConfig
 from ..errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 from ..proto import metadata as names
@@ -100,7 +101,7 @@ class Connection:
 
     async def _call(self, rpc: str, request: Any, timeout: float) -> Any:
         method = await self._method(_METHODS[rpc], rpc, timeout)
-        call = method(request, timeout=timeout, metadata=self._expectations())
+        call = method(request, timeout=timeout, metadata=self._metadata())
         self._calls.add(call)
         try:
             # Awaiting the call itself would hide the source of a cancellation: gRPC raises a
@@ -144,8 +145,9 @@ class Connection:
                 await within(timeout, fence.look(), f"{self._named(rpc)}: {text}")
         return await self.channel.method(make, timeout)
 
-    def _expectations(self) -> tuple[tuple[str, str], ...] | None:
-        return None if self.fence is None else self.fence.expectations()
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        expectations = () if self.fence is None else self.fence.expectations()
+        return expectations + _telemetry.headers()
 
     # Calls that wait for code
 
@@ -181,13 +183,14 @@ class Connection:
     async def _start(
         self, rpc: str, request: Any, limit: float | None, patience: float | None = None
     ) -> ExecutionCall:
-        method = await self._method(_STREAMS[rpc], rpc, patience or limit or self.beat)
-        timeout = patience
-        if patience is None and self.channel.features is not None and not self.queues:
-            timeout = limit
-        call = ExecutionCall(
-            self, rpc, method(request, timeout=timeout, metadata=self._expectations()), limit
-        )
+        with _telemetry.execution(rpc) as execution:
+            method = await self._method(_STREAMS[rpc], rpc, patience or limit or self.beat)
+            timeout = patience
+            if patience is None and self.channel.features is not None and not self.queues:
+                timeout = limit
+            call = ExecutionCall(
+                self, rpc, method(request, timeout=timeout, metadata=self._metadata()), limit, execution
+            )
         if self._execution_calls is None:
             self._execution_calls = weakref.WeakSet()
         self._execution_calls.add(call)

@@ -10,8 +10,10 @@ import grpc
 import grpc.aio
 
 from ..errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from .codec import outcome
 
 if TYPE_CHECKING:
+    from .._telemetry.otel import Execution
     from .connection import Connection
 
 MISSES = 2
@@ -39,6 +41,7 @@ class ExecutionCall:
             something refers to it, its channel goes on connecting, even a closed one.
         limit: Seconds for the code, margin included; None: the call has a deadline that says
             nothing of the server.
+        execution: Told its outcome, for telemetry.
 
     Attributes:
         is_use: Whether it counts as a use of its own.
@@ -46,11 +49,19 @@ class ExecutionCall:
         minder: The task that ends it when it is time.
     """
 
-    def __init__(self, connection: Connection, rpc: str, call: Any, limit: float | None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        rpc: str,
+        call: Any,
+        limit: float | None,
+        execution: Execution | None = None,
+    ) -> None:
         self._connection = connection
         self.rpc = rpc
         self._call = call
         self._limit = limit
+        self._execution = execution
         self.is_use = self.has_ended = False
         self._failure: SandboxError | None = None
         loop = asyncio.get_running_loop()
@@ -67,13 +78,27 @@ class ExecutionCall:
         Raises:
             SandboxError: The call failed, or was ended from this side.
         """
+        if self._execution is None:
+            return await self._read()
+        try:
+            message = await self._read()
+        except BaseException as error:
+            self._execution.end(error=error)
+            raise
+        if message is None:
+            self._execution.end("error")
+        else:
+            self._execution.saw(outcome(message))
+        return message
+
+    async def _read(self) -> Any:
         if self._call is None:
             if self._failure is not None:
                 raise self._failure.copy_for_waiter()
             return None
         message = await self._read_call()
         if message is _EOF or message is None:
-            self.end()
+            self._release()
             if message is None:
                 raise self._connection.undecodable(self.rpc)
             return None
@@ -81,7 +106,7 @@ class ExecutionCall:
         if self._unverified:
             self._unverified = False
             if self._call is None:  # It was ended in the same moment.
-                return await self.read()
+                return await self._read()
             self._connection.verify(self.rpc, await self._call.initial_metadata())
         return message
 
@@ -93,7 +118,7 @@ class ExecutionCall:
         try:
             return await self._call.read()
         except grpc.aio.AioRpcError as error:
-            self.end()
+            self._release()
             failure = self._connection.failure(self.rpc, error, ("UNAVAILABLE",))
             late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self._limit is not None
             if late and not await self._connection.answers():
@@ -101,7 +126,7 @@ class ExecutionCall:
             # Without gRPC's frames, which refer to the call.
             raise failure from error.with_traceback(None)
         except asyncio.CancelledError as error:
-            self.end()
+            self._release()
             if self._failure is not None and _cancellations() == cancellations:
                 raise self._failure.copy_for_waiter() from None
             error.__traceback__ = None
@@ -112,6 +137,11 @@ class ExecutionCall:
 
     def end(self, failure: SandboxError | None = None) -> None:
         """Cancels the call if it has not ended; `failure` is what its reader gets."""
+        self._release(failure)
+        if self._execution is not None and not self._reading:
+            self._execution.end()
+
+    def _release(self, failure: SandboxError | None = None) -> None:
         call, self._call = self._call, None
         if call is not None:
             self._failure = failure

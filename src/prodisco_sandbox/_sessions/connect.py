@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+from .. import _telemetry
 from .._cluster import manifest, metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError, UnsupportedError
 from .._cluster.resource import Reading
@@ -67,7 +69,8 @@ class Connect:
         connecting = _Connecting(
             self._parts, self._clients, session, deadline, exchange=exchange, resume=resume
         )
-        return await connecting.run()
+        with _telemetry.stages(session.trace, session.about) as stage:
+            return await connecting.run(stage)
 
     async def look_at(self, session: Session) -> None:
         """Reads a suspect session's object, which must not take long.
@@ -138,7 +141,7 @@ class _Connecting:
         self._starts = 0
         self._refused_at: float | None = None
 
-    async def run(self) -> SandboxClient:
+    async def run(self, stage: Callable[[str], object]) -> SandboxClient:
         session = self._session
         session.machine.misplaced = False
         while True:
@@ -147,12 +150,14 @@ class _Connecting:
             if await self._started_again(reading):
                 continue
             if reading.target is None:
+                stage("sandbox.wait_ready")
                 await self._wait_for_pod(reading)
                 continue
             client = self._clients.client_for(session, reading)
             if client is None:
                 await self._hear_of_place()
                 continue
+            stage("sandbox.wait_healthy")
             remaining = max(0.0, min(HEALTH_SLICE, self._deadline - self._parts.now()))
             if not await self._clients.is_healthy(client, remaining):
                 await self._find_out_why(client)

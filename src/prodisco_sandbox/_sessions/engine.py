@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .. import _telemetry
 from .._aio.pacing import Pace
 from .._aio.tasks import OwnedTasks
 from .._cluster import manifest, metadata
@@ -81,6 +82,7 @@ class Engine:
         self._closed = False
 
     def start(self) -> None:
+        _telemetry.tables.add(self.table)
         self._tasks.supervise(self._reap, "sandbox-reaper")
         self._tasks.supervise(self._leases.run, "sandbox-leases")
 
@@ -94,18 +96,30 @@ class Engine:
             owner: Whose session it is; the first that is given stays.
             hold: Count the session as busy, until the caller takes one from `holds`.
         """
+        session = self.table.ready.get(session_id)
+        if session is None:
+            known = self.table.current.get(session_id)
+            trace = None if known is None else _telemetry.joining(known.trace)
+            with _telemetry.span("sandbox.get_client", trace):
+                session = await self._awaited(session_id, owner)
+        session.owner = session.owner or owner
+        session.last_used = self._parts.now()
+        session.holds += hold
+        return session
+
+    async def _awaited(self, session_id: str, owner: str | None) -> Session:
+        """The session, as soon as it is ready."""
         for _ in range(ROUNDS):
             if self._closed:
                 raise SandboxManagerClosedError("the manager has been shut down")
             session = self.table.current.get(session_id) or self._admit(session_id, owner)
             session.owner = session.owner or owner
-            self.table.check(session)
+            if self.table.check(session):
+                session.trace = _telemetry.here()
             error = None
             if session.state is not SessionState.READY:
                 error = await self._wait(session)
             if session.state is SessionState.READY:
-                session.last_used = self._parts.now()
-                session.holds += hold
                 return session
             if error is not None:
                 raise error.copy_for_waiter()
@@ -122,6 +136,7 @@ class Engine:
             owner=owner,
             since=now,
             recreated=self._past.was_here(session_hash),
+            trace=_telemetry.here(),
         )
         try:
             self.table.admit(session, may_queue=self._config.capacity_timeout > 0)
@@ -370,6 +385,7 @@ class Engine:
         stuck = await self._tasks.end()
         await self._leases.aclose()
         await self._resources.aclose()
+        _telemetry.tables.discard(self.table)
         names = {"sandboxes": sorted(left), "may_appear": sorted(uncertain), "tasks": sorted(stuck)}
         took = round(self._parts.now() - begun, 3)
         if left or stuck:

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from .. import _telemetry
 from .._cluster import metadata
 from ..errors import SandboxError, SandboxTimeoutError
 from ..results import SandboxRef
@@ -85,6 +86,7 @@ class Lives:
         suspend = suspend and parts.may_suspend(session)
         if not parts.table.close(session, error, reason, keep=keep, suspend=suspend):
             return
+        session.trace = _telemetry.here(after=session.trace)
         if session.remains.what == "kept":
             parts.log.warning("sandbox_kept", sandbox=session.name, reason=reason)
         if not session.suspends:
@@ -113,12 +115,12 @@ class Lives:
     def fail(self, session: Session, error: SandboxError) -> None:
         """Ends a session that could not be created."""
         took = self._since(session.since)
-        self._parts.log.warning("sandbox_failed", sandbox=session.name, reason=str(error), duration=took)
+        self._parts.log.warning("sandbox_failed", sandbox=session.name, **_told(error), duration=took)
         self.end(session, "failed", error)
 
     def refused(self, session: Session, error: SandboxError) -> None:
         took = self._since(session.since)
-        self._parts.log.info("session_refused", sandbox=session.name, reason=str(error), duration=took)
+        self._parts.log.info("session_refused", sandbox=session.name, **_told(error), duration=took)
 
     # The life
 
@@ -182,19 +184,22 @@ class Lives:
                 parts.table.dropped(session)
             self.fail(session, self._connect.failure(session, e))
         else:
-            adopted = session.known.used
+            kind = self._kind_of_start(session)
             if self._ready(session, client):
-                if parts.config.warm_pool is not None and not adopted:
-                    self._log_start(session)
+                if kind == "warm":
+                    parts.log.info("sandbox_started_warm", sandbox=session.name, pod=session.machine.pod)
+                elif kind == "cold" and parts.config.warm_pool is not None:
+                    parts.log.info("sandbox_started_cold", sandbox=session.name)
                 took, target = self._since(session.since), session.machine.target
-                parts.log.info("sandbox_ready", sandbox=session.name, target=target, duration=took)
+                parts.log.info("sandbox_ready", sandbox=session.name, target=target, kind=kind, duration=took)
 
-    def _log_start(self, session: Session) -> None:
-        pod = session.machine.pod
-        if pod == session.name:  # A cold start makes a Sandbox of the claim's name.
-            self._parts.log.info("sandbox_started_cold", sandbox=session.name)
-        else:
-            self._parts.log.info("sandbox_started_warm", sandbox=session.name, pod=pod)
+    def _kind_of_start(self, session: Session) -> str:
+        """How a session that is about to be ready came by its sandbox."""
+        if session.known.used:
+            return "resumed" if session.known.generation else "attached"
+        # A cold start makes a Sandbox of the claim's name.
+        is_warm = self._parts.config.warm_pool is not None and session.machine.pod != session.name
+        return "warm" if is_warm else "cold"
 
     async def _reach(self, session: Session, deadline: float) -> SandboxClient:
         """Makes or adopts the session's object and connects to it; replaces one that ends meanwhile."""
@@ -296,3 +301,9 @@ class Lives:
 
     def _since(self, begun: float) -> float:
         return round(self._parts.now() - begun, 3)
+
+
+def _told(error: SandboxError) -> dict[str, str]:
+    """What events say of an error; its class is one of the public ones."""
+    public = next(kind for kind in type(error).__mro__ if kind.__module__ == SandboxError.__module__)
+    return {"reason": str(error), "error": public.__name__}

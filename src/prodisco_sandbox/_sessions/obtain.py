@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from .. import _telemetry
 from .._cluster import metadata
 from .._cluster.api_errors import (
     AlreadyExistsError,
@@ -62,7 +63,8 @@ class Obtain:
                         return
                     look = adopted is not None
                     continue
-                await self._create(session, deadline, first=attempt == 0)
+                with _telemetry.span("sandbox.create", session.trace, session.about):
+                    await self._create(session, deadline, first=attempt == 0)
                 return
             except AlreadyExistsError as e:
                 names += 1
@@ -144,8 +146,9 @@ class Obtain:
                 lease = parts.leases.next() if leased else None
                 requested = parts.wall_clock() - (parts.now() - session.since)
                 body = self._resource.body(
-                    parts.config, version, session.name, session.session_hash, lease, requested
-                )
+                    parts.config, version, session.name, session.session_hash, lease, requested,
+                    _telemetry.annotation(),
+                )  # fmt: skip
                 created = await self._send(session, "create", partial(parts.resources.create, body))
             created = created or await parts.resources.get(session.name, deadline)
         except RetryableError as e:

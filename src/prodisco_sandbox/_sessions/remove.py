@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from .. import _telemetry
 from .._aio.pacing import backoff
 from .._cluster import metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError, RetryableError, UnexpectedError
@@ -56,7 +57,8 @@ class Remove:
                         await self._suspend_once(session)
                     # It may be suspended, gone, or another manager's by now.
                     if session.remains.needs_delete:
-                        await self._delete_once(session)
+                        with _telemetry.span("sandbox.delete", session.trace, session.about):
+                            await self._delete_once(session)
                 return
             except SandboxError as e:
                 attempt += 1

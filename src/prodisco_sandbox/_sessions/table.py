@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .._cluster import metadata
 from .._cluster.metadata import Object
+from .._telemetry import Trace
 from ..errors import SandboxCapacityError, SandboxError
 from .inbox import Inbox, News
 from .machines import Machine, Machines
@@ -120,6 +121,8 @@ class Session:
     state: SessionState = SessionState.QUEUED
     since: float = 0.0
     """When it was asked for or, later, when its creation began; on the loop's clock."""
+    trace: Trace | None = None
+    """Where the spans of its steps belong: to whoever has asked for it, checks it, or ends it."""
     after: Session | None = None
     """The session of the same id that must be gone before this one may start."""
     recreated: bool = False
@@ -143,6 +146,11 @@ class Session:
     has_slot: bool = True
     released: asyncio.Event | None = None
     """Of a closing session: set when it is gone, or when its deletion is left to the background."""
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Attributes of its spans."""
+        return {"sandbox.name": self.name}
 
     @property
     def checking(self) -> bool:

@@ -31,6 +31,7 @@ from ._interpreter import Processes
 from ._options import Options, OptionsError
 from ._removal import remove_tree
 from ._service import SandboxService
+from ._tracing import tracing
 from ._undecodable import Undecodable
 
 log = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ async def _serve(options: Options, directories: Directories, stop: _Stop) -> Non
 async def _server(service: SandboxService, fence: Fence) -> tuple[grpc.aio.Server, Any]:
     """The gRPC server with all its services, and the one that tells its health."""
     standard_health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[fence, Undecodable()])
+    server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[*tracing(), fence, Undecodable()])
     sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(standard_health, server)
     name = sandbox_pb2.DESCRIPTOR.services_by_name["SandboxService"].full_name
