@@ -39,6 +39,8 @@ def test_defaults() -> None:
         "idle_check_interval": 60.0,
         "max_sessions": 10,
         "capacity_timeout": 0.0,
+        "when_full": "refuse",
+        "evict_after": 30.0,
         "api_version": "auto",
         "endpoint": "auto",
         "tls": None,
@@ -91,6 +93,8 @@ BAD: list[tuple[str, str, tuple[object, ...]]] = [
         "a finite number of seconds of at least 0",
         (-0.001, math.nan, math.inf, "0", False, None),
     ),
+    ("when_full", '"refuse" or "evict"', ("Evict", "", None, True, [])),
+    ("evict_after", SECONDS, (*NO_SECONDS, None)),
     ("max_sessions", "an integer of at least 1", (0, -1, 1.0, "10", True, None)),
     ("max_suspended", "an integer of at least 1", (0, -1, 1.0, "10", True)),
     ("suspended_for", SECONDS, (*NO_SECONDS, None)),
@@ -358,6 +362,9 @@ MULTI = {
     "SANDBOX_TCP_PORT": "6000",
     "SANDBOX_INSTANCE_ID": "mcp-0",
     "SANDBOX_MANAGED_BY": "team-a",
+    "SANDBOX_CAPACITY_TIMEOUT": "2.5",
+    "SANDBOX_WHEN_FULL": "evict",
+    "SANDBOX_EVICT_AFTER": "10",
 }
 
 
@@ -369,6 +376,9 @@ def test_from_env_reads_every_variable() -> None:
         sandbox_port=6000,
         instance_id="mcp-0",
         managed_by="team-a",
+        capacity_timeout=2.5,
+        when_full="evict",
+        evict_after=10.0,
         tls=TlsConfig.from_env(MTLS),
     )
 
@@ -404,6 +414,9 @@ def test_an_explicit_setting_beats_its_variable() -> None:
         "sandbox_port": 7000,
         "instance_id": "mcp-1",
         "managed_by": "x" * 63,
+        "capacity_timeout": 0.5,
+        "when_full": "refuse",
+        "evict_after": 5,
         "tls": None,
         "ready_timeout": 5,
     }
@@ -422,6 +435,18 @@ def test_an_explicit_setting_beats_its_variable() -> None:
             "SANDBOX_MAX_SESSIONS",
             "0",
             "SANDBOX_MAX_SESSIONS: max_sessions is 0: it must be an integer of at least 1",
+        ),
+        ("SANDBOX_EVICT_AFTER", "soon", "SANDBOX_EVICT_AFTER is 'soon': it must be a number of seconds"),
+        (
+            "SANDBOX_CAPACITY_TIMEOUT",
+            "-1",
+            "SANDBOX_CAPACITY_TIMEOUT: capacity_timeout is -1.0: it must be a finite number of seconds of"
+            " at least 0",
+        ),
+        (
+            "SANDBOX_WHEN_FULL",
+            "wait",
+            'SANDBOX_WHEN_FULL: when_full is \'wait\': it must be "refuse" or "evict"',
         ),
         ("SANDBOX_TCP_PORT", "1e3", "SANDBOX_TCP_PORT is '1e3': it must be an integer"),
         (

@@ -44,3 +44,16 @@ def env_int(environ: Mapping[str, str], variable: str) -> int:
         return int(text)
     except ValueError:
         raise wrong(variable, text, "an integer") from None
+
+
+def env_seconds(environ: Mapping[str, str], variable: str) -> float:
+    """Reads a variable that must hold a number of seconds; its range is for `seconds` to check.
+
+    Raises:
+        ValueError: It holds something else; the message names the variable.
+    """
+    text = environ[variable]
+    try:
+        return float(text)
+    except ValueError:
+        raise wrong(variable, text, "a number of seconds") from None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from ._checks import env_int, integer, seconds, wrong
+from ._checks import env_int, env_seconds, integer, seconds, wrong
 from ._targets import grpc_address, target_from_env
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ _TEXTS = {
     "instance_id": "SANDBOX_INSTANCE_ID",
     "warm_pool": "SANDBOX_WARM_POOL",
     "on_idle": "SANDBOX_ON_IDLE",
+    "when_full": "SANDBOX_WHEN_FULL",
     "workspace_storage": "SANDBOX_WORKSPACE_STORAGE",
     "workspace_storage_class": "SANDBOX_WORKSPACE_STORAGE_CLASS",
     "managed_by": "SANDBOX_MANAGED_BY",
 }
 _NUMBERS = {"max_sessions": "SANDBOX_MAX_SESSIONS", "sandbox_port": "SANDBOX_TCP_PORT"}
+_SECONDS = {"capacity_timeout": "SANDBOX_CAPACITY_TIMEOUT", "evict_after": "SANDBOX_EVICT_AFTER"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,14 @@ class SandboxManagerConfig:
     capacity_timeout: float = 0.0
     """How long a new session may queue for a slot, first come first served; 0 refuses
     at once."""
+    when_full: Literal["refuse", "evict"] = "refuse"
+    """What a new session does that finds no slot. "evict": the first in the queue ends an idle session, as
+    `on_idle` says: one of its own owner's, one of the owner with most, one that nobody has come back to,
+    or one that is idle for half of `session_idle_timeout`, in this order. Owners (``owner=`` of
+    `SandboxManager.get_client`) keep their share of the slots. A session for which another one is being
+    ended waits for that longer than `capacity_timeout`."""
+    evict_after: float = 30.0
+    """Sessions that were used within this time are not ended for others."""
     api_version: Literal["auto", "v1alpha1", "v1beta1"] = "auto"
     """Version of agents.x-k8s.io; "auto" takes the newest that the API server serves."""
     endpoint: Endpoint = "auto"
@@ -217,6 +227,9 @@ class SandboxManagerConfig:
         if self.max_suspended is not None:
             integer("max_suspended", self.max_suspended, least=1, most=None)
         seconds("capacity_timeout", self.capacity_timeout, zero=True)
+        if self.when_full not in ("refuse", "evict"):
+            raise wrong("when_full", self.when_full, '"refuse" or "evict"')
+        seconds("evict_after", self.evict_after)
         if self.lease_duration is not None:
             seconds("lease_duration", self.lease_duration)
         integer("max_sessions", self.max_sessions, least=1, most=None)
@@ -313,7 +326,8 @@ class SandboxManagerConfig:
 
         Variables: SANDBOX_MODE (default ``single``), SANDBOX_NAMESPACE, SANDBOX_IMAGE,
         SANDBOX_MAX_SESSIONS, SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID,
-        SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, SANDBOX_ON_IDLE, SANDBOX_WORKSPACE_STORAGE,
+        SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, SANDBOX_CAPACITY_TIMEOUT, SANDBOX_WHEN_FULL,
+        SANDBOX_EVICT_AFTER, SANDBOX_ON_IDLE, SANDBOX_WORKSPACE_STORAGE,
         SANDBOX_WORKSPACE_STORAGE_CLASS, and the TLS variables of `TlsConfig.from_env`. In single mode
         without a ``single_client``, ``single_target`` is what `SandboxClient.from_env` connects to.
 
@@ -330,6 +344,9 @@ class SandboxManagerConfig:
         for name, variable in _NUMBERS.items():
             if env.get(variable) and name not in overrides:
                 values[name] = env_int(env, variable)
+        for name, variable in _SECONDS.items():
+            if env.get(variable) and name not in overrides:
+                values[name] = env_seconds(env, variable)
         if "tls" not in overrides:
             values["tls"] = TlsConfig.from_env(env)
         known = {f.name for f in fields(cls)}
@@ -346,6 +363,7 @@ class SandboxManagerConfig:
             variables = {
                 **_TEXTS,
                 **_NUMBERS,
+                **_SECONDS,
                 "tls.secret_name": "SANDBOX_TLS_SECRET_NAME",
                 "tls.server_name": "SANDBOX_TLS_SERVER_NAME",
             }

@@ -34,9 +34,10 @@ class SandboxManagerStats:
             sessions are those that count against ``max_sessions``.
         waiting: Callers that wait for a session.
         created: Sandboxes made, re-creations included.
-        recreated: Those made again after a reap or a death, and pods replaced under a
+        recreated: Those made again after a reap, an eviction or a death, and pods replaced under a
             Sandbox.
         reaped: Sessions closed because nobody used them; their Sandboxes were deleted or suspended.
+        evicted: With ``when_full="evict"``, sessions closed to make room for others.
         lost: Sessions whose sandbox died.
         failed: Creations that failed.
         delete_retries: Deletes that failed and were left to a retry.
@@ -56,6 +57,7 @@ class SandboxManagerStats:
     created: int = 0
     recreated: int = 0
     reaped: int = 0
+    evicted: int = 0
     lost: int = 0
     failed: int = 0
     delete_retries: int = 0
@@ -174,6 +176,7 @@ class SandboxManager:
             if owner is not None:
                 session.owner = session.owner or _checked(owner, "owner")
             session.last_used = self._loop.time()  # type: ignore[union-attr]
+            session.uses += 1
             return session.client  # type: ignore[return-value]
         engine = self._started()
         if engine is None:
@@ -216,7 +219,7 @@ class SandboxManager:
         engine = self._started()
         if engine is not None:
             owner = owner if owner is None else _checked(owner, "owner")
-            await engine.acquire(_checked(session_id), owner=owner)
+            await engine.acquire(_checked(session_id), owner=owner, use=False)
 
     async def on_session_closed(self, session_id: str | None = None) -> None:
         """Closes the session's client and deletes its Sandbox, also a suspended one, or one being created.
@@ -289,6 +292,7 @@ class SandboxManager:
             created=events["sandbox_created"] + events["sandbox_recreated"],
             recreated=events["sandbox_recreated"] + events["sandbox_pod_replaced"],
             reaped=events["sandbox_reaped"],
+            evicted=events["sandbox_evicted"],
             lost=events["sandbox_lost"] + events["sandbox_machine_lost"],
             failed=events["sandbox_failed"],
             delete_retries=events["sandbox_delete_failed"],
@@ -411,6 +415,7 @@ class SessionContext:
             if owner is not None:
                 session.owner = session.owner or _checked(owner, "owner")
             session.holds += 1
+            session.uses += 1
         else:
             engine = manager._started()
             if engine is None:

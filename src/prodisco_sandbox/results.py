@@ -6,7 +6,7 @@ name says "at" or "timestamp", else durations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar, Literal, Self
 
@@ -86,6 +86,9 @@ class SandboxRef:
     by a predecessor that was being deleted."""
     boot_id: str | None = None
     """Of the server's life, as it says; None: it has no fences, and a restart in place goes unnoticed."""
+    after_eviction: bool = field(default=False, compare=False)
+    """Whether the session's machine before this one was given up to make room for another session
+    (``when_full="evict"``), as far as the manager remembers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ GOOD = {
     "sandbox_adopted",
     "sandbox_suspended",
     "sandbox_resumed",
+    "sandbox_evicted",
     "sandbox_reaped",
     "sandbox_closed",
     "sandbox_deleted",

@@ -40,8 +40,9 @@ from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import StubClient, conditions
 
-CAP, SUSPENDED = 3, 2
+SUSPENDED = 2
 IDS = st.sampled_from(["a", "b", "c", "d", "e"])
+OWNERS = {"a": "one", "b": "one", "c": "two"}
 PAUSES = st.sampled_from([0.0, 0.0, 0.01, 0.3, 2.0, 12.0, 45.0])
 VERBS = st.sampled_from(["create", "get", "list", "watch", "delete", "patch", "discovery"])
 ERRORS = st.sampled_from([429, 500, 503, 504, aiohttp.ServerDisconnectedError, TimeoutError])
@@ -73,6 +74,8 @@ class Machine(RuleBasedStateMachine):
     done: Counter[str]
     pool: str | None = None
     suspends = False
+    evicts = False
+    cap = 3
 
     @initialize(seed=st.integers(0, 2**16), polling=st.booleans(), leases=st.booleans())
     def begin(self, seed: int, polling: bool, leases: bool) -> None:
@@ -92,7 +95,7 @@ class Machine(RuleBasedStateMachine):
         self.sick: set[str] = set()
         self.callers: list[asyncio.Task[Any]] = []
         self.scopes: list[anyio.CancelScope] = []
-        self.busy_when_reaped: list[str] = []
+        self.busy_when_ended: list[str] = []
         self.pins: Counter[SandboxClient | None] = Counter()
         self.strays = 0
         self.named: set[str] = set()
@@ -103,8 +106,10 @@ class Machine(RuleBasedStateMachine):
             instance_id="me",
             warm_pool=self.pool,
             **self.suspension,
-            max_sessions=CAP,
-            capacity_timeout=5.0,
+            when_full="evict" if self.evicts else "refuse",
+            evict_after=1.0,
+            max_sessions=self.cap,
+            capacity_timeout=15.0 if self.evicts else 5.0,
             ready_timeout=20.0,
             session_idle_timeout=30.0,
             idle_check_interval=10.0,
@@ -131,8 +136,8 @@ class Machine(RuleBasedStateMachine):
         end = engine._lives.end
 
         def watched_end(session: Session, reason: str, error: SandboxError | None = None) -> None:
-            if reason == "reaped" and self.pins[session.client]:
-                self.busy_when_reaped.append(session.name)
+            if reason in ("reaped", "evicted") and self.pins[session.client]:
+                self.busy_when_ended.append(session.name)
             end(session, reason, error)
 
         engine._lives.end = watched_end  # type: ignore[method-assign]
@@ -181,11 +186,12 @@ class Machine(RuleBasedStateMachine):
 
     async def use(self, session_id: str, hold: float | None) -> None:
         """What a request handler does; it checks what it gets."""
+        owner = OWNERS.get(session_id)
         with contextlib.suppress(SandboxError):
             if hold is None:
-                self.check(session_id, await self.manager.get_client(session_id))
+                self.check(session_id, await self.manager.get_client(session_id, owner=owner))
                 return
-            async with self.manager.session(session_id) as client:
+            async with self.manager.session(session_id, owner=owner) as client:
                 self.check(session_id, client)
                 self.pins[client] += 1
                 try:
@@ -377,12 +383,12 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_cap_holds(self) -> None:
         stats = self.manager.stats()
-        assert stats.creating + stats.ready + stats.closing <= CAP
-        assert len(self.living) <= CAP + self.strays
+        assert stats.creating + stats.ready + stats.closing <= self.cap
+        assert len(self.living) <= self.cap + self.strays
 
     @invariant()
-    def the_busy_are_not_reaped(self) -> None:
-        assert self.busy_when_reaped == []
+    def the_busy_are_not_ended(self) -> None:
+        assert self.busy_when_ended == []
 
     @invariant()
     def no_caller_meets_what_it_should_not(self) -> None:
@@ -443,6 +449,13 @@ class SuspendMachine(Machine):
     suspends = True
 
 
+class EvictMachine(SuspendMachine):
+    """The same with sessions that are suspended to make room for others."""
+
+    evicts = True
+    cap = 2
+
+
 SETTINGS = settings(
     max_examples=int(os.environ.get("MACHINE_EXAMPLES", "15")),
     stateful_step_count=40,
@@ -455,3 +468,5 @@ TestClaimMachine = pytest.mark.unmeasured(ClaimMachine.TestCase)
 TestClaimMachine.settings = SETTINGS
 TestSuspendMachine = pytest.mark.unmeasured(SuspendMachine.TestCase)
 TestSuspendMachine.settings = SETTINGS
+TestEvictMachine = pytest.mark.unmeasured(EvictMachine.TestCase)
+TestEvictMachine.settings = settings(SETTINGS, max_examples=max(1, SETTINGS.max_examples // 3))

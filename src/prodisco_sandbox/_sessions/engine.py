@@ -24,7 +24,7 @@ from .life import Lives
 from .parts import Parts
 from .past import Past
 from .suspended import Suspended, SuspendedObjects
-from .table import SERVING, Session, SessionState, SessionTable
+from .table import RETURNED, SERVING, Session, SessionState, SessionTable
 
 if TYPE_CHECKING:
     from ..client import SandboxClient
@@ -88,23 +88,28 @@ class Engine:
 
     # Callers
 
-    async def acquire(self, session_id: str, *, owner: str | None = None, hold: bool = False) -> Session:
+    async def acquire(
+        self, session_id: str, *, owner: str | None = None, use: bool = True, hold: bool = False
+    ) -> Session:
         """Waits for the session's sandbox; makes one if there is none.
 
         Args:
             session_id: Any non-empty text.
             owner: Whose session it is; the first that is given stays.
+            use: Count this as a use.
             hold: Count the session as busy, until the caller takes one from `holds`.
         """
-        session = self.table.ready.get(session_id)
+        session, known = self.table.ready.get(session_id), self.table.current.get(session_id)
+        returns = known is not None and known.state in SERVING
         if session is None:
-            known = self.table.current.get(session_id)
             trace = None if known is None else _telemetry.joining(known.trace)
             with _telemetry.span("sandbox.get_client", trace):
                 session = await self._awaited(session_id, owner)
         session.owner = session.owner or owner
         session.last_used = self._parts.now()
         session.holds += hold
+        if use:
+            session.uses = session.uses + 1 if returns else max(session.uses, 1)
         return session
 
     async def _awaited(self, session_id: str, owner: str | None) -> Session:
@@ -128,6 +133,7 @@ class Engine:
     def _admit(self, session_id: str, owner: str | None) -> Session:
         now, session_hash = self._parts.now(), metadata.session_hash(session_id)
         name, incarnation = self._past.fresh_name(session_id, now)
+        recreated = self._past.was_here(session_hash)
         session = Session(
             session_id=session_id,
             session_hash=session_hash,
@@ -135,11 +141,14 @@ class Engine:
             incarnation=incarnation,
             owner=owner,
             since=now,
-            recreated=self._past.was_here(session_hash),
+            recreated=recreated,
+            uses=RETURNED if recreated else 0,
+            after_eviction=self._past.was_evicted(session_hash),
             trace=_telemetry.here(),
         )
+        may_queue = self._config.capacity_timeout > 0 or self._config.when_full == "evict"
         try:
-            self.table.admit(session, may_queue=self._config.capacity_timeout > 0)
+            self.table.admit(session, may_queue=may_queue)
         except SandboxCapacityError as e:
             self._lives.refused(session, e)
             raise

@@ -27,6 +27,9 @@ from .table import SERVING, Session, SessionState
 if TYPE_CHECKING:
     from ..client import SandboxClient
 
+EVICT_INTERVAL = 1.0
+"""How often the first in the queue looks for a session to end, in seconds."""
+
 
 class Lives:
     """Lives all sessions of a manager.
@@ -74,22 +77,22 @@ class Lives:
 
         Args:
             session: Of one that has ended already, nothing happens.
-            reason: ``"closed"``, ``"reaped"``, ``"failed"``, ``"lost"``, ``"shutdown"``, ``"queued"``
-                (too long), ``"withdrawn"``.
+            reason: ``"closed"``, ``"reaped"``, ``"evicted"``, ``"failed"``, ``"lost"``, ``"shutdown"``,
+                ``"queued"`` (too long), ``"withdrawn"``.
             error: What those who wait for it get; None: they ask again.
         """
         parts = self._parts
         keep = reason in ("failed", "lost") and parts.must_keep(session)
-        suspend = (
-            keep or reason == "reaped" or (reason == "shutdown" and not parts.config.has_random_instance_id)
+        stays = reason in ("reaped", "evicted") or (
+            reason == "shutdown" and not parts.config.has_random_instance_id
         )
-        suspend = suspend and parts.may_suspend(session)
+        suspend = (keep or stays) and parts.may_suspend(session)
         if not parts.table.close(session, error, reason, keep=keep, suspend=suspend):
             return
         session.trace = _telemetry.here(after=session.trace)
         if session.remains.what == "kept":
             parts.log.warning("sandbox_kept", sandbox=session.name, reason=reason)
-        if not session.suspends:
+        if reason == "evicted" or not session.suspends:
             self._past.ended(session)
         parts.leases.drop(session)
 
@@ -148,24 +151,51 @@ class Lives:
 
     async def _queue(self, session: Session) -> None:
         """Waits for a slot."""
-        parts, before = self._parts, session.after
-        patience = parts.config.capacity_timeout
-        if before is not None:
-            patience = max(patience, parts.config.ready_timeout)
-        try:
-            async with asyncio.timeout(patience):
-                await session.inbox.get()
-        except TimeoutError:
-            if session.state is not SessionState.QUEUED:
-                return  # The slot came at the last moment.
-            error: SandboxError = parts.table.full()
-            if before is not None and before.state is not SessionState.GONE:
-                error = SandboxTimeoutError(
-                    f"the session's previous sandbox {before.name} could not be"
-                    f" {'suspended' if before.suspends else 'deleted'} in time"
-                )
-            self.refused(session, error)
-            self.end(session, "queued", error)
+        parts, config, before = self._parts, self._parts.config, session.after
+        patience = config.capacity_timeout
+        if before is not None and before.ended != "evicted":
+            patience = max(patience, config.ready_timeout)
+        evicts = config.when_full == "evict"
+        for limit in (patience, config.ready_timeout):
+            try:
+                async with asyncio.timeout(limit):
+                    await self._slot(session, evicts=evicts)
+                return
+            except TimeoutError:
+                if session.state is not SessionState.QUEUED:
+                    return  # The slot came at the last moment.
+            if not (evicts and parts.table.expects_slot(session)):
+                break  # else another session is being ended for it
+        error: SandboxError = parts.table.full()
+        if before is not None and before.ended != "evicted" and before.state is not SessionState.GONE:
+            error = SandboxTimeoutError(
+                f"the session's previous sandbox {before.name} could not be"
+                f" {'suspended' if before.suspends else 'deleted'} in time"
+            )
+        self.refused(session, error)
+        self.end(session, "queued", error)
+
+    async def _slot(self, session: Session, *, evicts: bool) -> None:
+        """Waits for a slot; the first in the queue looks each second for a session to end."""
+        if evicts:
+            self._make_room()
+        while True:
+            try:
+                async with asyncio.timeout(EVICT_INTERVAL if evicts else None):
+                    await session.inbox.get()
+                return
+            except TimeoutError:
+                if self._parts.table.is_first(session):
+                    self._make_room()
+
+    def _make_room(self) -> None:
+        """Ends idle sessions for those in the queue that no slot is coming for."""
+        parts, config = self._parts, self._parts.config
+        now, long_idle = parts.now(), config.session_idle_timeout / 2
+        while (found := parts.table.to_evict(now, config.evict_after, long_idle)) is not None:
+            session, idle = found
+            parts.log.info("sandbox_evicted", sandbox=session.name, idle=round(idle, 3))
+            self.end(session, "evicted")
 
     async def _open(self, session: Session) -> None:
         """Creating → ready."""
@@ -230,7 +260,9 @@ class Lives:
     def _ready(self, session: Session, client: SandboxClient) -> bool:
         identity, uid = session.machine.identity, session.known.uid or ""
         boot_id = identity if isinstance(identity, str) else None
-        client.sandbox = SandboxRef(session.name, uid, session.incarnation, boot_id)
+        client.sandbox = SandboxRef(
+            session.name, uid, session.incarnation, boot_id, after_eviction=session.after_eviction
+        )
         self._past.is_ready(session)
         return self._parts.table.make_ready(session, client, self._parts.now())
 

@@ -31,7 +31,8 @@ class Past:
         self._resource = resource
         self._occupied_for = grace_period + NAME_MARGIN
         self._occupied: dict[str, float] = {}
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._ended: OrderedDict[str, bool] = OrderedDict()
+        """By session: whether it was evicted."""
         self._strays: set[str] = set()
 
     def survey(self, sandboxes: Iterable[Object]) -> None:
@@ -51,29 +52,33 @@ class Past:
         self._strays.discard(session.session_hash)
 
     def was_here(self, session_hash: str) -> bool:
-        """Whether the session's last sandbox was reaped or died."""
+        """Whether the session's last sandbox was reaped, evicted or died."""
         return session_hash in self._ended
+
+    def was_evicted(self, session_hash: str) -> bool:
+        """Whether the session's last sandbox was ended to make room for another's."""
+        return self._ended.get(session_hash, False)
 
     def ended(self, session: Session) -> None:
         """Notes how a session has ended."""
         if session.ended in ("failed", "lost") and not session.remains.needs_delete:
             # Its object was kept, or perhaps claimed by another manager.
             self._stray(session.session_hash)
-        if session.ended in ("lost", "reaped"):
-            self._remember(session.session_hash)
+        if session.ended in ("lost", "reaped", "evicted"):
+            self._remember(session.session_hash, evicted=session.ended == "evicted")
 
     def suspended_is_gone(self, session_hash: str) -> None:
         """The session's suspended object was deleted, or claimed by another manager."""
         self._stray(session_hash)
-        self._remember(session_hash)
+        self._remember(session_hash, evicted=self.was_evicted(session_hash))
 
     def _stray(self, session_hash: str) -> None:
         self._strays.add(session_hash)
         if len(self._strays) > STRAYS:
             self._strays.pop()
 
-    def _remember(self, session_hash: str) -> None:
-        self._ended[session_hash] = None
+    def _remember(self, session_hash: str, *, evicted: bool) -> None:
+        self._ended[session_hash] = evicted
         if len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
 

@@ -12,12 +12,14 @@ import asyncio
 import enum
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._cluster import metadata
 from .._cluster.metadata import Object
 from .._telemetry import Trace
 from ..errors import SandboxCapacityError, SandboxError
+from .eviction import Holder, choose
 from .inbox import Inbox, News
 from .machines import Machine, Machines
 
@@ -39,6 +41,8 @@ class SessionState(enum.Enum):
 
 SERVING = (SessionState.READY, SessionState.SUSPECT)
 LIVING = (SessionState.CREATING, *SERVING)
+RETURNED = 2
+"""The uses of a session that somebody has come back to; one that is made again has as many."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,6 +139,10 @@ class Session:
     """Entered `SandboxManager.session` contexts."""
     waiters: int = 0
     last_used: float = 0.0
+    uses: int = 0
+    """How often somebody began to use it; all who have waited for its creation count once."""
+    after_eviction: bool = False
+    """Its id's sandbox before was ended to make room for another's."""
     outcome: Outcome = field(default_factory=Outcome)
     inbox: Inbox = field(default_factory=Inbox)
     request: asyncio.Task[Any] | None = None
@@ -156,6 +164,11 @@ class Session:
     def checking(self) -> bool:
         """Whether a suspect session's check is under way."""
         return self.state is SessionState.SUSPECT and not self.outcome.is_set()
+
+    @property
+    def may_start(self) -> bool:
+        """Whether a queued session needs nothing but a slot."""
+        return self.after is None or self.after.state is SessionState.GONE
 
     def idle_since(self) -> float | None:
         """When its last use ended, on the loop's clock; None while it is in use."""
@@ -191,6 +204,7 @@ class SessionTable:
         self._queue: dict[Session, None] = {}
         self._by_name: dict[str, Session] = {}
         self._slots = 0
+        self._starts_fail = False
 
     def __len__(self) -> int:
         return len(self.current) + len(self.closing)
@@ -254,7 +268,7 @@ class SessionTable:
         for waiting in list(self._queue):
             if self._slots >= self.max_sessions:
                 break
-            if waiting.after is None or waiting.after.state is SessionState.GONE:
+            if waiting.may_start:
                 del self._queue[waiting]
                 self._start(waiting)
                 waiting.inbox.post(News.SLOT)
@@ -265,6 +279,44 @@ class SessionTable:
         """Whoever waits for the end of a closing session goes on."""
         if session.released is not None:
             session.released.set()
+
+    def _slots_to_come(self) -> int:
+        """Slots that are free, or will be soon: not those whose deletion was left to the background."""
+        ending = [s for s in self.closing.values() if s.has_slot and s.released and not s.released.is_set()]
+        return self.max_sessions - self._slots + len(ending)
+
+    def is_first(self, session: Session) -> bool:
+        return next(iter(self._queue), None) is session
+
+    def expects_slot(self, session: Session) -> bool:
+        """Whether one of the slots to come is a queued session's."""
+        return session in islice(self._queue, self._slots_to_come())
+
+    def to_evict(self, now: float, evict_after: float, long_idle: float) -> tuple[Session, float] | None:
+        """The session that is to be ended for the first in the queue that no slot is coming for.
+
+        Nobody is ended while creations fail, or while the object of an evicted session cannot be deleted.
+
+        Returns:
+            It, and for how long it has been idle.
+        """
+        left = [session for session in self.closing.values() if session.ended == "evicted"]
+        if self._starts_fail or any(session.released and session.released.is_set() for session in left):
+            return None
+        to_come = self._slots_to_come()
+        first = next((s for s in islice(self._queue, to_come, None) if s.may_start), None)
+        if first is None:
+            return None
+        holders = [Holder(s.session_id, s.owner) for s in islice(self._queue, to_come)]
+        for session in self.current.values():
+            if session.state is not SessionState.QUEUED:
+                since = session.idle_since() if session.state in SERVING else None
+                idle = None if since is None else now - since
+                holders.append(Holder(session.session_id, session.owner, idle, session.uses >= RETURNED))
+        found = choose(
+            holders, first.owner, slots=self.max_sessions, evict_after=evict_after, long_idle=long_idle
+        )
+        return None if found is None else (self.current[found.session_id], found.idle or 0.0)
 
     # A session's object
 
@@ -328,6 +380,10 @@ class SessionTable:
         """
         if session.state not in LIVING:
             return False
+        if session.state is SessionState.CREATING:
+            self._starts_fail = False
+            if session.known.used:
+                session.uses = RETURNED
         session.state = SessionState.READY
         session.client = client
         session.last_used = now
@@ -387,6 +443,7 @@ class SessionTable:
         self.ready.pop(session.session_id, None)
         self.machines.leave(session)
         session.ended = reason
+        self._starts_fail = self._starts_fail or reason == "failed"
         certain = session.remains.what == "known"
         session.suspends = suspend and (certain or (session.remains.needs_delete and not keep))
         if keep and not session.suspends and session.remains.needs_delete:
