@@ -10,7 +10,7 @@ UNIT := not slow and not process
 # tests/conftest.py says how many.
 WORKERS := --numprocesses=auto --max-worker-restart=0
 PROTO_PY := .venv-proto/bin/python
-PROTO := src/prodisco_sandbox/proto/sandbox.proto
+PROTO := $(wildcard src/prodisco_sandbox/proto/*.proto)
 # Directories too: they change when a file goes.
 SOURCES := $(shell find src \( -name __pycache__ -o -name .mypy_cache \) -prune -o -print)
 # The test that compares the stubs skips where no Python is old enough to generate them.

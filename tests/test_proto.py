@@ -1,16 +1,17 @@
-"""The protocol: every name, number and type, and stubs that fit the .proto file."""
+"""The protocol: every name, number and type, and stubs that fit the .proto files."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from _patience import PATIENCE
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
-from prodisco_sandbox.proto import sandbox_pb2
+from prodisco_sandbox.proto import files_pb2, sandbox_pb2
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,7 +101,30 @@ MESSAGES = {
     "LspDocumentSymbolResponse": "1 symbols rep LspDocumentSymbol",
 }
 
+# The project's own addition.
+FILE_METHODS = {
+    "Read": "ReadRequest stream ReadResponse",
+    "Write": "stream WriteRequest FileInfo",
+    "List": "ListRequest ListResponse",
+    "Stat": "StatRequest FileInfo",
+    "Remove": "RemoveRequest RemoveResponse",
+    "MakeDirectory": "MakeDirectoryRequest FileInfo",
+}
+FILE_MESSAGES = {
+    "FileInfo": "1 path string, 2 size int64, 3 kind FileKind, 4 modified_at_ms int64",
+    "ReadRequest": "1 path string, 2 offset int64, 3 length opt int64",
+    "ReadResponse": "1 info FileInfo in part, 2 data bytes in part",
+    "WriteRequest": "1 path string in part, 2 data bytes in part, 3 size int64 in part",
+    "ListRequest": "1 path string, 2 recursive bool, 3 limit int32, 4 since_execution string",
+    "ListResponse": "1 files rep FileInfo, 2 truncated bool",
+    "StatRequest": "1 path string",
+    "RemoveRequest": "1 path string, 2 recursive bool",
+    "RemoveResponse": "",
+    "MakeDirectoryRequest": "1 path string",
+}
+
 # The values from 0 on, without their prefix.
+FILE_ENUMS = {"FileKind": ("FILE_KIND_", "UNSPECIFIED FILE DIRECTORY OTHER")}
 ENUMS = {
     "ExecutionState": (
         "EXECUTION_STATE_",
@@ -115,11 +139,25 @@ ENUMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def file() -> FileDescriptorProto:
+@dataclass
+class Contract:
+    """A proto file, and what it has to hold."""
+
+    file: FileDescriptorProto
+    service: str
+    methods: dict[str, str]
+    messages: dict[str, str]
+    enums: dict[str, tuple[str, str]]
+
+
+@pytest.fixture(params=["SandboxService", "FileService"])
+def contract(request: pytest.FixtureRequest) -> Contract:
     proto = FileDescriptorProto()
-    sandbox_pb2.DESCRIPTOR.CopyToProto(proto)
-    return proto
+    if request.param == "SandboxService":
+        sandbox_pb2.DESCRIPTOR.CopyToProto(proto)
+        return Contract(proto, request.param, METHODS, MESSAGES, ENUMS)
+    files_pb2.DESCRIPTOR.CopyToProto(proto)
+    return Contract(proto, request.param, FILE_METHODS, FILE_MESSAGES, FILE_ENUMS)
 
 
 def described(message: DescriptorProto, field: FieldDescriptorProto) -> str:
@@ -137,44 +175,46 @@ def described(message: DescriptorProto, field: FieldDescriptorProto) -> str:
     return " ".join(words)
 
 
-def test_every_message_is_as_the_contract_says(file: FileDescriptorProto) -> None:
+def test_every_message_is_as_the_contract_says(contract: Contract) -> None:
     found = {
         message.name: ", ".join(described(message, field) for field in message.field)
-        for message in file.message_type
+        for message in contract.file.message_type
     }
-    assert found == MESSAGES
+    assert found == contract.messages
 
 
-def test_every_method_is_as_the_contract_says(file: FileDescriptorProto) -> None:
+def test_every_method_is_as_the_contract_says(contract: Contract) -> None:
+    file = contract.file
     (service,) = file.service
-    assert (file.syntax, file.package, service.name) == ("proto3", "prodisco.sandbox.v1", "SandboxService")
+    assert (file.syntax, file.package, service.name) == ("proto3", "prodisco.sandbox.v1", contract.service)
     found = {}
     for method in service.method:
-        assert not method.client_streaming
-        words = [method.input_type, method.output_type]
-        found[method.name] = " ".join(
-            word.removeprefix(".prodisco.sandbox.v1.")
-            for word in (words[:1] + ["stream"] * method.server_streaming + words[1:])
-        )
-    assert found == METHODS
+        words = ["stream"] * method.client_streaming + [method.input_type]
+        words += ["stream"] * method.server_streaming + [method.output_type]
+        found[method.name] = " ".join(word.removeprefix(".prodisco.sandbox.v1.") for word in words)
+    assert found == contract.methods
 
 
-def test_every_enum_is_as_the_contract_says(file: FileDescriptorProto) -> None:
-    found = {enum.name: [(value.name, value.number) for value in enum.value] for enum in file.enum_type}
+def test_every_enum_is_as_the_contract_says(contract: Contract) -> None:
+    enums = contract.file.enum_type
+    found = {enum.name: [(value.name, value.number) for value in enum.value] for enum in enums}
     assert found == {
         name: [(prefix + value, number) for number, value in enumerate(values.split())]
-        for name, (prefix, values) in ENUMS.items()
+        for name, (prefix, values) in contract.enums.items()
     }
 
 
-def test_the_committed_stubs_are_what_the_proto_file_generates(tmp_path: Path) -> None:
+def test_the_committed_stubs_are_what_the_proto_files_generate(tmp_path: Path) -> None:
     python = Path(os.environ.get("PRODISCO_PROTO_PYTHON") or ROOT / ".venv-proto" / "bin" / "python")
     if not python.exists():
         pytest.skip(f"{python} is missing: `make proto` sets up what generates the stubs")
     out = [f"--{kind}_out={tmp_path}" for kind in ("python", "grpc_python")]
     out += [f"--{kind}_out=quiet:{tmp_path}" for kind in ("mypy", "mypy_grpc")]
+    protos = [
+        path.relative_to(ROOT) for path in (ROOT / "src" / "prodisco_sandbox" / "proto").glob("*.proto")
+    ]
     subprocess.run(
-        [python, "-m", "grpc_tools.protoc", "-Isrc", *out, "src/prodisco_sandbox/proto/sandbox.proto"],
+        [python, "-m", "grpc_tools.protoc", "-Isrc", *out, *protos],
         cwd=ROOT,
         env=os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"},
         check=True,

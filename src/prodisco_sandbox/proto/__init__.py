@@ -1,1 +1,1 @@
-"""The wire protocol: sandbox.proto and the stubs generated from it by `make proto`."""
+"""The wire protocol: the .proto files, and the stubs generated from them by `make proto`."""

@@ -19,6 +19,8 @@ FIRST: Final = "first"
 FIRST_CALL: Final = "prodisco-first-call"
 """With the boot id, in the answer to the first call that a server takes since its start, health checks
 aside: nothing that the caller may have left is on this machine."""
+FILES: Final = "files"
+"""The feature of a server that has the FileService of files.proto."""
 
 EXPECT_POD: Final = "prodisco-expect-pod"
 """In a request: the name of the pod that it is meant for."""
