@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from prodisco_sandbox.proto import metadata, sandbox_pb2, sandbox_pb2_grpc
+from prodisco_sandbox.proto import files_pb2, files_pb2_grpc, metadata, sandbox_pb2, sandbox_pb2_grpc
 
 from . import _transport
 from ._cache import ScriptCache
@@ -27,6 +27,7 @@ from ._confine import identity
 from ._containment import Containment
 from ._executions import Executions
 from ._fence import Fence
+from ._files import FileService
 from ._interpreter import Processes
 from ._options import Options, OptionsError
 from ._removal import remove_tree
@@ -52,7 +53,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 
-FEATURES = (metadata.QUEUE,)
+FEATURES = (metadata.QUEUE, metadata.FILES)
 
 _REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 _KILL_TIMEOUT = 15.0
@@ -154,7 +155,9 @@ async def _serve(options: Options, directories: Directories, stop: _Stop) -> Non
         cache = ScriptCache(options.cache_dir, options.cache_limit)
         executions = Executions(options, processes, cache)
         service = SandboxService(options, executions, cache)
-        server, standard_health = await _server(service, Fence(uuid.uuid4().hex, options.pod_name, FEATURES))
+        files = FileService(directories.workspace, options.workspace_limit, processes.usage, executions.began)
+        fence = Fence(uuid.uuid4().hex, options.pod_name, FEATURES)
+        server, standard_health = await _server(service, files, fence)
         target = _transport.bind(server, options)
         processes.install()
         if options.workspace is not None:
@@ -176,20 +179,24 @@ async def _serve(options: Options, directories: Directories, stop: _Stop) -> Non
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.at_once.wait(), linger)
             await server.stop(_LAST_ANSWERS)
+            files.close()
             await processes.close()
     finally:
         containment.close()
 
 
-async def _server(service: SandboxService, fence: Fence) -> tuple[grpc.aio.Server, Any]:
+async def _server(service: SandboxService, files: FileService, fence: Fence) -> tuple[grpc.aio.Server, Any]:
     """The gRPC server with all its services, and the one that tells its health."""
     standard_health = health.aio.HealthServicer()  # type: ignore[attr-defined]
     server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[*tracing(), fence, Undecodable()])
     sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
+    files_pb2_grpc.add_FileServiceServicer_to_server(files, server)
     health_pb2_grpc.add_HealthServicer_to_server(standard_health, server)
-    name = sandbox_pb2.DESCRIPTOR.services_by_name["SandboxService"].full_name
-    await standard_health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    _reflect(server, [name, health.SERVICE_NAME])
+    services = sandbox_pb2.DESCRIPTOR.services_by_name, files_pb2.DESCRIPTOR.services_by_name
+    names = [service.full_name for by_name in services for service in by_name.values()]
+    for name in names:
+        await standard_health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    _reflect(server, [*names, health.SERVICE_NAME])
     return server, standard_health
 
 

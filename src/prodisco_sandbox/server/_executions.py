@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import IntEnum
 from typing import Any
 
+from ._beneath import file_time
 from ._cache import CacheEntry, ScriptCache
 from ._interpreter import Job, Outcome, Processes
 from ._options import Options
@@ -85,6 +86,7 @@ class Execution:
         self.error: str | None = None
         self.report = ""
         self.started_at_ms = now_ms()
+        self.file_time: int | None = None
         self.finished_at_ms: int | None = None
         self.retained = 0
         self._changed = asyncio.Event()
@@ -174,6 +176,11 @@ class Executions:
     def get(self, execution_id: str) -> Execution | None:
         return self._all.get(execution_id)
 
+    def began(self, execution_id: str) -> int | None:
+        """The `file_time` when an execution began; None: it has not, or is not known."""
+        execution = self._all.get(execution_id)
+        return None if execution is None else execution.file_time
+
     def newest_first(self) -> list[Execution]:
         return list(reversed(self._all.values()))
 
@@ -210,7 +217,7 @@ class Executions:
 
     def _start(self, execution: Execution) -> None:
         execution.state = State.RUNNING
-        execution.started_at_ms = now_ms()
+        execution.started_at_ms, execution.file_time = now_ms(), file_time()
         try:
             if not self._running:
                 self._processes.containment.shared_memory.begin()

@@ -1,0 +1,254 @@
+"""The RPCs on files in the workspace."""
+
+# ruff: noqa: N802 (the protocol names its methods)
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from prodisco_sandbox.proto import files_pb2 as pb
+from prodisco_sandbox.proto import files_pb2_grpc
+from prodisco_sandbox.proto.paths import names_of
+
+from ._beneath import Beneath, Entry, Upload, outlast
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_T = TypeVar("_T")
+
+CHUNK = 1 << 20
+"""Bytes of a file in one message."""
+DEFAULT_LISTED = 1_000
+MOST_LISTED = 10_000
+"""Entries of one answer: the longest paths still fit into a message."""
+MOST_TRANSFERS = 16
+"""Files that are read or written at the same time: each takes a descriptor and some MiB."""
+_ENTRY = 4096
+"""Bytes that count for a file or directory as such."""
+
+_Code = grpc.StatusCode
+_STATUSES = {
+    errno.ENOENT: (_Code.NOT_FOUND, "there is no such file or directory"),
+    errno.ENOTDIR: (_Code.INVALID_ARGUMENT, "a link, or no directory, where a directory must be"),
+    errno.EISDIR: (_Code.INVALID_ARGUMENT, "it is a directory"),
+    errno.EINVAL: (_Code.INVALID_ARGUMENT, None),
+    errno.ELOOP: (_Code.INVALID_ARGUMENT, "links are not followed"),
+    errno.ENAMETOOLONG: (_Code.INVALID_ARGUMENT, "a name is too long"),
+    errno.EXDEV: (_Code.INVALID_ARGUMENT, "it is on another file system than the workspace"),
+    errno.ENOTEMPTY: (_Code.FAILED_PRECONDITION, None),
+    errno.EACCES: (_Code.PERMISSION_DENIED, "code in the sandbox has locked it"),
+    errno.EPERM: (_Code.PERMISSION_DENIED, None),
+    errno.ESTALE: (_Code.ABORTED, None),
+}  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class FileService(files_pb2_grpc.FileServiceServicer):
+    """FileService over the files below one directory.
+
+    Args:
+        workspace: The directory.
+        limit: Bytes that may be in it, the overhead of entries included.
+        usage: How many there are; blocking. It stops counting past the number that it is given.
+        began: When an execution began, as `file_time` says; None: unknown.
+    """
+
+    def __init__(
+        self,
+        workspace: Path,
+        limit: int,
+        usage: Callable[[int], int],
+        began: Callable[[str], int | None],
+    ) -> None:
+        self._beneath = Beneath(workspace)
+        self._limit = limit
+        self._usage = usage
+        self._began = began
+        self._transfers = 0
+        # What was last counted, and what unfinished writes hold, which nobody can count.
+        self._used = self._unfinished = 0
+        # Else a file that is committed while files are counted might count twice, or not at all.
+        self._counting = asyncio.Lock()
+
+    def close(self) -> None:
+        self._beneath.close()
+
+    async def Read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadResponse]:
+        names = await _names(request.path, context)
+        if request.offset < 0 or request.length < 0:
+            await context.abort(_Code.INVALID_ARGUMENT, "offset and length must not be negative")
+        opened: list[int] = []
+        async with self._transfer(context), _failures(context, request.path):
+            try:
+                await _in_thread(lambda: opened.append(self._beneath.open(names)))
+                status = os.fstat(opened[0])
+                yield pb.ReadResponse(info=_info(Entry("/".join(names), status)))
+                # To where it ends now: one that grows would have no end.
+                at, end = request.offset, status.st_size
+                if request.HasField("length"):
+                    end = min(end, at + request.length)
+                while at < end:
+                    data = await _in_thread(lambda: os.pread(opened[0], min(CHUNK, end - at), at))  # noqa: B023
+                    if not data:
+                        raise OSError(errno.ESTALE, "it became shorter while it was read")
+                    at += len(data)
+                    yield pb.ReadResponse(data=data)
+            finally:
+                for descriptor in opened:
+                    os.close(descriptor)
+
+    async def Write(self, requests: AsyncIterator[pb.WriteRequest], context: Context) -> pb.FileInfo:
+        first = await anext(aiter(requests), None)
+        if first is None or first.WhichOneof("part") != "path":
+            await context.abort(_Code.INVALID_ARGUMENT, "the first message must hold the path")
+        names = await _names(first.path, context)
+        upload = Upload(self._beneath, names)
+        size = 0
+        async with self._transfer(context), _failures(context, first.path):
+            try:
+                await _in_thread(upload.begin)
+                await self._count()
+                await self._check_room(_ENTRY, context)
+                async for request in requests:
+                    if request.WhichOneof("part") != "data":
+                        break
+                    size += len(request.data)
+                    self._unfinished += len(request.data)
+                    await self._check_room(_ENTRY, context)
+                    await _in_thread(lambda: upload.write(request.data))  # noqa: B023
+                else:
+                    await context.abort(
+                        _Code.INVALID_ARGUMENT, "it ended without its size: nothing was written"
+                    )
+                if request.WhichOneof("part") != "size" or request.size != size:
+                    text = f"the last message must hold the size, of {size:,} bytes: nothing was written"
+                    await context.abort(_Code.INVALID_ARGUMENT, text)
+                async with self._counting:
+                    entry = await _in_thread(upload.commit)
+                    self._used += size + _ENTRY
+            finally:
+                self._unfinished -= size
+                await _in_thread(upload.close)
+        # No execution that begins from now on takes the file for one of its own.
+        await _in_thread(lambda: outlast(entry))
+        return _info(entry)
+
+    async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
+        names = await _names(request.path, context)
+        since = None
+        if request.since_execution:
+            since = self._began(request.since_execution)
+            if since is None:
+                text = f"no execution has the id {request.since_execution[:100]!r}, or it ended too long ago"
+                await context.abort(_Code.NOT_FOUND, text)
+        limit = min(request.limit, MOST_LISTED) if request.limit > 0 else DEFAULT_LISTED
+        async with _failures(context, request.path):
+            found, truncated = await _in_thread(
+                lambda: self._beneath.listing(names, limit, recursive=request.recursive, since=since)
+            )
+        return pb.ListResponse(files=map(_info, found), truncated=truncated)
+
+    async def Stat(self, request: pb.StatRequest, context: Context) -> pb.FileInfo:
+        names = await _names(request.path, context)
+        async with _failures(context, request.path):
+            return _info(await _in_thread(lambda: self._beneath.stat(names)))
+
+    async def Remove(self, request: pb.RemoveRequest, context: Context) -> pb.RemoveResponse:
+        names = await _names(request.path, context)
+        async with _failures(context, request.path):
+            await _in_thread(lambda: self._beneath.remove(names, recursive=request.recursive))
+        return pb.RemoveResponse()
+
+    async def MakeDirectory(self, request: pb.MakeDirectoryRequest, context: Context) -> pb.FileInfo:
+        names = await _names(request.path, context)
+        async with _failures(context, request.path):
+            await self._count()
+            await self._check_room(_ENTRY * len(names), context)
+            return _info(await _in_thread(lambda: self._beneath.make_directory(names)))
+
+    async def _count(self) -> None:
+        async with self._counting:
+            self._used = await _in_thread(lambda: self._usage(self._limit))
+
+    async def _check_room(self, needed: int, context: Context) -> None:
+        if self._used + self._unfinished + needed > self._limit:
+            text = (
+                f"no room: the workspace may hold {self._limit >> 20} MiB (--workspace-limit-mb):"
+                " remove files first"
+            )
+            await context.abort(_Code.RESOURCE_EXHAUSTED, text)
+
+    @contextlib.asynccontextmanager
+    async def _transfer(self, context: Context) -> AsyncIterator[None]:
+        if self._transfers >= MOST_TRANSFERS:
+            text = f"{MOST_TRANSFERS} files are being read or written: wait for one to end"
+            await context.abort(_Code.RESOURCE_EXHAUSTED, text)
+        self._transfers += 1
+        try:
+            yield
+        finally:
+            self._transfers -= 1
+
+
+async def _names(path: str, context: Context) -> list[str]:
+    try:
+        return names_of(path)
+    except ValueError as error:
+        await context.abort(_Code.INVALID_ARGUMENT, str(error))
+    raise AssertionError("abort returned")
+
+
+@contextlib.asynccontextmanager
+async def _failures(context: Context, path: str) -> AsyncIterator[None]:
+    """Ends the call with the status that fits an error of the operating system."""
+    try:
+        yield
+    except OSError as error:
+        await _abort(context, path, error)
+
+
+async def _abort(context: Context, path: str, error: OSError) -> NoReturn:
+    code, text = _STATUSES.get(error.errno or 0, (_Code.INTERNAL, None))
+    if error.errno in _FULL:
+        code = _Code.RESOURCE_EXHAUSTED
+    elif code is _Code.INTERNAL:
+        log.error("a file call failed: %s", error)
+    # Shortened: clients refuse a long status message.
+    await context.abort(code, f"{path[:100]!a}: {text or error.strerror or error}")
+    raise AssertionError("abort returned")
+
+
+async def _in_thread(work: Callable[[], _T]) -> _T:
+    """Runs blocking work; a cancelled caller goes on only when it is done, so that it can clean up."""
+    future = asyncio.get_running_loop().run_in_executor(None, work)
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        future.exception()
+        raise cancelled
+    return future.result()
+
+
+def _info(entry: Entry) -> pb.FileInfo:
+    info = pb.FileInfo(path=entry.path, kind=pb.FILE_KIND_OTHER)
+    if entry.status is not None:
+        info.modified_at_ms = entry.status.st_mtime_ns // 1_000_000
+    if entry.is_file and entry.status is not None:
+        info.kind, info.size = pb.FILE_KIND_FILE, entry.status.st_size
+    elif entry.is_directory:
+        info.kind = pb.FILE_KIND_DIRECTORY
+    return info
