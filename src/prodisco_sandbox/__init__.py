@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .client import ExecutionStream, SandboxClient
+    from .client import ExecutionStream, FileStream, SandboxClient, SandboxFiles
     from .config import SandboxManagerConfig, TlsConfig
     from .errors import *
     from .manager import SandboxManager, SandboxManagerStats
@@ -31,6 +31,9 @@ __all__ = [
     "ExecutionState",
     "ExecutionStatus",
     "ExecutionStream",
+    "FileInfo",
+    "FileList",
+    "FileStream",
     "HealthStatus",
     "LspDocumentSymbol",
     "LspHover",
@@ -39,6 +42,7 @@ __all__ = [
     "LspSymbolInfo",
     "LspSymbolKind",
     "LspWorkspaceSymbols",
+    "SandboxFiles",
     "SandboxRef",
     "StartedExecution",
     "TestReport",
@@ -58,6 +62,8 @@ __all__ = [
 
 _HOMES = {
     "ExecutionStream": "client",
+    "FileStream": "client",
+    "SandboxFiles": "client",
     "SandboxClient": "client",
     "SandboxManager": "manager",
     "SandboxManagerConfig": "config",

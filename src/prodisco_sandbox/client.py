@@ -14,6 +14,8 @@ from ._checks import integer
 from ._grpc import codec as m
 from ._grpc.connection import Connection
 from ._grpc.fence import Fence
+from ._grpc.files import FileStream as FileStream
+from ._grpc.files import SandboxFiles as SandboxFiles
 from ._grpc.health import wait_for_healthy
 from ._grpc.stream import ExecutionStream as ExecutionStream
 from ._targets import target_from_env
@@ -420,6 +422,11 @@ class SandboxClient:
         """Empties the server's cache; returns how many scripts it held. Idempotent."""
         count: int = (await self._call("ClearCache", pb.ClearCacheRequest())).deleted_count
         return count
+
+    @property
+    def files(self) -> SandboxFiles:
+        """The files in the sandbox's workspace, for servers that have them."""
+        return SandboxFiles(self._connection, self._call_timeout)
 
     # The language server. Lines count from 1, characters from 0.
 

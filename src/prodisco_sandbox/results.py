@@ -6,6 +6,7 @@ name says "at" or "timestamp", else durations.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar, Literal, Self
@@ -232,6 +233,39 @@ class TestReport:
     execution_time_ms: int = 0
     error: str | None = None
     """Why the tests could not be run; None where they ran."""
+
+
+FileKind = Literal["file", "directory", "other"]
+"""What a file is; "other": a link, a device, a FIFO, a socket, or what has a name that is not UTF-8."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file or directory in a sandbox's workspace."""
+
+    path: str
+    """Relative to the workspace, with ``/`` between names; a name that is not UTF-8 has ``\\xNN`` for its
+    bytes, and cannot be used in calls."""
+    size: int = 0
+    """In bytes; 0 unless it is a file."""
+    kind: FileKind = "file"
+    modified_at: float = 0.0
+    """When its content was changed, in seconds since the Unix epoch; code can set this to anything."""
+
+
+class FileList(tuple[FileInfo, ...]):
+    """What is in a directory, in order of path.
+
+    Attributes:
+        truncated: Whether there is more.
+    """
+
+    truncated: bool
+
+    def __new__(cls, files: Iterable[FileInfo] = (), *, truncated: bool = False) -> Self:
+        self = super().__new__(cls, files)
+        self.truncated = truncated
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,10 @@ CALLS: dict[str, Call] = {
     "cancel_execution": lambda client: client.cancel_execution("1"),
     "list_executions": lambda client: client.list_executions(),
     "clear_cache": lambda client: client.clear_cache(),
+    "read": lambda client: client.files.read("a"),
+    "write": lambda client: client.files.write("a", b"x"),
+    "list_files": lambda client: client.files.list(),
+    "remove": lambda client: client.files.remove("a"),
     "lsp_hover": lambda client: client.lsp_hover("a.py", 1, 0),
     "health_check": lambda client: client.health_check(),
 }
@@ -49,7 +53,7 @@ class Meant:
     """A server, and a client of it as a manager makes it: meant for one pod."""
 
     def __init__(self, **options: Any) -> None:
-        self.server = FakeSandboxServer(**options)
+        self.server = FakeSandboxServer(files=True, **options)
         self.reasons: list[str] = []
         self.looks = 0
         self.error: SandboxError | None = None

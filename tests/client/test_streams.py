@@ -12,6 +12,7 @@ import pytest
 from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
+from prodisco_sandbox._grpc.execution_call import ExecutionCall
 from prodisco_sandbox.client import ExecutionStream, SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 from prodisco_sandbox.results import ExecutionChunk
@@ -94,7 +95,7 @@ async def test_a_stream_that_is_held_stays_open_until_it_is_dropped(
         async for _ in stream:
             break
     cancelled_in: list[threading.Thread] = []
-    assert stream._call is not None
+    assert isinstance(stream._call, ExecutionCall)
     kind = type(stream._call._call)
     cancel = kind.cancel
 

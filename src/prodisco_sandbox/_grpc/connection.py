@@ -7,7 +7,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Awaitable, Callable, Container, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from .. import _telemetry
 from ..config import TlsConfig
 from ..errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
+from ..proto import files_pb2_grpc
 from ..proto import metadata as names
 from ..proto import sandbox_pb2 as pb
 from ..proto import sandbox_pb2_grpc as pb_grpc
@@ -24,6 +25,7 @@ from .channel import Channel, within
 from .execution_call import ExecutionCall
 from .failures import SUSPICIOUS, failure
 from .fence import Fence, Metadata
+from .file_call import FileCall
 from .usage import Usage
 
 _T = TypeVar("_T")
@@ -45,10 +47,34 @@ def _makers(stub: Callable[[Any], object], kind: str | None = None) -> dict[str,
 
 
 _HEALTH = frozenset({"Check", "HealthCheck"})
-_METHODS = _makers(pb_grpc.SandboxServiceStub) | _makers(health_pb2_grpc.HealthStub)
+_METHODS = (
+    _makers(pb_grpc.SandboxServiceStub)
+    | _makers(health_pb2_grpc.HealthStub)
+    | _makers(files_pb2_grpc.FileServiceStub)
+)
 # On the wire one answer is a stream of one. gRPC gives the initial metadata ahead of the answer
 # only of a stream.
 _STREAMS = _makers(pb_grpc.SandboxServiceStub, "unary_stream")
+
+
+class StreamCall(Protocol):
+    """A call of several messages, which the connection keeps until its end.
+
+    Attributes:
+        rpc: Its method.
+        is_use: Whether it counts as a use of its own.
+        has_ended: Whether its end is noted.
+    """
+
+    rpc: str
+    is_use: bool
+    has_ended: bool
+
+    async def read(self) -> Any:
+        """The next message; None at the end."""
+
+    def end(self, failure: SandboxError | None = None) -> None:
+        """Cancels the call if it has not ended; `failure` is what its reader gets."""
 
 
 class Connection:
@@ -72,7 +98,7 @@ class Connection:
         self.beat = BEAT
         self.misses = 0
         self._calls: set[Any] = set()
-        self._execution_calls: weakref.WeakSet[ExecutionCall] | None = None  # 0.8 KiB, once there is one
+        self._stream_calls: weakref.WeakSet[StreamCall] | None = None  # 0.8 KiB, once there is one
         self._tasks: set[asyncio.Task[Any]] = set()
         self._asking: asyncio.Task[bool] | None = None
         self._next_beat = 0.0
@@ -191,20 +217,31 @@ class Connection:
             call = ExecutionCall(
                 self, rpc, method(request, timeout=timeout, metadata=self._metadata()), limit, execution
             )
-        if self._execution_calls is None:
-            self._execution_calls = weakref.WeakSet()
-        self._execution_calls.add(call)
+        self._add(call)
         self._keep(call.minder)
         return call
 
-    def call_ended(self, call: ExecutionCall) -> None:
+    async def start_transfer(self, rpc: str, patience: float, *request: Any) -> FileCall:
+        """Begins to read or write a file; counted until its end."""
+        method = await self._method(_METHODS[rpc], rpc, patience)
+        call = FileCall(self, rpc, method(*request, metadata=self._metadata()), patience)
+        self._add(call)
+        self.usage.begin()
+        return call
+
+    def _add(self, call: StreamCall) -> None:
+        if self._stream_calls is None:
+            self._stream_calls = weakref.WeakSet()
+        self._stream_calls.add(call)
+
+    def call_ended(self, call: StreamCall) -> None:
         """Notes the end of a call, once."""
         if not call.has_ended:
             call.has_ended = True
             if call.is_use:
                 self.usage.end()
 
-    def drop(self, call: ExecutionCall, loop: asyncio.AbstractEventLoop) -> None:
+    def drop(self, call: StreamCall, loop: asyncio.AbstractEventLoop) -> None:
         """Ends a call for the garbage collector: from whatever thread it runs in."""
         self.call_ended(call)
         with contextlib.suppress(RuntimeError):  # The loop is closed, and the call with it.
@@ -311,7 +348,7 @@ class Connection:
 
     async def renew(self) -> None:
         """Lets the next call make a channel anew, if this one is unconnected and unused."""
-        if not self._calls and all(call.has_ended for call in self._execution_calls or ()):
+        if not self._calls and all(call.has_ended for call in self._stream_calls or ()):
             await self.channel.renew()
 
     async def close(self) -> None:
@@ -323,7 +360,7 @@ class Connection:
         if here:
             for call in list(self._calls):
                 call.cancel()
-            for waiting in list(self._execution_calls or ()):
+            for waiting in list(self._stream_calls or ()):
                 waiting.end(self.closed_under(waiting.rpc))
             await self.channel.close()
             if self._tasks:  # They have nothing to wait for any more.

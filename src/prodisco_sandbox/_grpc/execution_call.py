@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MISSES = 2
 """Misses in a row that make a server stuck."""
 
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
 class ExecutionCall:
@@ -97,7 +97,7 @@ class ExecutionCall:
                 raise self._failure.copy_for_waiter()
             return None
         message = await self._read_call()
-        if message is _EOF or message is None:
+        if message is EOF or message is None:
             self._release()
             if message is None:
                 raise self._connection.undecodable(self.rpc)
@@ -114,7 +114,7 @@ class ExecutionCall:
         loop = asyncio.get_running_loop()
         self._paused += loop.time() - self._paused_at
         self._reading = True
-        cancellations = _cancellations()
+        before = cancellations()
         try:
             return await self._call.read()
         except grpc.aio.AioRpcError as error:
@@ -127,7 +127,7 @@ class ExecutionCall:
             raise failure from error.with_traceback(None)
         except asyncio.CancelledError as error:
             self._release()
-            if self._failure is not None and _cancellations() == cancellations:
+            if self._failure is not None and cancellations() == before:
                 raise self._failure.copy_for_waiter() from None
             error.__traceback__ = None
             raise
@@ -208,7 +208,7 @@ class ExecutionCall:
             self._connection.suspect()
 
 
-def _cancellations() -> int:
+def cancellations() -> int:
     """How often this task has been cancelled: gRPC raises CancelledError for its calls too.
 
     A task that cleans up behind itself has been cancelled already, and may be once more.

@@ -1,54 +1,49 @@
-"""The output of one execution, as it comes."""
+"""What a call streams, as it comes."""
 
 from __future__ import annotations
 
 import asyncio
 import weakref
 from types import TracebackType
-from typing import Self
+from typing import Any, Generic, Self, TypeVar
 
 from ..errors import SandboxError
 from ..proto import sandbox_pb2 as pb
 from ..results import ExecutionChunk
 from .codec import read_chunk
-from .connection import Connection
-from .execution_call import ExecutionCall
+from .connection import Connection, StreamCall
+
+_T = TypeVar("_T")
 
 
-class ExecutionStream:
-    """The chunks of one execution, as they come: what `SandboxClient.execute_stream` returns.
+class CallStream(Generic[_T]):
+    """An async iterator over what a call streams, and an async context manager."""
 
-    An async iterator of `ExecutionChunk`, and an async context manager::
-
-        async with client.execute_stream("...") as stream:
-            async for chunk in stream:
-                print(chunk.text, end="")
-
-    The execution starts when the stream is entered or first iterated. Leaving the
-    context, `aclose`, or cancelling the task that iterates cancels the call. Without
-    ``async with``, a ``break`` out of the loop cancels it as soon as nothing refers to
-    the stream any more: at once in ``async for chunk in client.execute_stream(...)``,
-    but only later where a variable still holds it. Can be iterated once, by one task at
-    a time; after its end or an error it is exhausted.
-    """
-
-    def __init__(self, connection: Connection, request: pb.ExecuteRequest, timeout: float) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._request = request
-        self._timeout = timeout
-        self._call: ExecutionCall | None = None
-        self._finalizer: weakref.finalize[..., ExecutionStream] | None = None
-        self._over = self._reading = self._complete = False
+        self._call: StreamCall | None = None
+        self._finalizer: weakref.finalize[..., CallStream[_T]] | None = None
+        self._over = self._reading = False
+
+    async def _begin(self) -> StreamCall:
+        """Makes the call."""
+        raise NotImplementedError
+
+    def _take(self, message: Any) -> _T | None:
+        """What a message holds; None: nothing for the caller."""
+        raise NotImplementedError
+
+    def _check_end(self) -> None:
+        """Raises `SandboxError` if the call must not end here."""
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> ExecutionChunk:
-        """The next chunk.
+    async def __anext__(self) -> _T:
+        """The next one.
 
         Raises:
-            SandboxError: The call failed (see the error tree), or the server ended the
-                stream without a result.
+            SandboxError: The call failed (see the error tree), or the server ended it too early.
         """
         self._claim()
         try:
@@ -56,13 +51,9 @@ class ExecutionStream:
                 message = await (self._call or await self._start()).read()
                 if message is None:
                     self._finish()
-                    if not self._complete:
-                        raise SandboxError(
-                            f"ExecuteStream on {self._connection.target}: ended without a result"
-                        )
-                elif (chunk := read_chunk(message)) is not None:
-                    self._complete = self._complete or chunk.kind == "result"
-                    return chunk
+                    self._check_end()
+                elif (taken := self._take(message)) is not None:
+                    return taken
         except BaseException:
             self._finish()
             raise
@@ -93,8 +84,8 @@ class ExecutionStream:
             raise SandboxError("this stream is already being read by another task")
         self._reading = True
 
-    async def _start(self) -> ExecutionCall:
-        call = await self._connection.start_stream(self._request, self._timeout)
+    async def _start(self) -> StreamCall:
+        call = await self._begin()
         if self._over:
             call.end()
             raise self._closed_under()
@@ -110,3 +101,39 @@ class ExecutionStream:
         self._over = True
         if self._call is not None and self._finalizer is not None and self._finalizer.detach() is not None:
             self._call.end(self._closed_under())
+
+
+class ExecutionStream(CallStream[ExecutionChunk]):
+    """The chunks of one execution, as they come: what `SandboxClient.execute_stream` returns.
+
+    An async iterator of `ExecutionChunk`, and an async context manager::
+
+        async with client.execute_stream("...") as stream:
+            async for chunk in stream:
+                print(chunk.text, end="")
+
+    The execution starts when the stream is entered or first iterated. Leaving the
+    context, `aclose`, or cancelling the task that iterates cancels the call. Without
+    ``async with``, a ``break`` out of the loop cancels it as soon as nothing refers to
+    the stream any more: at once in ``async for chunk in client.execute_stream(...)``,
+    but only later where a variable still holds it. Can be iterated once, by one task at
+    a time; after its end or an error it is exhausted.
+    """
+
+    def __init__(self, connection: Connection, request: pb.ExecuteRequest, timeout: float) -> None:
+        super().__init__(connection)
+        self._request = request
+        self._timeout = timeout
+        self._complete = False
+
+    async def _begin(self) -> StreamCall:
+        return await self._connection.start_stream(self._request, self._timeout)
+
+    def _take(self, message: Any) -> ExecutionChunk | None:
+        chunk = read_chunk(message)
+        self._complete = self._complete or (chunk is not None and chunk.kind == "result")
+        return chunk
+
+    def _check_end(self) -> None:
+        if not self._complete:
+            raise SandboxError(f"ExecuteStream on {self._connection.target}: ended without a result")

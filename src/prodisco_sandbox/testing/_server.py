@@ -9,6 +9,7 @@ import inspect
 import os
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
-from ..proto import metadata
+from ..proto import files_pb2, metadata
 from ..proto import sandbox_pb2 as pb
 from ..results import (
     CancelResult,
@@ -29,10 +30,13 @@ from ..results import (
     ExecutionResult,
     ExecutionState,
     ExecutionStatus,
+    FileInfo,
+    FileList,
     HealthStatus,
     StartedExecution,
 )
 from ..server._fence import Fence
+from ..server._files import FileService
 
 Health = Literal["standard", "own"]
 """Which health service a server has: ``grpc.health.v1``, or only its own HealthCheck."""
@@ -56,10 +60,11 @@ _OPTIONS = (
 
 _METHODS: dict[str, MethodDescriptor] = {
     method.name: method
-    for file, service in ((pb, "SandboxService"), (health_pb2, "Health"))
+    for file, service in ((pb, "SandboxService"), (files_pb2, "FileService"), (health_pb2, "Health"))
     for method in file.DESCRIPTOR.services_by_name[service].methods
-    if service == "SandboxService" or method.name == "Check"
+    if service != "Health" or method.name == "Check"
 }
+_FILE_KINDS = {"file": files_pb2.FILE_KIND_FILE, "directory": files_pb2.FILE_KIND_DIRECTORY}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ class FakeCall:
 
     Attributes:
         rpc: Its name, such as ``"Execute"``; ``"Check"`` is the standard health service's.
-        request: The protobuf message that came.
+        request: The protobuf message that came; of Write a list of them, as far as they came.
         timeout: Seconds that were left until the client's deadline; None: it set none.
         outcome: How it ended; "cancelled" by the client, by a broken connection, or
             by the end of the server.
@@ -125,6 +130,9 @@ class FakeSandboxServer:
         pod_name: The pod that it is in; None: it was not told.
         queues: Whether it says that code begins with the answer, or with the first chunk:
             until then the code is queued. Needs `fences`.
+        workspace: A directory: it has the calls on files too, which act on that as a real server's do,
+            except that no execution is known to it.
+        files: Whether it has these calls; without a `workspace` they are to be scripted.
 
     Attributes:
         calls: The calls so far, in the order of arrival.
@@ -145,6 +153,8 @@ class FakeSandboxServer:
         fences: bool = True,
         pod_name: str | None = None,
         queues: bool = False,
+        workspace: str | os.PathLike[str] | None = None,
+        files: bool = False,
     ) -> None:
         if health not in ("standard", "own"):
             raise ValueError(f'health is {health!r}: it must be "standard" or "own"')
@@ -153,7 +163,10 @@ class FakeSandboxServer:
         self.calls: list[FakeCall] = []
         self.boot_id: str | None = None
         self.fences, self.pod_name = fences, pod_name
-        self._features = (metadata.QUEUE,) if queues else ()
+        self._has_files = files or workspace is not None
+        self._features = (metadata.QUEUE,) * queues + (metadata.FILES,) * self._has_files
+        self._workspace = None if workspace is None else Path(workspace)
+        self._file_service: FileService | None = None
         self._port = port
         self._socket_path = socket_path
         self._has_standard_health = health == "standard"
@@ -185,10 +198,12 @@ class FakeSandboxServer:
         - for ExecuteStream, an iterable of `ExecutionChunk` and of all of the above, or
           a callable that returns one, such as an async generator function. An
           `asyncio.Event` in it is waited for. The stream ends with the iterable or a
-          `FakeStatus`.
+          `FakeStatus`. For Read likewise, of a `FileInfo` and of messages.
+
+        A callable for Write is called once all of the file has come.
 
         Args:
-            rpc: A method of SandboxService, or ``"Check"`` of the standard health service.
+            rpc: A method of SandboxService or FileService, or ``"Check"`` of the standard health service.
             answers: At least one.
         """
         if rpc not in _METHODS:
@@ -224,6 +239,8 @@ class FakeSandboxServer:
         self.boot_id = uuid.uuid4().hex if self.fences else None
         interceptors = [] if self.boot_id is None else [Fence(self.boot_id, self.pod_name, self._features)]
         server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
+        if self._workspace is not None:
+            self._file_service = FileService(self._workspace, 1 << 40, lambda _: 0, lambda _: None)
         server.add_generic_rpc_handlers(tuple(self._handlers()))
         if self._socket_path is None:
             address = f"127.0.0.1:{self._port}"
@@ -249,6 +266,8 @@ class FakeSandboxServer:
             # gRPC does not wait for the tasks that run them.
             if tasks := self._tasks - {asyncio.current_task()}:
                 await asyncio.wait(tasks, timeout=1)
+            if self._file_service is not None:
+                self._file_service.close()
 
     async def kill(self) -> None:
         """Stops at once: calls in flight break off."""
@@ -269,11 +288,16 @@ class FakeSandboxServer:
     def _handlers(self) -> Iterable[Any]:
         services: dict[str, dict[str, Any]] = {}
         for name, method in _METHODS.items():
-            if name == "Check" and not self._has_standard_health:
+            own = method.containing_service.name
+            if (name == "Check" and not self._has_standard_health) or (
+                own == "FileService" and not self._has_files
+            ):
                 continue
             make = grpc.unary_unary_rpc_method_handler
             if method.server_streaming:
                 make = grpc.unary_stream_rpc_method_handler
+            elif method.client_streaming:
+                make = grpc.stream_unary_rpc_method_handler
             services.setdefault(method.full_name.rpartition(".")[0], {})[name] = make(
                 self._handler(method),
                 request_deserializer=GetMessageClass(method.input_type).FromString,
@@ -284,10 +308,38 @@ class FakeSandboxServer:
 
     def _handler(self, method: MethodDescriptor) -> Any:
         async def unary(request: Any, context: Any) -> Any:
+            service = self._service_of(method)
+            if service is not None:
+                async with self._recorded(method.name, request, context):
+                    return await getattr(service, method.name)(request, context)
             async with self._recorded(method.name, request, context):
                 return await self._said(await self._answer(method.name, request), method, context)
 
+        async def upload(requests: Any, context: Any) -> Any:
+            arrived: list[Any] = []
+
+            async def noted() -> AsyncIterator[Any]:
+                async for request in requests:
+                    arrived.append(request)
+                    yield request
+
+            service = self._service_of(method)
+            async with self._recorded(method.name, arrived, context):
+                if service is not None:
+                    return await getattr(service, method.name)(noted(), context)
+                script = self._scripts.get(method.name, [None])[0]
+                if callable(script):
+                    async for _ in noted():
+                        pass
+                return await self._said(await self._answer(method.name, arrived), method, context)
+
         async def stream(request: Any, context: Any) -> None:
+            service = self._service_of(method)
+            if service is not None:
+                async with self._recorded(method.name, request, context):
+                    async for message in getattr(service, method.name)(request, context):
+                        await context.write(message)
+                return
             async with (
                 self._recorded(method.name, request, context),
                 _items(await self._answer(method.name, request)) as items,
@@ -298,7 +350,14 @@ class FakeSandboxServer:
                     else:
                         await context.write(await self._said(item, method, context))
 
+        if method.client_streaming:
+            return upload
         return stream if method.server_streaming else unary
+
+    def _service_of(self, method: MethodDescriptor) -> FileService | None:
+        """What answers a call on files that has no script."""
+        is_file_call = method.containing_service.name == "FileService"
+        return self._file_service if is_file_call and method.name not in self._scripts else None
 
     @contextlib.asynccontextmanager
     async def _recorded(self, rpc: str, request: Any, context: Any) -> AsyncIterator[None]:
@@ -382,6 +441,13 @@ def to_message(value: Any, descriptor: Any) -> Message:
     if isinstance(value, ExecutionChunk):
         fields: dict[str, Any] = {"execution_id": value.execution_id, "timestamp_ms": value.timestamp_ms}
         fields[value.kind] = value.text if value.result is None else value.result
+    elif isinstance(value, FileInfo):
+        fields = {"path": value.path, "size": value.size, "modified_at_ms": round(value.modified_at * 1000)}
+        fields["kind"] = _FILE_KINDS.get(value.kind, files_pb2.FILE_KIND_OTHER)
+        if "info" in descriptor.fields_by_name:
+            fields = {"info": value}
+    elif isinstance(value, FileList):
+        fields = {"files": tuple(value), "truncated": value.truncated}
     elif isinstance(value, HealthStatus) and "status" in descriptor.fields_by_name:
         fields = {"status": _SERVING if value.healthy else _NOT_SERVING}
     elif dataclasses.is_dataclass(value):
