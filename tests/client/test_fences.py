@@ -332,7 +332,7 @@ def found_unused(client: SandboxClient) -> bool | None:
     return client._found_unused
 
 
-@pytest.mark.parametrize("name", CALLS.keys() - {"health_check"})
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"health_check"}))
 async def test_a_client_knows_whether_it_is_the_first_to_use_its_machine(meant: Meant, name: str) -> None:
     assert found_unused(meant.client) is None
     await meant.client.health_check()
