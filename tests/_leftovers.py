@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,9 +17,14 @@ SETTLING = 10.0
 def children() -> set[int]:
     """Processes that this one started and that have not been waited for."""
     pids: set[int] = set()
-    for path in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # A thread that just ended.
-            pids.update(map(int, path.read_text().split()))
+    if not os.path.isdir("/proc/self/task"):
+        return pids
+    for thread in os.listdir("/proc/self/task"):
+        with (
+            contextlib.suppress(FileNotFoundError, ProcessLookupError),  # A thread that just ended.
+            open(f"/proc/self/task/{thread}/children", "rb", buffering=0) as file,
+        ):
+            pids.update(map(int, file.read().split()))
     return pids
 
 
@@ -30,12 +34,13 @@ def open_files() -> dict[int, str]:
     Not sockets: gRPC closes its own in threads, some time later.
     """
     found: dict[int, str] = {}
-    if not Path("/proc/self/fd").is_dir():
+    if not os.path.isdir("/proc/self/fd"):
         return found
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # The listing's own descriptor.
             target = os.readlink(f"/proc/self/fd/{descriptor}")
-            if target.startswith("pipe:") or os.path.isfile(target):
+            # Most are sockets and anon_inodes, whose targets are no paths.
+            if target.startswith("pipe:") or (target[0] == "/" and os.path.isfile(target)):
                 found[int(descriptor)] = target
     return found
 
