@@ -12,6 +12,11 @@ def count(what: str, number: int = 1) -> None:
             file.write(f"{what}\t{number}\n")
 
 
-def tries(default: int) -> int:
-    """How often a test tries what it tries: so often, or as RELIABILITY_TRIES says."""
-    return int(os.environ.get("RELIABILITY_TRIES") or default)
+def tries(number: int, quick: int | None = None) -> int:
+    """How often a test tries what it tries: as RELIABILITY_TRIES says, else as `full` does."""
+    return int(os.environ.get("RELIABILITY_TRIES") or full(number, quick))
+
+
+def full(number: int, quick: int | None = None) -> int:
+    """The whole number in CI, as in `.ci/run`; a quick one at every other run of the tests."""
+    return number if quick is None or os.environ.get("CI") else quick

@@ -105,12 +105,16 @@ class Run(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    """One that runs to its end and one for each signal; all at once, to save time."""
+def demos(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Run]]:
+    """One that runs to its end and one for each signal, as tests are chosen; all at once, to save time."""
     base = tmp_path_factory.mktemp("demo")
-    runs = {"whole": Run(base / "whole")}
+    chosen = {item.name for item in request.session.items if item.path == request.path}
+    runs = {"whole": Run(base / "whole")} if test_it_runs.__name__ in chosen else {}
     for number, (moment, _) in INTERRUPTED.items():
-        runs[number.name] = Run(base / number.name, number, moment)
+        if f"{test_it_ends_well_when_it_is_interrupted.__name__}[{number}]" in chosen:
+            runs[number.name] = Run(base / number.name, number, moment)
     for run in runs.values():
         run.start()
     yield runs
@@ -119,6 +123,7 @@ def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
         run.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", INTERRUPTED)
 def test_it_ends_well_when_it_is_interrupted(demos: dict[str, Run], number: signal.Signals) -> None:
     demo = demos[number.name]

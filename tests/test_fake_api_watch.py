@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 from _cluster import GROUP, MERGE, PLURAL, body
+from _counts import full
 from _fake import AT, create, now, opened
 from kubernetes_asyncio import watch
 from kubernetes_asyncio.client import ApiException
@@ -258,9 +259,10 @@ async def test_namespaces_are_apart(api: FakeCustomObjectsApi) -> None:
 
 @pytest.mark.unmeasured
 async def test_a_thousand_sandboxes_and_one_watch() -> None:
+    number = full(1000, quick=200)
     async with FakeCustomObjectsApi(auto_ready=True) as api:
         response = await opened(api, label_selector="x=1")
-        names = [f"s-{number}" for number in range(1000)]
+        names = [f"s-{n}" for n in range(number)]
         await asyncio.gather(*(create(api, name, labels={"x": "1"}) for name in names))
         patch = {"metadata": {"labels": {"x": "2"}}}
         for name in names[::2]:
@@ -268,13 +270,13 @@ async def test_a_thousand_sandboxes_and_one_watch() -> None:
         await asyncio.gather(*(api.delete_namespaced_custom_object(*AT, name) for name in names[1::2]))
         seen: dict[str, list[str]] = {name: [] for name in names}
         deleted = 0
-        while deleted < 1000:
+        while deleted < number:
             kind, name = await event(response)
             seen[name].append(kind)
             deleted += kind == "DELETED"
         # The annotation, and a status each for the pod that is made, scheduled and ready.
         assert set(map(tuple, seen.values())) == {("ADDED", *4 * ["MODIFIED"], "DELETED")}
-        assert len(api.objects) == 500
+        assert len(api.objects) == number // 2
         response.close()
 
 

@@ -438,7 +438,7 @@ class Table(RuleBasedStateMachine):
 
 
 TestTable = pytest.mark.unmeasured(Table.TestCase)
-TestTable.settings = settings(max_examples=tries(230), stateful_step_count=50, deadline=None)
+TestTable.settings = settings(max_examples=tries(230, quick=60), stateful_step_count=50, deadline=None)
 
 
 def test_the_diagram_and_the_table_of_the_documentation_are_those_of_the_code() -> None:

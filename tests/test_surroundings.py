@@ -33,6 +33,7 @@ def test_children_have_the_default_of_every_signal() -> None:
     assert signals_of_a_child() == {"Ign": pythons_own, "Blk": set()}
 
 
+@pytest.mark.slow
 def test_it_can_be_started_with_signals_ignored_and_says_last_what_was_skipped() -> None:
     chosen = [
         f"{__file__}::{test_children_have_the_default_of_every_signal.__name__}",

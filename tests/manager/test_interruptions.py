@@ -18,7 +18,7 @@ from typing import Any
 
 import anyio
 import pytest
-from _counts import count
+from _counts import count, full
 
 from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.metadata import LABEL_SESSION, is_deleting, labels
@@ -29,7 +29,7 @@ from .support import Clients, StubClient, alive, settle
 pytestmark = [pytest.mark.looptime, pytest.mark.unmeasured]
 
 MOST_STEPS = 400
-STRIDE = int(os.environ.get("INTERRUPTION_STRIDE", "23"))
+STRIDE = int(os.environ.get("INTERRUPTION_STRIDE") or full(23, quick=47))
 """1 tries every step; the unit suite takes longer strides."""
 tried: Counter[str] = Counter()
 

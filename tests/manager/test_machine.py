@@ -18,7 +18,7 @@ import aiohttp
 import anyio
 import looptime
 import pytest
-from _counts import count
+from _counts import count, full
 from _patience import PATIENCE
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -457,7 +457,7 @@ class EvictMachine(SuspendMachine):
 
 
 SETTINGS = settings(
-    max_examples=int(os.environ.get("MACHINE_EXAMPLES", "15")),
+    max_examples=int(os.environ.get("MACHINE_EXAMPLES") or full(15, quick=5)),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from _counts import count
+from _counts import count, full
 from _patience import PATIENCE, put_forward, until
 
 from prodisco_sandbox import SandboxCapacityError, SandboxClient, SandboxError, SandboxUnavailableError
@@ -23,7 +23,9 @@ from prodisco_sandbox.testing import NEVER, FakeCustomObjectsApi, FakeSandboxSer
 from .support import alive, managed, now, settle
 
 SLOTS = 50
-CALLERS = pytest.mark.parametrize("callers", [500, pytest.param(2_000, marks=pytest.mark.slow)])
+CALLERS = pytest.mark.parametrize(
+    "callers", [full(500, quick=200), pytest.param(2_000, marks=pytest.mark.slow)]
+)
 HOLD = 2.0
 
 

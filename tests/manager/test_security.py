@@ -75,7 +75,7 @@ def hostile_ids(seed: int, number: int) -> Iterator[str]:
 
 
 def test_no_two_of_many_ids_meet() -> None:
-    names, values, number = set(), set(), tries(2_000)
+    names, values, number = set(), set(), tries(2_000, quick=500)
     for session_id in hostile_ids(number, number):
         name, value = checked(session_id)
         assert session_id in (name, value) or len(session_id) < 4 or session_id not in name + value
@@ -89,7 +89,7 @@ def test_no_two_of_many_ids_meet() -> None:
 @pytest.mark.looptime
 async def test_hostile_ids_get_sandboxes_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
-    ids = list(hostile_ids(1, tries(2_000) // 50))
+    ids = list(hostile_ids(1, tries(2_000, quick=500) // 50))
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=len(ids)) as manager:
         clients = await asyncio.gather(*map(manager.get_client, ids))
         assert len(set(clients)) == len(alive(api)) == len(ids)

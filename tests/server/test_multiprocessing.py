@@ -35,13 +35,16 @@ WAYS = {
         [],
         ["setpriv", "--bounding-set=-all,+setfcap", sys.executable, "-m", "prodisco_sandbox.server"],
         marks=[
+            pytest.mark.slow,
             own_shared_memory,
             pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed"),
         ],
     ),
     "common": pytest.param([], [sys.executable, "-c", COMMON]),
     "bubblewrap": pytest.param(
-        ["--isolation", "bwrap"], [sys.executable, "-m", "prodisco_sandbox.server"], marks=needs_bubblewrap
+        ["--isolation", "bwrap"],
+        [sys.executable, "-m", "prodisco_sandbox.server"],
+        marks=[pytest.mark.slow, needs_bubblewrap],
     ),
 }
 POOL = """
