@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def test_defaults() -> None:
         "managed_by": "mcp-server",
         "lease_duration": 1800.0,
         "shutdown_timeout": 30.0,
+        "shared": False,
+        "clock_skew": 30.0,
     }
     assert len(bytes.fromhex(instance_id)) == 8
     assert multi().instance_id != instance_id, "another incarnation must not own this one's Sandboxes"
@@ -532,3 +535,50 @@ def test_a_shared_client_and_a_target_for_one_exclude_each_other() -> None:
         SandboxManagerConfig(
             mode="single", single_client=SandboxClient("localhost:1"), single_target="localhost:1"
         )
+
+
+SHARED: dict[str, Any] = {"shared": True, "instance_id": "group"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"instance_id": None}, "instance_id is not set: with shared it must be the same in all managers"),
+        ({"lease_duration": None}, "lease_duration is None: it must be left out with shared"),
+        (SUSPEND, "on_idle is 'suspend': it must be \"delete\" with shared"),
+        ({"session_idle_timeout": 119.0}, "session_idle_timeout is 119.0: it must be at least 4 times"),
+        (
+            {"clock_skew": 151.0},
+            "session_idle_timeout is 600.0: it must be at least 4 times clock_skew (604)",
+        ),
+        ({"clock_skew": 0}, "clock_skew is 0: it must be a finite number of seconds above 0"),
+    ],
+)
+def test_what_shared_sessions_need(settings: dict[str, Any], message: str) -> None:
+    merged = {
+        key: value for key, value in (SHARED | settings).items() if (key, value) != ("instance_id", None)
+    }
+    with pytest.raises(ValueError) as caught:
+        multi(**merged)
+    assert str(caught.value).startswith(message)
+
+
+def test_only_a_group_has_a_label_of_a_group() -> None:
+    assert multi(**SHARED).instance_label.startswith("shared-")
+    assert multi(**SHARED).instance_label == multi(**SHARED, max_sessions=3).instance_label
+    assert multi(instance_id="shared-x").instance_label == hashlib.sha256(b"shared-x").hexdigest()[:40]
+    assert multi(instance_id="sharedx").instance_label == "sharedx"
+    assert SandboxManagerConfig(mode="single", **SHARED).instance_label == "group"
+
+
+def test_shared_sessions_of_the_environment() -> None:
+    environ = {"SANDBOX_MODE": "multi", "SANDBOX_INSTANCE_ID": "group", "SANDBOX_SHARED": "true"}
+    assert SandboxManagerConfig.from_env(environ).shared
+    assert not SandboxManagerConfig.from_env(environ | {"SANDBOX_SHARED": "0"}).shared
+    assert SandboxManagerConfig.from_env(environ | {"SANDBOX_CLOCK_SKEW": "2.5"}).clock_skew == 2.5
+    with pytest.raises(ValueError, match=r"^SANDBOX_SHARED is 'yes': it must be true, 1, false or 0"):
+        SandboxManagerConfig.from_env(environ | {"SANDBOX_SHARED": "yes"})
+    with pytest.raises(ValueError, match=r"^SANDBOX_CLOCK_SKEW is 'x': it must be a number of seconds"):
+        SandboxManagerConfig.from_env(environ | {"SANDBOX_CLOCK_SKEW": "x"})
+    with pytest.raises(ValueError, match=r"^SANDBOX_CLOCK_SKEW: clock_skew is -1"):
+        SandboxManagerConfig.from_env(environ | {"SANDBOX_CLOCK_SKEW": "-1"})

@@ -57,3 +57,11 @@ def env_seconds(environ: Mapping[str, str], variable: str) -> float:
         return float(text)
     except ValueError:
         raise wrong(variable, text, "a number of seconds") from None
+
+
+def env_flag(environ: Mapping[str, str], variable: str) -> bool:
+    """Reads a variable that is true or false, the latter also where it is unset; a `ValueError` names it."""
+    text = environ.get(variable, "").strip().lower()
+    if text not in ("", "0", "1", "false", "true"):
+        raise wrong(variable, environ[variable], "true, 1, false or 0")
+    return text in ("1", "true")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from ._checks import env_int, integer, wrong
+from ._checks import env_flag, env_int, integer, wrong
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), without its closing NUL.
@@ -68,7 +68,9 @@ def target_from_env(
     if not isinstance(socket_path, str | os.PathLike | None):
         raise wrong("socket_path", socket_path, "the path of a Unix socket")
     host, port = environ.get("SANDBOX_TCP_HOST"), environ.get("SANDBOX_TCP_PORT")
-    if not tcp_given and (socket_path is not None or not (host or port or _use_tcp(environ))):
+    if not tcp_given and (
+        socket_path is not None or not (host or port or env_flag(environ, "SANDBOX_USE_TCP"))
+    ):
         default = environ.get("SANDBOX_SOCKET_PATH") or "/tmp/prodisco-sandbox.sock"
         return f"unix:{default if socket_path is None else os.fspath(socket_path)}"
     if tcp_host is not None:
@@ -89,10 +91,3 @@ def _host(name: str, host: object) -> str:
     if not isinstance(host, str) or not _is_host(host):
         raise wrong(name, host, "a host name or an IP address")
     return host
-
-
-def _use_tcp(environ: Mapping[str, str]) -> bool:
-    text = environ.get("SANDBOX_USE_TCP", "").lower()
-    if text not in ("", "0", "1", "false", "true"):
-        raise wrong("SANDBOX_USE_TCP", text, "true, 1, false or 0")
-    return text in ("1", "true")

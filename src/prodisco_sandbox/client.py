@@ -178,9 +178,15 @@ class SandboxClient:
         """Has `close` call this, so that a closed client is not handed out again."""
         self._connection.on_close = callback
 
-    def _expect(self, pod: str, on_other: Callable[[str], None], look: Callable[[], Awaitable[None]]) -> None:
+    def _expect(
+        self,
+        pod: str,
+        on_other: Callable[[str], None],
+        look: Callable[[], Awaitable[None]],
+        admit: Callable[[float], Awaitable[None] | None] | None = None,
+    ) -> None:
         """Means every call for one machine: this pod, as it is at its first answer. See `Fence`."""
-        self._connection.fence = Fence(pod, on_other, look)
+        self._connection.fence = Fence(pod, on_other, look, admit)
 
     @property
     def _found_unused(self) -> bool | None:
@@ -295,7 +301,10 @@ class SandboxClient:
         """
         request = m.execute_request(code, cached, timeout)
         with _telemetry.span("sandbox.execute", attributes={"rpc.method": "ExecuteAsync"}):
-            started = m.read(r.StartedExecution, await self._call("ExecuteAsync", request))
+            answer = await self._connection.use(
+                "ExecuteAsync", request, self._call_timeout, self._deadline(timeout)
+            )
+        started = m.read(r.StartedExecution, answer)
         if not started.state.is_final:
             queued = started.state is r.ExecutionState.PENDING
             self._connection.count_execution(started.execution_id, self._deadline(timeout), queued=queued)

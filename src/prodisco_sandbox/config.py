@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from ._checks import env_int, env_seconds, integer, seconds, wrong
+from ._checks import env_flag, env_int, env_seconds, integer, seconds, wrong
 from ._targets import grpc_address, target_from_env
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ TransportMode = Literal["insecure", "tls", "mtls"]
 Endpoint = Literal["auto", "pod-ip", "service"] | Callable[[dict[str, Any]], str | None]
 
 TRANSPORT_MODES = ("insecure", "tls", "mtls")
+SHARED_PREFIX = "shared-"
+"""Of the instance label of managers that share their sessions, and of no other."""
 
 # RFC 1123 label; a quantity and a label value as the Kubernetes API documentation defines them.
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -40,7 +42,11 @@ _TEXTS = {
     "managed_by": "SANDBOX_MANAGED_BY",
 }
 _NUMBERS = {"max_sessions": "SANDBOX_MAX_SESSIONS", "sandbox_port": "SANDBOX_TCP_PORT"}
-_SECONDS = {"capacity_timeout": "SANDBOX_CAPACITY_TIMEOUT", "evict_after": "SANDBOX_EVICT_AFTER"}
+_SECONDS = {
+    "capacity_timeout": "SANDBOX_CAPACITY_TIMEOUT",
+    "evict_after": "SANDBOX_EVICT_AFTER",
+    "clock_skew": "SANDBOX_CLOCK_SKEW",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +209,14 @@ class SandboxManagerConfig:
     """A Sandbox outlives its dead manager by at most this; None turns leases off."""
     shutdown_timeout: float = 30.0
     """Bound on `SandboxManager.shutdown`."""
+    shared: bool = False
+    """Several managers serve the same sessions side by side: all that have the same `instance_id`, which
+    must be set. Each object carries its session's deadline, moved ahead by uses, and the cluster deletes
+    it between one and one and a half `session_idle_timeout` after the last use anywhere. Managers need
+    leave to watch and to patch."""
+    clock_skew: float = 30.0
+    """With `shared`, how far the clocks of managers and cluster may be apart, caches' lag and one request
+    included; `session_idle_timeout` must be at least four times as long."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("single", "multi"):
@@ -242,6 +256,9 @@ class SandboxManagerConfig:
         if self.warm_pool is not None:
             _check_text("warm_pool", self.warm_pool, _DNS_LABEL, "the name of a SandboxWarmPool, or None")
         self._check_suspension()
+        seconds("clock_skew", self.clock_skew)
+        if self.mode == "multi" and self.shared:
+            self._check_shared()
         if self.mode == "multi" and self.warm_pool is not None:
             self._check_warm_pool()
         elif self.mode == "multi" and self.tls and not (self.tls.secret_name or self.pod_template_spec):
@@ -282,6 +299,17 @@ class SandboxManagerConfig:
                 " nothing; give it a size such as '1Gi'"
             )
 
+    def _check_shared(self) -> None:
+        if self.has_random_instance_id:
+            raise ValueError("instance_id is not set: with shared it must be the same in all managers")
+        if self.on_idle != "delete":
+            raise wrong("on_idle", self.on_idle, '"delete" with shared: the cluster can only delete')
+        if self.lease_duration is None:
+            raise wrong("lease_duration", None, "left out with shared: the objects' deadlines end sessions")
+        if self.session_idle_timeout < 4 * self.clock_skew:
+            least = f"at least 4 times clock_skew ({4 * self.clock_skew:g}) with shared"
+            raise wrong("session_idle_timeout", self.session_idle_timeout, least)
+
     def _check_warm_pool(self) -> None:
         template = "the SandboxTemplate of warm_pool says that"
         if self.pod_template_spec is not None:
@@ -315,10 +343,16 @@ class SandboxManagerConfig:
 
     @property
     def instance_label(self) -> str:
-        """`instance_id` as a label value: itself where it is a valid one, else hashed."""
-        if _LABEL_VALUE.fullmatch(self.instance_id):
-            return self.instance_id
-        return hashlib.sha256(self.instance_id.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+        """The owner as a label value: `instance_id` where it is a valid one, else its hash.
+
+        With `shared` it is the group's: ``shared-`` and the hash, which no other manager's is.
+        """
+        is_group = self.shared and self.mode == "multi"
+        text = self.instance_id
+        if not is_group and _LABEL_VALUE.fullmatch(text) and not text.startswith(SHARED_PREFIX):
+            return text
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+        return SHARED_PREFIX + digest if is_group else digest
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
@@ -328,8 +362,9 @@ class SandboxManagerConfig:
         SANDBOX_MAX_SESSIONS, SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID,
         SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, SANDBOX_CAPACITY_TIMEOUT, SANDBOX_WHEN_FULL,
         SANDBOX_EVICT_AFTER, SANDBOX_ON_IDLE, SANDBOX_WORKSPACE_STORAGE,
-        SANDBOX_WORKSPACE_STORAGE_CLASS, and the TLS variables of `TlsConfig.from_env`. In single mode
-        without a ``single_client``, ``single_target`` is what `SandboxClient.from_env` connects to.
+        SANDBOX_WORKSPACE_STORAGE_CLASS, SANDBOX_SHARED, SANDBOX_CLOCK_SKEW, and the TLS variables of
+        `TlsConfig.from_env`. In single mode without a ``single_client``, ``single_target`` is what
+        `SandboxClient.from_env` connects to.
 
         Raises:
             ValueError: A variable has a value out of range; the message names it.
@@ -347,6 +382,8 @@ class SandboxManagerConfig:
         for name, variable in _SECONDS.items():
             if env.get(variable) and name not in overrides:
                 values[name] = env_seconds(env, variable)
+        if "shared" not in overrides:
+            values["shared"] = env_flag(env, "SANDBOX_SHARED")
         if "tls" not in overrides:
             values["tls"] = TlsConfig.from_env(env)
         known = {f.name for f in fields(cls)}

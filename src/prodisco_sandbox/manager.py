@@ -45,6 +45,8 @@ class SandboxManagerStats:
         cold: With ``warm_pool``, sessions for which the pool had none.
         suspended: With ``on_idle="suspend"``, Sandboxes that were suspended.
         resumed: Suspended Sandboxes that were started again, whoever had suspended them.
+        attached: With ``shared``, sessions that got a sandbox which had been made already.
+        known: With ``shared``, sandboxes of the whole group at this moment.
         events: How often each event has been logged, or would have been at a lower level:
             ``{"sandbox_created": 7, "watch_broken": 1}``. Not part of a comparison.
     """
@@ -65,6 +67,8 @@ class SandboxManagerStats:
     cold: int = 0
     suspended: int = 0
     resumed: int = 0
+    attached: int = 0
+    known: int = 0
     events: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
@@ -127,14 +131,35 @@ class SandboxManager:
             from ._sessions.engine import Engine
 
             self._engine = Engine(config, custom_objects_api, factory, wall_clock)
-            self._ready = self._engine.table.ready
+            # With `shared` every use first sees to the deadline.
+            self._ready = {} if config.shared else self._engine.table.ready
 
     @property
     def config(self) -> SandboxManagerConfig:
         """The settings that the manager was made with."""
         return self._config
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether sessions are admitted: it was started, is not shut down and, with ``shared``, knows
+        the sessions of its group."""
+        shared = None if self._engine is None else self._engine.shared
+        return self._loop is not None and self._shutdown is None and (shared is None or shared.is_open)
+
     # Sessions
+
+    def count_sessions(self, owner: str) -> int:
+        """How many sandboxes the sessions of one owner have; with ``shared``, those of all managers.
+
+        Args:
+            owner: As it was given to `get_client` or `session`. With ``shared`` its hash is a label of the
+                object, from its creation on.
+
+        Raises:
+            ValueError: The owner is None or empty.
+        """
+        owner = _checked(owner, "owner")
+        return 0 if self._engine is None else self._engine.count_sessions(owner)
 
     def has_session(self, session_id: str) -> bool:
         """Whether the session waits for a slot, is being created or is ready.
@@ -249,7 +274,8 @@ class SandboxManager:
         """
         session_id = _checked(session_id)
         if self._engine is None or self._loop is None:
-            return resource_for(self._config).name(session_id)
+            group = self._config.instance_label if self._config.shared else ""
+            return resource_for(self._config).name(session_id, group=group)
         return self._engine.sandbox_name(session_id, self._loop.time())
 
     async def cleanup_orphaned_sandboxes(self, *, all_instances: bool = False) -> int:
@@ -300,6 +326,8 @@ class SandboxManager:
             cold=events["sandbox_started_cold"],
             suspended=events["sandbox_suspended"],
             resumed=events["sandbox_resumed"],
+            attached=events["sandbox_attached"],
+            known=0 if self._engine.shared is None else self._engine.shared.known,
             events=dict(events),
         )
 

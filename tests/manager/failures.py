@@ -491,3 +491,17 @@ async def the_reaper_breaks(w: World) -> None:
     assert isinstance(client, Stumbling)
     assert client.asked > 1, "it looks again"
     assert w.manager.stats().ready == 1
+
+
+@failure("deadline_not_moved", "sandbox reason", also="request_retried", shared=True, instance_id="group")
+async def a_deadline_stays(w: World) -> None:
+    async with w.manager.session(SESSION):
+        await asyncio.sleep(1)
+        with w.api.faults.add("patch", error=503, times=None):
+            await asyncio.sleep(320)
+
+
+@failure("clocks_apart", "ahead clock_skew", shared=True, instance_id="group", clock_skew=10.0)
+async def the_clocks_are_apart(w: World) -> None:
+    w.api._store._now = lambda: now() - 60.0
+    await w.manager.get_client(SESSION)

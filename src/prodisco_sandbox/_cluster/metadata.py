@@ -9,11 +9,14 @@ import datetime as dt
 import hashlib
 from typing import Any
 
+from ..config import SHARED_PREFIX
+
 LABEL_APP = "app"
 LABEL_MANAGED_BY = "prodisco.dev/managed-by"
 LABEL_INSTANCE = "prodisco.dev/instance"
 LABEL_SESSION = "prodisco.dev/session"
 LABEL_SANDBOX = "prodisco.dev/sandbox"
+LABEL_OWNER = "prodisco.dev/owner"
 APP = "sandbox-server"
 MANAGED_BY = "mcp-server"
 
@@ -33,9 +36,15 @@ def session_hash(session_id: str) -> str:
     return _digest(session_id).hex()[:40]
 
 
-def name_digest(session_id: str, incarnation: int = 0) -> str:
+def name_digest(session_id: str, incarnation: int = 0, group: str = "") -> str:
     """What tells the name of a session's object from others: 32 hex digits."""
-    return hashlib.sha256(_digest(session_id) + incarnation.to_bytes(8, "big")).hexdigest()[:32]
+    distinct = incarnation.to_bytes(8, "big") + group.encode()
+    return hashlib.sha256(_digest(session_id) + distinct).hexdigest()[:32]
+
+
+def owner_label(owner: str) -> str:
+    """A caller's label value: like `session_hash`, since it may be anything."""
+    return session_hash(owner)
 
 
 def _digest(session_id: str) -> bytes:
@@ -68,6 +77,11 @@ def labels(obj: Object) -> dict[str, str]:
 def instance(obj: Object) -> str | None:
     """The manager that owns it."""
     return labels(obj).get(LABEL_INSTANCE)
+
+
+def is_shared(obj: Object) -> bool:
+    """Whether it belongs to a group of managers that share their sessions."""
+    return (instance(obj) or "").startswith(SHARED_PREFIX)
 
 
 def uid(obj: Object) -> str | None:
@@ -121,14 +135,13 @@ def timestamp(time: float) -> str:
     return dt.datetime.fromtimestamp(time, dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def time_lapsed(spec: Object, now: float) -> bool:
-    """Whether a spec has a shutdownTime that lies before the Unix time `now`."""
-    text = spec.get("shutdownTime")
+def unix_time(text: object) -> float | None:
+    """The Unix time of an RFC 3339 time; None of anything else."""
     if not isinstance(text, str):
-        return False
+        return None
     try:
-        # The API server writes UTC; a time without an offset is no RFC 3339.
         time = dt.datetime.fromisoformat(text)
     except ValueError:
-        return False
-    return (time if time.tzinfo else time.replace(tzinfo=dt.UTC)).timestamp() < now
+        return None
+    # The API server writes UTC; a time without an offset is no RFC 3339.
+    return (time if time.tzinfo else time.replace(tzinfo=dt.UTC)).timestamp()

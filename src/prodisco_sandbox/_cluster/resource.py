@@ -129,9 +129,9 @@ class Resource:
     release: str = "agent-sandbox (kubernetes-sigs/agent-sandbox)"
     advice: Mapping[str, str] = field(default_factory=dict)
 
-    def name(self, session_id: str, incarnation: int = 0) -> str:
-        """Always a valid DNS label, different for different ids."""
-        return f"{self.name_prefix}-{metadata.name_digest(session_id, incarnation)}"
+    def name(self, session_id: str, incarnation: int = 0, group: str = "") -> str:
+        """Always a valid DNS label, different for different ids, and for each group of managers."""
+        return f"{self.name_prefix}-{metadata.name_digest(session_id, incarnation, group)}"
 
     def body(
         self,
@@ -142,6 +142,7 @@ class Resource:
         lease: str | None = None,
         requested: float = 0.0,
         annotations: Mapping[str, str] = MappingProxyType({}),
+        owner: str | None = None,
     ) -> Object:
         """The object to create.
 
@@ -153,6 +154,7 @@ class Resource:
             lease: From `metadata.lease_time`: when the cluster itself deletes the object.
             requested: The Unix time at which the session was asked for.
             annotations: Of the object.
+            owner: Whose session it is, for a label that other managers read.
         """
         labels = {
             metadata.LABEL_APP: metadata.APP,
@@ -160,6 +162,8 @@ class Resource:
             metadata.LABEL_INSTANCE: config.instance_label,
             metadata.LABEL_SESSION: session,
         }
+        if owner is not None:
+            labels[metadata.LABEL_OWNER] = metadata.owner_label(owner)
         spec = self.spec(config, api_version, {**labels, metadata.LABEL_SANDBOX: name})
         about: Object = {"name": name, "namespace": config.namespace, "labels": labels}
         if self.requested_at is not None:
@@ -181,10 +185,16 @@ class Resource:
         fields = {"shutdownTime": lease} | ({} if lease is None else {"shutdownPolicy": "Delete"})
         return fields if self.lifecycle is None else {self.lifecycle: fields}
 
+    def deadline(self, obj: Object) -> float | None:
+        """When the cluster deletes it, as a Unix time; None: never."""
+        spec = obj.get("spec") or {}
+        fields = spec if self.lifecycle is None else spec.get(self.lifecycle) or {}
+        return metadata.unix_time(fields.get("shutdownTime"))
+
     def lapsed(self, obj: Object, now: float) -> bool:
         """Whether its deadline lies before the Unix time `now`."""
-        spec = obj.get("spec") or {}
-        return metadata.time_lapsed(spec if self.lifecycle is None else spec.get(self.lifecycle) or {}, now)
+        deadline = self.deadline(obj)
+        return deadline is not None and deadline < now
 
     def reading(self, obj: Object, config: SandboxManagerConfig, *, now: float, since: int = 0) -> Reading:
         """What the object says of itself.

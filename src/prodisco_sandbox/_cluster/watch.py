@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -52,6 +53,9 @@ class SandboxWatch:
         active: Whether events can be relied upon: they come, or will once a broken
             connection is back. False where watching is refused or impossible.
         tried: Set once the first list has been answered, or has failed.
+        settled: Set once a watch was accepted, or refused for longer than by a server that starts.
+        refusal: Why it was refused; None: it is not.
+        heard_at: When a list, an event or a bookmark came last, on the loop's clock.
     """
 
     def __init__(
@@ -64,6 +68,9 @@ class SandboxWatch:
     ) -> None:
         self.active = True
         self.tried = asyncio.Event()
+        self.settled = asyncio.Event()
+        self.refusal: SandboxError | None = None
+        self.heard_at = -math.inf
         self._survey = self._next_survey = survey
         self._log = get_logger("watch", resources.events)
         self._resources = resources
@@ -111,7 +118,7 @@ class SandboxWatch:
             sandboxes = await self._list()
         finally:
             self.tried.set()
-        self._listed = True
+        self._listed, self.heard_at = True, since
         self._listener.synced(sandboxes, since)
         while True:
             try:
@@ -139,7 +146,7 @@ class SandboxWatch:
                 if kind == "OPEN":
                     self._works()
                     continue
-                self._failures = 0
+                self._failures, self.heard_at = 0, loop.time()
                 self._version = metadata.resource_version(sandbox) or self._version
                 if kind in ("ADDED", "MODIFIED"):
                     self._listener.changed(sandbox)
@@ -150,6 +157,8 @@ class SandboxWatch:
             await self._pause("ended at once")
 
     def _works(self) -> None:
+        self.settled.set()
+        self.refusal = None
         if not self.active:
             self.active = True
             self._refusals = 0
@@ -157,6 +166,9 @@ class SandboxWatch:
 
     def _refuse(self, error: SandboxError) -> None:
         self._refusals += 1
+        self.refusal = error
+        if self._refusals > 1 or error.status is None:
+            self.settled.set()
         if self.active:
             self.active = False
             self._log.warning("watch_refused", reason=str(error), instead="polling")

@@ -105,10 +105,17 @@ class Connection:
 
     # Calls that are answered at once
 
-    async def use(self, rpc: str, request: Any, timeout: float) -> Any:
-        """A unary call of the user's: counted, and one whose failure is suspicious."""
+    async def use(self, rpc: str, request: Any, timeout: float, lasts: float | None = None) -> Any:
+        """A unary call of the user's: counted, and one whose failure is suspicious.
+
+        Args:
+            rpc: Its method.
+            request: Its message.
+            timeout: Deadline in seconds.
+            lasts: How long what it begins may last; None: until its answer.
+        """
         with self.usage.call():
-            return await self._call(rpc, request, timeout)
+            return await self._call(rpc, request, timeout, lasts)
 
     async def check_health(self, timeout: float) -> HealthStatus:
         """Asks the standard health service, or the server's own where it has none."""
@@ -125,8 +132,8 @@ class Connection:
         answer = await self._call("HealthCheck", pb.HealthCheckRequest(), remaining)
         return HealthStatus(answer.healthy, answer.kubernetes_context or None)
 
-    async def _call(self, rpc: str, request: Any, timeout: float) -> Any:
-        method = await self._method(_METHODS[rpc], rpc, timeout)
+    async def _call(self, rpc: str, request: Any, timeout: float, lasts: float | None = None) -> Any:
+        method = await self._method(_METHODS[rpc], rpc, timeout, lasts)
         call = method(request, timeout=timeout, metadata=self._metadata())
         self._calls.add(call)
         try:
@@ -158,18 +165,29 @@ class Connection:
             raise self.undecodable(rpc)
         return answer
 
-    async def _method(self, make: Callable[[Any], Any], rpc: str, timeout: float) -> Any:
+    async def _method(
+        self, make: Callable[[Any], Any], rpc: str, timeout: float, lasts: float | None = None
+    ) -> Any:
+        """The method of the channel, once a call to this machine may go out."""
         fence = self.fence
         if fence is not None:
-            if fence.broken is not None:
-                raise fence.refusal(self._named(rpc))
-            self.channel.check_usable()
+            self._check_usable(fence, rpc)
+            if fence.admit is not None and rpc not in _HEALTH:
+                admission = fence.admit(lasts or timeout)
+                if admission is not None:
+                    await admission
+                    self._check_usable(fence, rpc)
             # A connection to a server without fences has broken: the next may lead anywhere.
             lost = fence.pinned and fence.boot_id is None and not self.channel.is_connected
             if lost and rpc not in _HEALTH:
                 text = "nothing was run: the connection broke, and the sandbox was not looked up"
                 await within(timeout, fence.look(), f"{self._named(rpc)}: {text}")
         return await self.channel.method(make, timeout)
+
+    def _check_usable(self, fence: Fence, rpc: str) -> None:
+        if fence.broken is not None:
+            raise fence.refusal(self._named(rpc))
+        self.channel.check_usable()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         expectations = () if self.fence is None else self.fence.expectations()

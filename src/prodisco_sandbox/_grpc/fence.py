@@ -29,6 +29,8 @@ class Fence:
         on_other: Called, synchronously, with the reason when another machine answers.
         look: Finds out whether the machine is still where it was, for a server without
             fences whose connection has broken; raises `SandboxError` if it is not.
+        admit: Sees to it that the machine lives on for a call of so many seconds, and raises
+            `SandboxError` if it may not; None: nothing has to be done.
 
     Attributes:
         pinned: Whether a machine has answered; from then on every other one is wrong.
@@ -38,11 +40,16 @@ class Fence:
     """
 
     def __init__(
-        self, pod: str, on_other: Callable[[str], None], look: Callable[[], Awaitable[None]]
+        self,
+        pod: str,
+        on_other: Callable[[str], None],
+        look: Callable[[], Awaitable[None]],
+        admit: Callable[[float], Awaitable[None] | None] | None = None,
     ) -> None:
         self._pod = pod
         self._on_other = on_other
         self.look = look
+        self.admit = admit
         self.pinned = False
         self.boot_id: str | None = None
         self.broken: str | None = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .._cluster.resource import Reading
 from ..errors import SandboxError, SandboxReplacedError
-from .parts import Parts
+from .parts import LostError, Parts
 from .table import Session, SessionState
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Clients:
         wait: Callable[[Session], Awaitable[SandboxError | None]],
     ) -> None:
         self._parts = parts
+        self.shared = parts.shared
         self._factory = factory
         self._wait = wait
 
@@ -140,7 +141,8 @@ class Clients:
             raise SandboxError(f"client_factory returned {client!r}: it must be a SandboxClient")
 
         tie = _Tie(self, session, client)
-        client._expect(session.machine.pod, tie.other_machine, tie.look)
+        admit = None if self._parts.shared is None else tie.admit
+        client._expect(session.machine.pod, tie.other_machine, tie.look, admit)
         client.on_suspect = tie.failed
         client._tell_closed(tie.closed)
         client._keep_pace(self._parts.pace)
@@ -192,6 +194,17 @@ class _Tie:
         if self._suspect(reason):
             self._session.machine.target = None
         self._clients.close_soon(self._session.name, self._client)
+
+    def admit(self, lasts: float) -> Awaitable[None] | None:
+        shared, session = self._clients.shared, self._session
+        admission = None if shared is None else shared.admit(session, lasts)
+        return None if admission is None else self._admit(admission)
+
+    async def _admit(self, admission: Awaitable[None]) -> None:
+        try:
+            await admission
+        except LostError as e:
+            raise SandboxReplacedError(f"{e}: nothing was run") from e
 
     async def look(self) -> None:
         self._suspect("its connection broke")

@@ -172,10 +172,13 @@ class _Connecting:
             await self._hear_of_place()
 
     def _read(self) -> Reading:
-        observed = self._session.known.object or {}
+        known = self._session.known
+        if known.object is None and known.reading is not None:
+            return known.reading
+        observed = known.object or {}
         if metadata.is_deleting(observed):
             raise LostError(f"sandbox {self._session.name} is being deleted by somebody else")
-        return self._parts.reading(observed, self._session.known.generation, strict=True)
+        return self._parts.reading(observed, known.generation, strict=True)
 
     async def _started_again(self, reading: Reading) -> bool:
         """Starts what is suspended, and restarts what is dead, where that keeps volumes.

@@ -14,6 +14,7 @@ from .._cluster import manifest, metadata
 from .._cluster.manifest import SANDBOX
 from .._cluster.metadata import Object
 from .._cluster.requests import SandboxResources
+from .._cluster.resource import Reading
 from .._cluster.watch import SandboxWatch
 from .._log import get_logger
 from ..config import SandboxManagerConfig
@@ -21,9 +22,10 @@ from ..errors import SandboxCapacityError, SandboxError, SandboxFailedError, San
 from .inbox import News
 from .leases import Leases
 from .life import Lives
-from .parts import Parts
+from .parts import LostError, Parts
 from .past import Past
-from .suspended import Suspended, SuspendedObjects
+from .shared import SharedSessions
+from .suspended import SuspendedObjects
 from .table import RETURNED, SERVING, Session, SessionState, SessionTable
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ class Engine:
         self._log = get_logger("manager", self.events)
         self._tasks = OwnedTasks(self.events)
         self._resources = SandboxResources(config, api, self.events)
-        self._past = Past(self._resources.resource, manifest.grace_period(config))
+        group = config.instance_label if config.shared else ""
+        self._past = Past(self._resources.resource, manifest.grace_period(config), group)
         selector = metadata.managed_selector(instance=config.instance_label, managed_by=config.managed_by)
         everyone = metadata.managed_selector(managed_by=config.managed_by)
         self._selector = selector
@@ -64,12 +67,28 @@ class Engine:
         self._watch_task: asyncio.Task[None] | None = None
         self._sweep_task: asyncio.Task[None] | None = None
         self._suspended = SuspendedObjects(self._past.suspended_is_gone)
-        self._leases = Leases(self._resources, config.lease_duration, wall_clock, self._look)
+        self.shared: SharedSessions | None = None
+        if config.shared:
+            self.shared = SharedSessions(
+                config,
+                self._resources,
+                self.table,
+                self._watch,
+                self._tasks,
+                self._read,
+                wall_clock,
+                self._lost,
+            )
+            self.table.elsewhere = self.shared.elsewhere
+        self._leases: Leases = self.shared or Leases(
+            self._resources, config.lease_duration, wall_clock, self._look
+        )
         self._parts = Parts(
             config=config,
             resources=self._resources,
             table=self.table,
             leases=self._leases,
+            shared=self.shared,
             suspended=self._suspended,
             watch=self._watch,
             tasks=self._tasks,
@@ -85,6 +104,19 @@ class Engine:
         _telemetry.tables.add(self.table)
         self._tasks.supervise(self._reap, "sandbox-reaper")
         self._tasks.supervise(self._leases.run, "sandbox-leases")
+        if self.shared is not None:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Starts the watch, unless it runs."""
+        if self._watch_task is None:
+            self._watch_task = self._tasks.supervise(self._watch.run, "sandbox-watch")
+            if self._resources.resource is not SANDBOX and not self._kind_checked:
+                self._kind_checked = True
+                self._tasks.spawn(self._warn_of_other_kind(), "sandbox-other-kind")
+
+    def _read(self, sandbox: Object) -> Reading:
+        return self._parts.reading(sandbox)
 
     # Callers
 
@@ -99,12 +131,16 @@ class Engine:
             use: Count this as a use.
             hold: Count the session as busy, until the caller takes one from `holds`.
         """
-        session, known = self.table.ready.get(session_id), self.table.current.get(session_id)
+        session, lasts = self.table.ready.get(session_id), 0.0
+        known = self.table.current.get(session_id)
         returns = known is not None and known.state in SERVING
+        if self.shared is not None:
+            lasts = self.shared.slack if hold else 0.0
+            session = session if session is not None and self.shared.covers(session, lasts) else None
         if session is None:
             trace = None if known is None else _telemetry.joining(known.trace)
             with _telemetry.span("sandbox.get_client", trace):
-                session = await self._awaited(session_id, owner)
+                session = await self._awaited(session_id, owner, lasts)
         session.owner = session.owner or owner
         session.last_used = self._parts.now()
         session.holds += hold
@@ -112,23 +148,47 @@ class Engine:
             session.uses = session.uses + 1 if returns else max(session.uses, 1)
         return session
 
-    async def _awaited(self, session_id: str, owner: str | None) -> Session:
+    async def _awaited(self, session_id: str, owner: str | None, lasts: float) -> Session:
         """The session, as soon as it is ready."""
         for _ in range(ROUNDS):
             if self._closed:
                 raise SandboxManagerClosedError("the manager has been shut down")
-            session = self.table.current.get(session_id) or self._admit(session_id, owner)
+            session = self.table.current.get(session_id)
+            if session is None and self.shared is not None:
+                await self.shared.listed()
+                session = self.table.current.get(session_id)
+            session = session or self._admit(session_id, owner)
             session.owner = session.owner or owner
             if self.table.check(session):
                 session.trace = _telemetry.here()
             error = None
             if session.state is not SessionState.READY:
                 error = await self._wait(session)
+            if session.state is SessionState.READY and self.shared is not None:
+                await self._outlives(session, self.shared, lasts)
             if session.state is SessionState.READY:
                 return session
             if error is not None:
                 raise error.copy_for_waiter()
         raise SandboxFailedError(f"the session's sandbox died {ROUNDS} times before it could be used")
+
+    async def _outlives(self, session: Session, shared: SharedSessions, lasts: float) -> None:
+        """Sees to it that the session's object outlives a use; one that is gone ends the session."""
+        admission = shared.admit(session, lasts)
+        if admission is not None:
+            session.waiters += 1
+            try:
+                await admission
+            except LostError:
+                return
+            finally:
+                session.waiters -= 1
+
+    def _lost(self, session: Session, reason: str) -> None:
+        """Somebody has deleted the object of a session."""
+        if session.state in SERVING:
+            self.table.dropped(session)
+            self._lives.lose(session, reason)
 
     def _admit(self, session_id: str, owner: str | None) -> Session:
         now, session_hash = self._parts.now(), metadata.session_hash(session_id)
@@ -148,15 +208,12 @@ class Engine:
         )
         may_queue = self._config.capacity_timeout > 0 or self._config.when_full == "evict"
         try:
-            self.table.admit(session, may_queue=may_queue)
+            has_object = self.shared is not None and self.shared.has(name)
+            self.table.admit(session, may_queue=may_queue, has_object=has_object)
         except SandboxCapacityError as e:
             self._lives.refused(session, e)
             raise
-        if self._watch_task is None:
-            self._watch_task = self._tasks.supervise(self._watch.run, "sandbox-watch")
-            if self._resources.resource is not SANDBOX and not self._kind_checked:
-                self._kind_checked = True
-                self._tasks.spawn(self._warn_of_other_kind(), "sandbox-other-kind")
+        self._follow()
         self._lives.begin(session)
         return session
 
@@ -194,10 +251,15 @@ class Engine:
         if session is not None:
             self._lives.end(session, "closed", SandboxError("the session was closed while it was waited for"))
         closing, waited = self.table.closing.get(session_id), None
+        if closing is None and self.shared is not None and not self._lives.stopped:
+            await asyncio.wait(
+                {self._tasks.spawn(self._bury_shared(session_id, self.shared), "sandbox-bury")}
+            )
+            closing = self.table.closing.get(session_id)
         if closing is None and self._config.on_idle == "suspend" and not self._lives.stopped:
             session_hash = metadata.session_hash(session_id)
             if (found := self._suspended.take(session_hash)) is not None:
-                self._lives.bury(session_id, session_hash, found)
+                self._lives.bury(session_id, session_hash, found.name, metadata.uid(found.object))
             elif not self._watch.current:
                 await asyncio.wait({self._tasks.spawn(self._bury(session_id, session_hash), "sandbox-bury")})
             closing = self.table.closing.get(session_id)
@@ -223,8 +285,20 @@ class Engine:
         for found in objects:
             if not metadata.is_deleting(found):
                 self._suspended.take(session_hash)
-                self._lives.bury(session_id, session_hash, Suspended(found))
+                self._lives.bury(session_id, session_hash, metadata.name(found), metadata.uid(found))
                 return
+
+    async def _bury_shared(self, session_id: str, shared: SharedSessions) -> None:
+        """Deletes the object of a session that is in use elsewhere, or nowhere."""
+        name = self.sandbox_name(session_id, self._parts.now())
+        try:
+            seen = await shared.look_up(name, self._parts.now() + self._config.ready_timeout)
+        except SandboxError as e:
+            self._log.warning("sandbox_not_looked_for", sandbox=name, reason=str(e))
+            return
+        is_free = session_id not in self.table.current and session_id not in self.table.closing
+        if seen is not None and seen.reading.phase != "ending" and is_free:
+            self._lives.bury(session_id, metadata.session_hash(session_id), name, seen.uid)
 
     async def clean_up(self, *, all_instances: bool) -> int:
         deadline = self._parts.now() + self._config.ready_timeout
@@ -239,6 +313,13 @@ class Engine:
             raise SandboxManagerClosedError("the manager was shut down during the clean-up")
         return task.result()
 
+    def count_sessions(self, owner: str) -> int:
+        """How many sandboxes the sessions of an owner have, or are about to get."""
+        mine = [session for session in self.table.current.values() if session.owner == owner]
+        if self.shared is None:
+            return len(mine)
+        return self.shared.of_owner(owner) + sum(not self.shared.has(session.name) for session in mine)
+
     def sandbox_name(self, session_id: str, now: float) -> str:
         """The name that the session's object has, or would have."""
         session = self.table.current.get(session_id) or self.table.closing.get(session_id)
@@ -250,6 +331,9 @@ class Engine:
     # The watch tells
 
     def synced(self, sandboxes: list[Object], since: float) -> None:
+        if self.shared is not None:
+            self.shared.synced(sandboxes, since)
+            self.table.start_waiting()
         listed = {metadata.uid(sandbox) for sandbox in sandboxes}
         names = {metadata.name(sandbox) for sandbox in sandboxes}
         for sandbox in sandboxes:
@@ -267,6 +351,8 @@ class Engine:
                 self.table.dropped(session)  # as `deleted` would have done
 
     def changed(self, sandbox: Object) -> None:
+        if self.shared is not None:
+            self.shared.changed(sandbox)
         session = self._session_of(sandbox)
         if session is None:
             if self._config.on_idle == "suspend":
@@ -293,6 +379,9 @@ class Engine:
             self._lives.clients.suspect(session, reading.text)
 
     def deleted(self, sandbox: Object) -> None:
+        if self.shared is not None:
+            self.shared.gone(metadata.name(sandbox), metadata.uid(sandbox))
+            self.table.start_waiting()
         session = self._session_of(sandbox)
         if session is None:
             self._suspended.gone(sandbox)
@@ -304,7 +393,7 @@ class Engine:
             return
         self.table.dropped(session)  # Nobody need delete it, and nobody may if it was claimed.
         text = f"sandbox {session.name} was deleted, or claimed by another manager"
-        if session.state is SessionState.CREATING and session.known.used:
+        if session.state is SessionState.CREATING and (session.known.used or self.shared is not None):
             session.inbox.post(News.LOOK)  # If it was suspended, the session gets another object.
         elif session.state is SessionState.CREATING:
             self._lives.fail(session, SandboxFailedError(text))
@@ -347,12 +436,17 @@ class Engine:
             await self._parts.pace()
             since, now = session.idle_since(), self._parts.now()
             if session.state in SERVING and since is not None and now - since >= timeout:
-                self._log.info("sandbox_reaped", sandbox=session.name, idle=round(now - since, 3))
+                if self.shared is None:
+                    self._log.info("sandbox_reaped", sandbox=session.name, idle=round(now - since, 3))
+                else:
+                    self._log.info("sandbox_detached", sandbox=session.name, idle=round(now - since, 3))
                 self._lives.end(session, "reaped")
         self._lives.remove.retry_now()
         if self._sweep_task is None or self._sweep_task.done():
             self._sweep_task = self._tasks.spawn(self._sweep(), "sandbox-sweep")
-        if not self.table and not self._suspended and self._watch_task is not None and self._watch.active:
+        if self.shared is not None:
+            self.table.start_waiting()
+        elif not self.table and not self._suspended and self._watch_task is not None and self._watch.active:
             self._watch_task.cancel()
             self._watch_task = None
 
@@ -361,6 +455,8 @@ class Engine:
         try:
             await self._lives.remove.look_again()
             await self._lives.remove.limit_suspended()
+            if self.shared is not None:
+                await self.shared.delete_lapsed()
             if (self.table.current or self._suspended) and not self._watch.current:
                 since = self._parts.now()
                 self.synced((await self._resources.list(self._selector))[0], since)
@@ -381,7 +477,8 @@ class Engine:
             for session in self.table.closing.values():
                 self.table.delete_after_all(session)
             for found in self._suspended.take_all():
-                lives.bury(found.name, metadata.labels(found.object)[metadata.LABEL_SESSION], found)
+                session_hash = metadata.labels(found.object)[metadata.LABEL_SESSION]
+                lives.bury(found.name, session_hash, found.name, metadata.uid(found.object))
         remove.retry_now(last_chance=True)
         await lives.stop(deadline)
         try:

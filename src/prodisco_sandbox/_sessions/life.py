@@ -12,8 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from .. import _telemetry
-from .._cluster import metadata
-from ..errors import SandboxError, SandboxTimeoutError
+from ..errors import SandboxCapacityError, SandboxError, SandboxTimeoutError
 from ..results import SandboxRef
 from .clients import Clients
 from .connect import Connect, refresh
@@ -21,7 +20,7 @@ from .obtain import Obtain
 from .parts import LostError, Parts, SpentError
 from .past import Past
 from .remove import Remove
-from .suspended import Suspended
+from .shared import SharedSessions
 from .table import SERVING, Session, SessionState
 
 if TYPE_CHECKING:
@@ -87,21 +86,21 @@ class Lives:
             reason == "shutdown" and not parts.config.has_random_instance_id
         )
         suspend = (keep or stays) and parts.may_suspend(session)
+        if parts.shared is not None:  # The cluster ends what nobody asked to end.
+            keep = reason not in ("closed", "evicted")
         if not parts.table.close(session, error, reason, keep=keep, suspend=suspend):
             return
         session.trace = _telemetry.here(after=session.trace)
-        if session.remains.what == "kept":
+        if session.remains.what == "kept" and parts.shared is None:
             parts.log.warning("sandbox_kept", sandbox=session.name, reason=reason)
-        if reason == "evicted" or not session.suspends:
+        if reason == "evicted" or not (session.suspends or (parts.shared is not None and reason == "reaped")):
             self._past.ended(session)
         parts.leases.drop(session)
 
-    def bury(self, session_id: str, session_hash: str, found: Suspended) -> None:
-        """Deletes the suspended object of an id that has no session, and retries until that succeeds."""
-        session = Session(
-            session_id=session_id, session_hash=session_hash, name=found.name, incarnation=found.incarnation
-        )
-        session.known.uid = metadata.uid(found.object)
+    def bury(self, session_id: str, session_hash: str, name: str, uid: str | None) -> None:
+        """Deletes the object of an id that has no session, and retries until that succeeds."""
+        session = Session(session_id=session_id, session_hash=session_hash, name=name)
+        session.known.uid = uid
         self._past.occupy(session.name, self._parts.now())
         self._parts.table.bury(session)
         self.begin(session)
@@ -130,10 +129,12 @@ class Lives:
     async def _live(self, session: Session) -> None:
         session.inbox.open()
         try:
-            if session.state is SessionState.QUEUED:
-                await self._queue(session)
-            if session.state is SessionState.CREATING:
-                await self._open(session)
+            asked_at, refusal = self._parts.now(), None
+            while session.state in (SessionState.QUEUED, SessionState.CREATING):
+                if session.state is SessionState.QUEUED:
+                    await self._queue(session, asked_at, refusal)
+                else:
+                    refusal = await self._open(session, asked_at)
             while session.state in SERVING:
                 await session.inbox.arrival()  # Ready or suspect, until somebody wants a suspect session.
                 session.inbox.take_all()
@@ -149,16 +150,17 @@ class Lives:
         if session.state is SessionState.CLOSING:
             await self._close(session)
 
-    async def _queue(self, session: Session) -> None:
+    async def _queue(self, session: Session, asked_at: float, refusal: SandboxError | None) -> None:
         """Waits for a slot."""
         parts, config, before = self._parts, self._parts.config, session.after
         patience = config.capacity_timeout
         if before is not None and before.ended != "evicted":
             patience = max(patience, config.ready_timeout)
         evicts = config.when_full == "evict"
-        for limit in (patience, config.ready_timeout):
+        until = asked_at + patience
+        for _ in range(2):
             try:
-                async with asyncio.timeout(limit):
+                async with asyncio.timeout_at(until):
                     await self._slot(session, evicts=evicts)
                 return
             except TimeoutError:
@@ -166,7 +168,8 @@ class Lives:
                     return  # The slot came at the last moment.
             if not (evicts and parts.table.expects_slot(session)):
                 break  # else another session is being ended for it
-        error: SandboxError = parts.table.full()
+            until = parts.now() + config.ready_timeout
+        error = refusal or parts.table.full()
         if before is not None and before.ended != "evicted" and before.state is not SessionState.GONE:
             error = SandboxTimeoutError(
                 f"the session's previous sandbox {before.name} could not be"
@@ -197,8 +200,8 @@ class Lives:
             parts.log.info("sandbox_evicted", sandbox=session.name, idle=round(idle, 3))
             self.end(session, "evicted")
 
-    async def _open(self, session: Session) -> None:
-        """Creating → ready."""
+    async def _open(self, session: Session, asked_at: float) -> SandboxError | None:
+        """Creating → ready. Returns why the cluster has no room for it, if it is queued again."""
         parts, session.since = self._parts, self._parts.now()
         self._past.has_begun(session)
         parts.table.rename(session, *self._past.fresh_name(session.session_id, session.since))
@@ -209,7 +212,13 @@ class Lives:
                 client = await self._reach(session, deadline)
         except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
             if session.inbox.closed:
-                return
+                return None
+            is_quota = isinstance(e, SandboxCapacityError) and session.remains.what == "nothing"
+            in_time = parts.now() < asked_at + parts.config.capacity_timeout
+            if parts.shared is not None and is_quota and in_time:
+                self._obtain.let_go(session)
+                parts.table.requeue(session)
+                return self._connect.failure(session, e)
             if isinstance(e, LostError):
                 parts.table.dropped(session)
             self.fail(session, self._connect.failure(session, e))
@@ -222,6 +231,7 @@ class Lives:
                     parts.log.info("sandbox_started_cold", sandbox=session.name)
                 took, target = self._since(session.since), session.machine.target
                 parts.log.info("sandbox_ready", sandbox=session.name, target=target, kind=kind, duration=took)
+        return None
 
     def _kind_of_start(self, session: Session) -> str:
         """How a session that is about to be ready came by its sandbox."""
@@ -234,6 +244,8 @@ class Lives:
     async def _reach(self, session: Session, deadline: float) -> SandboxClient:
         """Makes or adopts the session's object and connects to it; replaces one that ends meanwhile."""
         watch = self._parts.watch
+        if self._parts.shared is not None:
+            return await self._share(session, self._parts.shared, deadline)
         await watch.tried.wait()
         suspended = self._parts.suspended.take(session.session_hash)
         if suspended is not None:
@@ -256,6 +268,22 @@ class Lives:
                 raise
             await self._obtain.anew(session, deadline)
         return await self._connect(session, deadline)
+
+    async def _share(self, session: Session, shared: SharedSessions, deadline: float) -> SandboxClient:
+        """Takes or makes the session's object and connects to it, until one lives long enough."""
+        was_replaced = False
+        while True:
+            await self._obtain.share(session, shared, deadline)
+            try:
+                return await self._connect(session, deadline)
+            except SpentError as e:
+                if was_replaced:
+                    raise
+                was_replaced = True
+                await self._obtain.discard(session, str(e), deadline)
+            except LostError:
+                shared.gone(session.name, session.known.uid)
+                self._obtain.let_go(session)
 
     def _ready(self, session: Session, client: SandboxClient) -> bool:
         identity, uid = session.machine.identity, session.known.uid or ""
@@ -323,13 +351,15 @@ class Lives:
             parts.suspended.left(session, found)
             if parts.suspended.beyond(parts.config.most_suspended) and not self.stopped:
                 parts.tasks.spawn(self.remove.limit_suspended(), "sandbox-limit-suspended")
-        elif not self.stopped and (session.known.uid is not None or session.remains.needs_delete):
+        elif (
+            parts.shared is None and not self.stopped and (session.known.uid or session.remains.needs_delete)
+        ):
             self._past.occupy(session.name, parts.now())
         if session.suspends and session.remains.what == "another's":
             self._past.suspended_is_gone(session.session_hash)
         parts.table.release(session)
         if found is not None and not (session.suspends or self.stopped):  # It was closed at the last moment.
-            self.bury(session.session_id, session.session_hash, Suspended(found))
+            self.bury(session.session_id, session.session_hash, session.name, session.known.uid)
 
     def _since(self, begun: float) -> float:
         return round(self._parts.now() - begun, 3)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any
 
 from .. import _telemetry
 from .._cluster import metadata
@@ -22,11 +24,14 @@ from .clients import Clients
 from .inbox import News
 from .parts import LostError, Parts
 from .remove import Remove
+from .shared import SharedSessions
 from .suspended import Suspended
 from .table import Known, Session
 
 CONCURRENT_CREATES = 16
 """A create that waits for its turn here has not been sent: the end of its session cancels it."""
+ENDING_POLL = 1.0
+"""How often an object that is being deleted is read until it is gone."""
 INCARNATIONS = 100
 """How many incarnations of a name are tried, and recognised in an object that is adopted."""
 
@@ -83,7 +88,7 @@ class Obtain:
         except SandboxError as e:
             self._parts.log.info("sandbox_not_looked_for", sandbox=session.name, reason=str(e))
             return False
-        return bool(found)
+        return any(not metadata.is_shared(sandbox) for sandbox in found)
 
     def take_up(self, session: Session, suspended: Suspended) -> None:
         """Gives the session the object that it has left; starting it is for `connect`."""
@@ -137,17 +142,18 @@ class Obtain:
     async def _create(self, session: Session, deadline: float, *, first: bool) -> None:
         """One create; after a lost answer the object itself tells whether it was carried out."""
         parts = self._parts
+        about: dict[str, Any] = {}
         # Asked anew for each try: either may have changed.
         leased = await parts.leases.allowed(deadline)
         version = await parts.resources.api_version(deadline)
         await parts.pace()  # Those who came together have waited for these together.
         try:
             async with self._creates:
-                lease = parts.leases.next() if leased else None
+                lease, sent = parts.leases.next() if leased else None, parts.wall_clock()
                 requested = parts.wall_clock() - (parts.now() - session.since)
                 body = self._resource.body(
                     parts.config, version, session.name, session.session_hash, lease, requested,
-                    _telemetry.annotation(),
+                    _telemetry.annotation(), session.owner if parts.shared else None,
                 )  # fmt: skip
                 created = await self._send(session, "create", partial(parts.resources.create, body))
             created = created or await parts.resources.get(session.name, deadline)
@@ -159,13 +165,15 @@ class Obtain:
                 parts.table.confirmed(session)
         if created is not None:
             self._found(session, created)
+            if parts.shared is not None:
+                about["clock_ahead"] = parts.shared.measure(created, sent)
         if lease is not None:
             parts.leases.add(session)
-        made = {"sandbox": session.name, "uid": session.known.uid, "incarnation": session.incarnation}
+        about |= {"sandbox": session.name, "uid": session.known.uid, "incarnation": session.incarnation}
         if session.recreated:
-            parts.log.info("sandbox_recreated", **made)
+            parts.log.info("sandbox_recreated", **about)
         else:
-            parts.log.info("sandbox_created", **made)
+            parts.log.info("sandbox_created", **about)
 
     async def _send(
         self, session: Session, verb: str, request: Callable[[], Awaitable[Object | None]]
@@ -203,16 +211,74 @@ class Obtain:
         found = await self._parts.resources.get(session.name, deadline)
         if found is None or metadata.is_deleting(found):
             return None
-        is_ours = self._parts.is_of(found, session.session_hash, self._parts.config.instance_label)
-        return found if is_ours else None
+        return found if self._parts.is_own(found, session.session_hash) else None
 
     def _found(self, session: Session, sandbox: Object) -> None:
         uid = metadata.uid(sandbox)
         self._parts.table.found(session, sandbox, uid, self._parts.now())
+        if self._parts.shared is not None:
+            self._parts.shared.found(sandbox)
         if uid is not None and uid == session.known.gone:
             raise LostError(f"sandbox {session.name} has been deleted by somebody else")
         if not self._parts.watched(session):
             session.inbox.post(News.LOOK)  # Nobody else will say when it is ready.
+
+    # Sharing
+
+    async def share(self, session: Session, shared: SharedSessions, deadline: float) -> None:
+        """Takes the session's object, whichever manager has made it; creates it if there is none.
+
+        One that is being deleted is waited for. Arguments and errors as for a call.
+        """
+        parts, name, attempt = self._parts, session.name, 0
+        while True:
+            seen = await shared.look_up(name, deadline)
+            if seen is not None and seen.reading.phase != "running":  # Does that still hold?
+                seen = await shared.look_up(name, deadline, always=True)
+            if seen is not None and seen.reading.phase == "ending":
+                await self._hear_of_end(session)
+                await shared.look_up(name, deadline, always=True)
+            elif seen is not None:
+                known = Known(uid=seen.uid, version=seen.version, used=True, reading=seen.reading)
+                known.since = known.read_at = parts.now()
+                session.known = known
+                parts.table.answered(session, seen.uid)
+                parts.log.info("sandbox_attached", sandbox=name, uid=seen.uid)
+                return
+            else:
+                try:
+                    await self._create(session, deadline, first=attempt == 0)
+                    return
+                except AlreadyExistsError as e:
+                    taken = await parts.resources.get(name, deadline)
+                    if taken is not None and not parts.is_own(taken, session.session_hash):
+                        raise self._taken(session) from e.__cause__
+                    if taken is not None:
+                        shared.found(taken)
+                except RetryableError as e:
+                    await wait_to_retry(parts.log, e, "create", attempt, deadline, name)
+                    attempt += 1
+
+    async def _hear_of_end(self, session: Session) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ENDING_POLL):
+                await session.inbox.get()
+
+    def let_go(self, session: Session) -> None:
+        """The session's object is gone, and it has none until it takes or makes another."""
+        self._clients.discard(session)
+        self._parts.table.machines.forget(session)
+        self._parts.table.deleted(session)
+        session.known = Known()
+
+    async def discard(self, session: Session, reason: str, deadline: float) -> None:
+        """Deletes the session's object, which is spent, unless it has changed since it was read."""
+        parts, known = self._parts, session.known
+        parts.log.warning("sandbox_replaced", sandbox=session.name, reason=reason)
+        version = metadata.resource_version(known.object or {}) or known.version
+        self.let_go(session)
+        session.recreated = True
+        await parts.resources.delete(session.name, known.uid, deadline, version=version)
 
     # Adoption
 
@@ -234,12 +300,15 @@ class Obtain:
         if metadata.is_deleting(taken):
             self._next_name(session)
         elif not self._parts.is_of(taken, session.session_hash):  # else it has come since the list
-            raise SandboxConflictError(
-                f"the name {session.name} is taken by a {self._resource.kind} that is not this session's:"
-                " delete it, or use another namespace",
-                status=409,
-            ) from error.__cause__
+            raise self._taken(session) from error.__cause__
         return False
+
+    def _taken(self, session: Session) -> SandboxConflictError:
+        return SandboxConflictError(
+            f"the name {session.name} is taken by a {self._resource.kind} that is not this session's:"
+            " delete it, or use another namespace",
+            status=409,
+        )
 
     async def _adopt_existing(self, session: Session, attempt: int, deadline: float) -> bool | None:
         """Adopts the newest object that the session has by its label; deletes those that are spent.
@@ -249,7 +318,7 @@ class Obtain:
         """
         parts = self._parts
         found, _ = await parts.resources.list(parts.selector(session=session.session_hash), deadline)
-        alive = [sandbox for sandbox in found if not metadata.is_deleting(sandbox)]
+        alive = [s for s in found if not metadata.is_deleting(s) and not metadata.is_shared(s)]
         spent = [sandbox for sandbox in alive if parts.is_spent(sandbox)]
         for sandbox in spent:
             name, version = metadata.name(sandbox), metadata.resource_version(sandbox)

@@ -21,6 +21,7 @@ from .table import Session, SessionTable
 
 if TYPE_CHECKING:
     from .leases import Leases
+    from .shared import SharedSessions
     from .suspended import SuspendedObjects
 
 
@@ -44,6 +45,8 @@ class Parts:
     resources: SandboxResources
     table: SessionTable
     leases: Leases
+    shared: SharedSessions | None
+    """In place of `leases`, with the setting of that name."""
     suspended: SuspendedObjects
     watch: SandboxWatch
     tasks: OwnedTasks
@@ -93,3 +96,7 @@ class Parts:
 
     def is_of(self, sandbox: Object, session_hash: str, instance: str | None = None) -> bool:
         return metadata.is_of(sandbox, session_hash, instance, managed_by=self.config.managed_by)
+
+    def is_own(self, sandbox: Object, session_hash: str) -> bool:
+        """Whether it is that session's, and this manager's or its group's."""
+        return self.is_of(sandbox, session_hash, self.config.instance_label)

@@ -25,10 +25,12 @@ class Past:
     Args:
         resource: The kind of object that sessions have.
         grace_period: How long a pod may go on after its deletion, in seconds.
+        group: Of managers that share their sessions, for whom a session has one name; empty: none.
     """
 
-    def __init__(self, resource: Resource, grace_period: float) -> None:
+    def __init__(self, resource: Resource, grace_period: float, group: str) -> None:
         self._resource = resource
+        self._group = group
         self._occupied_for = grace_period + NAME_MARGIN
         self._occupied: dict[str, float] = {}
         self._ended: OrderedDict[str, bool] = OrderedDict()
@@ -37,7 +39,7 @@ class Past:
 
     def survey(self, sandboxes: Iterable[Object]) -> None:
         """All managed objects, as the first list shows them: sessions that come back may have one."""
-        living = (sandbox for sandbox in sandboxes if not metadata.is_deleting(sandbox))
+        living = (s for s in sandboxes if not metadata.is_deleting(s) and not metadata.is_shared(s))
         self._strays = {metadata.labels(sandbox).get(metadata.LABEL_SESSION, "") for sandbox in living}
 
     def may_have_one(self, session: Session) -> bool:
@@ -92,5 +94,7 @@ class Past:
 
     def fresh_name(self, session_id: str, now: float) -> tuple[str, int]:
         """The first incarnation of the session's name that no pod may still hold, and its number."""
+        if self._group:
+            return self._resource.name(session_id, group=self._group), 0
         names = ((self._resource.name(session_id, i), i) for i in itertools.count())
         return next((name, i) for name, i in names if self._occupied.get(name, now) <= now)

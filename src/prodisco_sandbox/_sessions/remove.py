@@ -62,6 +62,10 @@ class Remove:
                 return
             except SandboxError as e:
                 attempt += 1
+                if parts.shared is not None and session.known.uid is None:
+                    # What its lost create made may be in use elsewhere by the next try; it has a deadline.
+                    parts.log.warning("sandbox_kept", sandbox=session.name, reason=str(e))
+                    return
                 failed = {"sandbox": session.name, "attempt": attempt, "reason": str(e)}
                 failed["duration"] = round(parts.now() - begun, 3)
                 if not session.suspends:
@@ -93,7 +97,7 @@ class Remove:
                 found = await resources.get(name)
                 # It has no uid if the answer to its claim was lost.
                 same = found is not None and known.uid in (None, metadata.uid(found))
-                if found is None or not same or not self._may_delete(found, session.session_hash):
+                if found is None or not same or not self._parts.is_own(found, session.session_hash):
                     table.dropped(session)
                     return
                 known.uid, known.version = metadata.uid(found), metadata.resource_version(found)
@@ -125,19 +129,18 @@ class Remove:
         if uid is None or (session.known.claimed and not self._parts.watch.current):
             # Nobody says whether another manager has claimed it.
             found = await resources.get(name)
-            if found is None or not self._may_delete(found, session.session_hash):
+            if found is None or not self._parts.is_own(found, session.session_hash):
                 return
             uid = uid or metadata.uid(found)
         await resources.delete(name, uid)
         self._parts.log.info("sandbox_deleted", sandbox=name, uid=uid)
 
-    def _may_delete(self, sandbox: Object, session_hash: str) -> bool:
-        return self._parts.is_of(sandbox, session_hash, self._parts.config.instance_label)
-
     # What may yet appear
 
     def remember(self, session: Session) -> None:
         """Notes that a create of a session may still be carried out under its present name."""
+        if self._parts.shared is not None:
+            return  # Another manager may have the session by then; the object has a deadline.
         lost_at = session.remains.lost_at
         if session.remains.what == "kept" or session.suspends:
             return  # Under its name is the object that was kept or suspended; a lost claim makes no other.
@@ -159,7 +162,7 @@ class Remove:
                 if table.named(name) is not None:
                     continue  # Meanwhile a session has come back, and this may be its object.
                 is_own = found is not None and self._parts.suspended.is_own(found)
-                if found is not None and not is_own and self._may_delete(found, session_hash):
+                if found is not None and not is_own and self._parts.is_own(found, session_hash):
                     over = await self._delete_seen(found, deadline) and over
             if over and self._unconfirmed.get(name) == (session_hash, until):
                 del self._unconfirmed[name]
@@ -185,16 +188,17 @@ class Remove:
         return sum(result is True for result in results)
 
     def _is_orphan(self, sandbox: Object, *, all_instances: bool) -> bool:
-        if metadata.is_deleting(sandbox) or self._parts.table.named(metadata.name(sandbox)) is not None:
+        parts = self._parts
+        if metadata.is_deleting(sandbox) or parts.table.named(metadata.name(sandbox)) is not None:
             return False
-        return (
-            all_instances
-            or (
-                metadata.instance(sandbox) == self._parts.config.instance_label
-                and not self._parts.suspended.is_own(sandbox)
-            )
-            or self._parts.resources.resource.lapsed(sandbox, self._parts.wall_clock())
+        instance, is_shared = metadata.instance(sandbox), parts.shared is not None
+        has_lapsed = parts.resources.resource.lapsed(
+            sandbox, parts.wall_clock() - (parts.config.clock_skew if is_shared else 0.0)
         )
+        if not is_shared and metadata.is_shared(sandbox):
+            has_lapsed = False  # Its group decides.
+        is_left = instance == parts.config.instance_label and not is_shared
+        return all_instances or has_lapsed or (is_left and not parts.suspended.is_own(sandbox))
 
     async def _delete_orphan(self, sandbox: Object, deadline: float, *, all_instances: bool) -> bool:
         # Since it was read, a session may have adopted it, or its manager renewed its lease.

@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._cluster import metadata
 from .._cluster.metadata import Object
+from .._cluster.resource import Reading
 from .._telemetry import Trace
 from ..errors import SandboxCapacityError, SandboxError
 from .eviction import Holder, choose
@@ -52,6 +54,8 @@ class Known:
     uid: str | None = None
     since: float = 0.0
     """When the uid became known, on the loop's clock."""
+    reading: Reading | None = None
+    """Instead of `object`, of one that another manager has made."""
     object: Object | None = None
     """Only while the session is created, checked or suspended: it holds the whole pod template."""
     read_at: float = 0.0
@@ -193,10 +197,12 @@ class SessionTable:
         current: By session id, those that have not ended.
         ready: By session id, those whose client may be handed out at once.
         closing: By session id, those that have ended and hold their slot.
+        elsewhere: Tells how many slots are taken by sessions that are not in the table.
     """
 
     def __init__(self, max_sessions: int) -> None:
         self.max_sessions = max_sessions
+        self.elsewhere: Callable[[], int] = lambda: 0
         self.machines = Machines()
         self.current: dict[str, Session] = {}
         self.ready: dict[str, Session] = {}
@@ -215,11 +221,20 @@ class SessionTable:
 
     # Slots
 
-    def admit(self, session: Session, *, may_queue: bool) -> bool:
+    @property
+    def is_full(self) -> bool:
+        return self._slots + self.elsewhere() >= self.max_sessions
+
+    def admit(self, session: Session, *, may_queue: bool, has_object: bool = False) -> bool:
         """Registers a new session.
 
         A session whose predecessor is still closing always queues: it takes over the
         slot unless somebody came before it.
+
+        Args:
+            session: Its id has no current session.
+            may_queue: Whether it may wait for a slot.
+            has_object: It has an object, which holds a slot that is the session's from now on.
 
         Returns:
             Whether it has a slot and is to be created now.
@@ -228,7 +243,7 @@ class SessionTable:
             SandboxCapacityError: There is no slot, and it may not queue.
         """
         session.after = self.closing.get(session.session_id)
-        start = session.after is None and self._slots < self.max_sessions
+        start = session.after is None and (has_object or not self.is_full)
         if not start and session.after is None and not may_queue:
             raise self.full()
         self.current[session.session_id] = session
@@ -264,9 +279,17 @@ class SessionTable:
         if self._by_name.get(session.name) is session:
             del self._by_name[session.name]
         self._slots -= session.has_slot
-        started = []
+        return self.start_waiting()
+
+    def start_waiting(self) -> list[Session]:
+        """Gives free slots to those who wait for one.
+
+        Returns:
+            The sessions that got one and are to be created now.
+        """
+        started: list[Session] = []
         for waiting in list(self._queue):
-            if self._slots >= self.max_sessions:
+            if self.is_full:
                 break
             if waiting.may_start:
                 del self._queue[waiting]
@@ -274,6 +297,13 @@ class SessionTable:
                 waiting.inbox.post(News.SLOT)
                 started.append(waiting)
         return started
+
+    def requeue(self, session: Session) -> None:
+        """Creating → queued, at the head: the cluster has refused what the slot promised."""
+        del self._by_name[session.name]
+        self._slots -= 1
+        session.state = SessionState.QUEUED
+        self._queue = {session: None, **self._queue}
 
     def leave_to_background(self, session: Session) -> None:
         """Whoever waits for the end of a closing session goes on."""
@@ -283,7 +313,7 @@ class SessionTable:
     def _slots_to_come(self) -> int:
         """Slots that are free, or will be soon: not those whose deletion was left to the background."""
         ending = [s for s in self.closing.values() if s.has_slot and s.released and not s.released.is_set()]
-        return self.max_sessions - self._slots + len(ending)
+        return self.max_sessions - self._slots - self.elsewhere() + len(ending)
 
     def is_first(self, session: Session) -> bool:
         return next(iter(self._queue), None) is session
@@ -388,7 +418,7 @@ class SessionTable:
         session.client = client
         session.last_used = now
         session.known.used, session.known.generation = True, 0
-        session.known.object = session.request = None
+        session.known.object = session.known.reading = session.request = None
         self.ready[session.session_id] = session
         session.outcome.reach()
         session.outcome = _REACHED

@@ -1,0 +1,368 @@
+"""Sessions that several managers serve side by side: their objects carry their deadlines.
+
+The cluster deletes an object at its deadline. Before a use, a manager sees to it that the deadline
+lies an idle timeout behind the use's end; it writes seldom, since each write adds some slack. All
+that managers share is the cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from .._aio.tasks import OwnedTasks
+from .._cluster import metadata
+from .._cluster.api_errors import NotFoundError, PreconditionError
+from .._cluster.metadata import Object
+from .._cluster.requests import SandboxResources
+from .._cluster.resource import Machine, Reading
+from .._cluster.watch import SandboxWatch
+from ..config import SandboxManagerConfig
+from ..errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
+from .leases import Leases
+from .parts import LostError
+from .table import LIVING, Session, SessionState, SessionTable
+
+BELIEVED_FOR = 90.0
+"""Seconds for which what was last heard of an object counts; a watch gets a bookmark each minute."""
+WRITE_TIMEOUT = 10.0
+"""How long a use waits for its deadline to be written."""
+SETTLE = 2.0
+"""After a late extension, how long the controller may still delete by what it saw before."""
+CONCURRENT_WRITES = 10
+TRIES = 5
+"""How often an extension that met another change is tried."""
+
+_UNREAD = Reading("starting", None, "")
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was last heard of an object of the group, whoever made it.
+
+    Attributes:
+        uid: Its uid.
+        owner: The label of the caller whose session it is.
+        version: Its resourceVersion.
+        until: Its deadline, a Unix time; None: it has none.
+        reading: What it says of itself, as far as a first contact needs it.
+        generation: Of its spec when the deadline was read.
+        needed: The deadline that the uses of this manager need.
+        read_at: When it was read other than by the watch, on the loop's clock.
+    """
+
+    uid: str | None
+    owner: str | None
+    version: str | None = None
+    until: float | None = None
+    reading: Reading = _UNREAD
+    generation: int = 0
+    needed: float = 0.0
+    read_at: float = -math.inf
+
+
+class SharedSessions(Leases):
+    """The sessions of a group of managers, and the deadlines of those in use here.
+
+    Args:
+        config: Its `shared` is set.
+        resources: Requests for the objects.
+        table: The sessions in use here.
+        watch: Tells of the group's objects.
+        tasks: Own the writes, which no caller's cancellation reaches.
+        read: What an object says of itself.
+        wall_clock: The Unix time.
+        on_lost: Called with a session whose object turns out to be gone, or another, and with how.
+    """
+
+    def __init__(
+        self,
+        config: SandboxManagerConfig,
+        resources: SandboxResources,
+        table: SessionTable,
+        watch: SandboxWatch,
+        tasks: OwnedTasks,
+        read: Callable[[Object], Reading],
+        wall_clock: Callable[[], float],
+        on_lost: Callable[[Session, str], None],
+    ) -> None:
+        super().__init__(resources, None, wall_clock, lambda _: None)
+        self._enabled = True
+        self._idle, self._skew = config.session_idle_timeout, config.clock_skew
+        self.slack = self._idle / 2
+        self._at_birth = max(self._idle + self.slack, config.ready_timeout + self._skew)
+        self._patience = config.ready_timeout
+        self._table = table
+        self._watch = watch
+        self._tasks = tasks
+        self._read = read
+        self._tell_lost = on_lost
+        self._seen: dict[str, Seen] = {}
+        self._writes: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def known(self) -> int:
+        """How many objects the group has."""
+        return len(self._seen)
+
+    # What the cluster holds
+
+    def has(self, name: str) -> bool:
+        """Whether there is an object of this name, as far as the watch has told."""
+        return name in self._seen
+
+    async def listed(self) -> None:
+        """Waits until the group's objects are known, which tells who has a sandbox already.
+
+        Raises:
+            SandboxPermissionError: The manager may not watch them.
+            SandboxUnavailableError: They could not be listed within ready_timeout.
+        """
+        if not self._watch.settled.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._patience):
+                    await self._watch.settled.wait()
+        if self.is_open:
+            return
+        if self._watch.settled.is_set():
+            plural, refusal = self._resources.resource.plural, self._watch.refusal
+            raise SandboxPermissionError(
+                f"with shared the manager must be allowed to list and watch {plural}: {refusal}"
+            ) from refusal
+        raise SandboxUnavailableError(f"no watch of sandboxes within ready_timeout ({self._patience:g} s)")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the group's objects have been listed and are watched."""
+        return self._watch.settled.is_set() and self._watch.active
+
+    def synced(self, objects: list[Object], since: float) -> None:
+        """All objects of the group, from a list asked for at `since` on the loop's clock."""
+        names = {metadata.name(obj) for obj in objects}
+        for name in [n for n, seen in self._seen.items() if n not in names and seen.read_at < since]:
+            del self._seen[name]
+        for obj in objects:
+            seen = self._seen.get(metadata.name(obj))
+            if seen is None or seen.uid == metadata.uid(obj) or seen.read_at < since:
+                self._note(obj)
+
+    def changed(self, obj: Object) -> None:
+        """An event of the watch; not if it is older than what a session here knows."""
+        name, uid = metadata.name(obj), metadata.uid(obj)
+        seen, session = self._seen.get(name), self._table.named(name)
+        if seen is None or seen.uid == uid or session is None or session.known.uid != seen.uid:
+            self._note(obj)
+
+    def found(self, obj: Object) -> None:
+        """An object that was read, or written, by this manager."""
+        self._note(obj).read_at = asyncio.get_running_loop().time()
+
+    def gone(self, name: str, uid: str | None) -> None:
+        seen = self._seen.get(name)
+        if seen is not None and seen.uid == uid:
+            del self._seen[name]
+
+    def _note(self, obj: Object) -> Seen:
+        name, uid, generation = metadata.name(obj), metadata.uid(obj), metadata.generation(obj)
+        said = self._read(obj)
+        pod = name if said.machine.pod == name else said.machine.pod  # One text instead of two.
+        reading = Reading(
+            said.phase, said.target, sys.intern(said.text), None, Machine(pod, said.machine.ips)
+        )
+        seen = self._seen.get(name)
+        if seen is None or seen.uid != uid:
+            seen = self._seen[name] = Seen(uid, metadata.labels(obj).get(metadata.LABEL_OWNER))
+        seen.version, seen.reading = metadata.resource_version(obj), reading
+        if generation >= seen.generation:  # else it is older than a write of ours
+            seen.until, seen.generation = self._resources.resource.deadline(obj), generation
+        return seen
+
+    async def look_up(self, name: str, deadline: float, *, always: bool = False) -> Seen | None:
+        """What is known of an object; read now if the watch has been silent, or `always`."""
+        seen = self._seen.get(name)
+        if not always and self._is_believed(seen):
+            return seen
+        found = await self._resources.get(name, deadline)
+        if found is not None:
+            self.found(found)
+        elif seen is not None:
+            self.gone(name, seen.uid)
+        return self._seen.get(name)
+
+    def _is_believed(self, seen: Seen | None) -> bool:
+        heard_at = max(self._watch.heard_at, -math.inf if seen is None else seen.read_at)
+        return asyncio.get_running_loop().time() - heard_at < BELIEVED_FOR
+
+    def of_owner(self, owner: str) -> int:
+        """How many objects are of one caller's sessions."""
+        label = metadata.owner_label(owner)
+        return sum(seen.owner == label and not self._has_lapsed(seen) for seen in self._seen.values())
+
+    def elsewhere(self) -> int:
+        """How many objects hold a slot and are in no session here."""
+        named = self._table.named
+        return sum(named(name) is None and not self._has_lapsed(seen) for name, seen in self._seen.items())
+
+    def _has_lapsed(self, seen: Seen) -> bool:
+        """Whether the cluster should have deleted it, by any clock."""
+        return seen.until is not None and seen.until + self._skew < self._wall_clock()
+
+    async def delete_lapsed(self) -> None:
+        """Deletes what the cluster should have deleted, unless it has changed or is in use here."""
+        for name, seen in list(self._seen.items()):
+            session = self._table.named(name)
+            if self._has_lapsed(seen) and (session is None or session.state not in LIVING):
+                if await self._resources.delete(name, seen.uid, version=seen.version):
+                    self._log.info("lapsed_deleted", sandbox=name, uid=seen.uid)
+                else:
+                    await self.look_up(name, asyncio.get_running_loop().time(), always=True)
+
+    # Deadlines
+
+    def next(self) -> str:
+        """The deadline of an object that is about to be made."""
+        return metadata.lease_time(math.ceil(self._wall_clock() + self._at_birth), 0)
+
+    async def allowed(self, deadline: float) -> bool:
+        """Always True.
+
+        Raises:
+            SandboxPermissionError: The manager may not patch: it could not keep a session alive.
+            SandboxError: The probe got no answer.
+        """
+        self._refused_at = None  # Not without asking.
+        if not await super().allowed(deadline):
+            raise SandboxPermissionError(
+                f"with shared the manager must be allowed to patch {self._resources.resource.plural}"
+            )
+        return True
+
+    def add(self, session: Session) -> None:
+        """Nothing: what counts is in the object."""
+
+    def drop(self, session: Session) -> None:
+        """Nothing, as `add`."""
+
+    def admit(self, session: Session, lasts: float) -> Coroutine[Any, Any, None] | None:
+        """Sees to it that the session's object outlives a use by an idle timeout.
+
+        Args:
+            session: It has an object.
+            lasts: How long the use may last, in seconds.
+
+        Returns:
+            None: it does. Else the use must wait for this, which is safe to cancel; it raises
+            `LostError` where the object is gone, and `SandboxError` where its deadline is too near
+            and cannot be moved.
+        """
+        return None if self.covers(session, lasts) else self._extend(session, lasts)
+
+    def covers(self, session: Session, lasts: float) -> bool:
+        """Whether the session's object is known to outlive such a use by an idle timeout."""
+        seen = self._seen.get(session.name)
+        return seen is not None and self._covers(seen, session, lasts)
+
+    def _covers(self, seen: Seen, session: Session, lasts: float) -> bool:
+        needed = self._wall_clock() + lasts + self._idle
+        is_far = seen.uid == session.known.uid and seen.until is not None and needed <= seen.until
+        if not is_far or not self._is_believed(seen):
+            return False
+        seen.needed = max(seen.needed, needed)
+        return True
+
+    async def _extend(self, session: Session, lasts: float) -> None:
+        name = session.name
+        for _ in range(TRIES):
+            if self.covers(session, lasts):
+                return
+            seen, write = self._seen.get(name), self._writes.get(name)
+            if write is None:
+                write = self._tasks.spawn(self._write(session, lasts), f"deadline:{name}")
+                self._writes[name] = write
+                write.add_done_callback(lambda _: self._writes.pop(name, None))
+            await asyncio.wait({write})
+            if write.cancelled():
+                raise SandboxUnavailableError(f"the manager of sandbox {name} was shut down")
+            error = write.exception()
+            if isinstance(error, SandboxError):
+                if isinstance(error, LostError):
+                    raise error.copy_for_waiter()
+                self._log.warning("deadline_not_moved", sandbox=name, reason=str(error))
+                until = -math.inf if seen is None else seen.until
+                if until is not None and until < self._wall_clock() + lasts + self._skew:
+                    raise error.copy_for_waiter()
+                return  # Its deadline is known to be far enough for this use.
+            if error is not None:
+                raise error
+        raise SandboxUnavailableError(f"the deadline of sandbox {name} could not be moved: it keeps changing")
+
+    async def _write(self, session: Session, lasts: float) -> None:
+        """Moves a deadline, or learns what has become of the object; the caller looks again."""
+        name, uid = session.name, session.known.uid
+        deadline = asyncio.get_running_loop().time() + WRITE_TIMEOUT
+        seen = await self.look_up(name, deadline)
+        if seen is not None and seen.uid == uid and not self._covers(seen, session, lasts):
+            now = self._wall_clock()
+            # The controller deletes by name what it has seen lapse: it may not have seen a late extension.
+            late = seen.until is not None and seen.until < now + self._skew
+            until = metadata.lease_time(math.ceil(now + lasts + self._idle + self.slack), 0)
+            body: Object = {
+                "metadata": {"uid": uid} | ({"resourceVersion": seen.version} if late else {}),
+                "spec": self._resources.resource.deadline_spec(until),
+            }
+            try:
+                patched = await self._resources.patch(name, body, deadline)
+                if late:
+                    await asyncio.sleep(SETTLE)
+            except (NotFoundError, PreconditionError):
+                patched, late = None, True
+            if patched is not None and not late:
+                self.found(patched)
+            seen = await self.look_up(name, deadline, always=late or patched is None)
+        if seen is None or seen.uid != uid or seen.reading.phase == "ending":
+            text = f"sandbox {name} was deleted"
+            self._tell_lost(session, text)
+            raise LostError(text)
+
+    async def run(self) -> None:
+        """Moves the deadlines of sessions that stay in use, until it is cancelled."""
+        while True:
+            await asyncio.sleep(self.slack / 2)
+            sessions = list(self._table.ready.values())
+            for start in range(0, len(sessions), CONCURRENT_WRITES):
+                await asyncio.gather(*map(self._keep, sessions[start : start + CONCURRENT_WRITES]))
+
+    async def _keep(self, session: Session) -> None:
+        """Extends the use of a session that is in use, and repeats what another write has undone."""
+        seen, now = self._seen.get(session.name), self._wall_clock()
+        if seen is None or session.state is not SessionState.READY:
+            return
+        lasts = seen.needed - now - self._idle
+        if session.idle_since() is None:
+            lasts = max(lasts, self.slack / 2)
+        if seen.until is None or seen.until >= now + lasts + self._idle:
+            return
+        with contextlib.suppress(SandboxError):  # It is logged, and tried again.
+            await self._extend(session, max(lasts, self.slack) if session.idle_since() is None else lasts)
+
+    def measure(self, made: Object, sent: float) -> float | None:
+        """How far this clock is ahead of the cluster's, by an object that was just made; within a second.
+
+        Args:
+            made: As the API server has returned it.
+            sent: The Unix time here at which it was asked for.
+        """
+        created = metadata.unix_time(made["metadata"].get("creationTimestamp"))
+        if created is None:
+            return None
+        # It was made between `sent` and now, and its time is in whole seconds.
+        early, late = sent - created - 1.0, self._wall_clock() - created
+        ahead = max(early, 0.0) + min(late, 0.0)
+        if abs(ahead) > self._skew / 2:
+            self._log.warning("clocks_apart", ahead=round(ahead, 1), clock_skew=self._skew)
+        return round(ahead, 1)
