@@ -17,7 +17,7 @@ import yaml
 from kubernetes_asyncio.config import incluster_config
 
 from prodisco_sandbox import SandboxManagerConfig, SandboxUnavailableError
-from prodisco_sandbox._cluster.connection import open_custom_objects_api
+from prodisco_sandbox._cluster.credentials import open_custom_objects_api
 from prodisco_sandbox._cluster.requests import SandboxResources
 
 

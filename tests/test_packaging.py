@@ -69,6 +69,32 @@ def test_a_manager_of_single_mode_loads_no_kubernetes() -> None:
     assert "kubernetes" not in of_package(modules)
 
 
+def test_a_cluster_in_memory_loads_no_kubernetes() -> None:
+    """Refusals, discovery and watches, too: a local cluster is one."""
+    modules = loaded_after(
+        "import asyncio\n"
+        "import prodisco_sandbox.local\n"
+        "from prodisco_sandbox import SandboxManager, SandboxManagerConfig\n"
+        "from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer\n"
+        "async def main():\n"
+        "    async with FakeSandboxServer() as server, FakeCustomObjectsApi(auto_ready=True) as api:\n"
+        "        config = SandboxManagerConfig(mode='multi', endpoint=lambda _: server.target)\n"
+        "        async with SandboxManager(config, custom_objects_api=api) as manager:\n"
+        "            assert (await manager.get_client('session')).sandbox\n"
+        "            assert {'discovery', 'watch', 'create'} <= {r.verb for r in api.requests}\n"
+        "asyncio.run(main())"
+    )
+    assert not {"kubernetes_asyncio", "aiohttp"} & modules
+
+
+def test_errors_that_tests_make_are_those_of_kubernetes() -> None:
+    loaded_after(
+        "from prodisco_sandbox.testing import api_error\n"
+        "from kubernetes_asyncio.client import ApiException\n"
+        "assert isinstance(api_error(503), ApiException)"
+    )
+
+
 def test_the_server_loads_no_part_of_the_manager() -> None:
     modules = loaded_after("import prodisco_sandbox.server.__main__, prodisco_sandbox.server._app")
     assert {name.split(".")[0] for name in of_package(modules)} == {"server", "proto"}

@@ -22,7 +22,7 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox._cluster.connection import OwnClient
+from prodisco_sandbox._cluster.credentials import OwnClient
 from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
 from prodisco_sandbox._cluster.metadata import session_hash
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error

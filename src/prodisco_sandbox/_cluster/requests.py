@@ -6,12 +6,10 @@ import asyncio
 import copy
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Self, TypeVar
-
-import aiohttp
-from kubernetes_asyncio.client.exceptions import ApiException
 
 from .._aio.pacing import Pace
 from .._aio.single_flight import SingleFlight
@@ -38,7 +36,7 @@ from .api_errors import (
     translate,
 )
 from .claim import resource_for
-from .connection import Connection, open_custom_objects_api
+from .connection import Connection
 from .grace import STARTING_SERVER, StartupGrace
 from .metadata import Object
 from .resource import Resource
@@ -97,7 +95,7 @@ class SandboxResources:
         api: A CustomObjectsApi, which is never closed here; None: `open_api` opens one.
         events: Counts what is logged.
         resource: The kind; None: that of the manager's sessions.
-        open_api: Opens the connection on first use.
+        open_api: Opens the connection on first use; None: `open_custom_objects_api`.
         page: How many objects are asked for in one request of a list.
     """
 
@@ -108,7 +106,7 @@ class SandboxResources:
         events: Counter[str] | None = None,
         *,
         resource: Resource | None = None,
-        open_api: Callable[[], Awaitable[Any]] = open_custom_objects_api,
+        open_api: Callable[[], Awaitable[Any]] | None = None,
         page: int | None = None,
     ) -> None:
         self.events = events
@@ -303,7 +301,7 @@ class SandboxResources:
         try:
             async with asyncio.timeout(WATCH_TIMEOUT + WATCH_GRACE):
                 return await readline()
-        except (aiohttp.ClientError, OSError, ValueError) as e:  # TimeoutError is an OSError
+        except _broken("ClientError", OSError, ValueError) as e:  # TimeoutError is an OSError
             self._grace.unreachable()  # The next request may meet a server that is starting.
             raise RetryableError(f"the watch broke: {_described(e)}") from e
 
@@ -416,14 +414,14 @@ class SandboxResources:
             if isinstance(refusal, NotFoundError | AlreadyExistsError | PreconditionError):
                 self._grace.worked(verb)  # A 404 or 409 proves that RBAC allowed the request.
             return refusal
-        if not isinstance(error, aiohttp.ClientError | OSError):
+        if not isinstance(error, _broken("ClientError", OSError)):
             kind = self.resource.kind
             return UnexpectedError(f"the CustomObjectsApi failed to {verb} a {kind}: {_described(error)}")
         self._grace.unreachable()
         if isinstance(error, TimeoutError):
             return RetryableError(f"the API server did not answer a {verb} within {REQUEST_TIMEOUT:g} s")
         broken = RetryableError(f"the API server cannot be reached: {_described(error)}")
-        broken.ambiguous = not isinstance(error, aiohttp.ClientConnectorError)
+        broken.ambiguous = not isinstance(error, _broken("ClientConnectorError"))
         return broken
 
     def _refusal(self, verb: str, code: int, body: object, headers: Mapping[str, str] | None) -> SandboxError:
@@ -463,6 +461,9 @@ async def _check_stream(response: Any) -> None:
     if status == 200:
         return
     try:
+        # Here, since it takes half a second to import: clusters in memory never need it.
+        from kubernetes_asyncio.client.exceptions import ApiException
+
         refusal = ApiException(status=status)
         refusal.body, refusal.headers = await response.read(), response.headers
     finally:
@@ -470,10 +471,17 @@ async def _check_stream(response: Any) -> None:
     raise refusal
 
 
-def _answer(error: Exception) -> ApiException | None:
+def _answer(error: Exception) -> Any | None:
     """The HTTP answer behind an exception; kubernetes_asyncio trips over a page that is no UTF-8."""
     answer = error.__context__ if isinstance(error, UnicodeDecodeError) else error
-    return answer if isinstance(answer, ApiException) else None
+    # Not by their class, which takes half a second to import: a fake may have others like it.
+    return answer if hasattr(answer, "status") and hasattr(answer, "body") else None
+
+
+def _broken(name: str, *others: type[Exception]) -> tuple[type[Exception], ...]:
+    """A class of aiohttp's errors, and others; where aiohttp is not loaded, it has raised nothing."""
+    library = sys.modules.get("aiohttp")
+    return others if library is None else (getattr(library, name), *others)
 
 
 def _described(error: BaseException) -> str:

@@ -10,6 +10,11 @@
 ``python -m prodisco_sandbox.mcp`` is a complete server.
 """
 
+import gc as _gc
+
+# The SDK makes a thousand classes and little garbage: collections would take a tenth of the time.
+_collecting = _gc.isenabled()
+_gc.disable()
 try:
     from mcp.server import MCPServer as _MCPServer
 except ImportError as error:
@@ -20,11 +25,14 @@ except ImportError as error:
         " pip install 'prodisco-sandbox[mcp]'",
         name="mcp",
     ) from error
-
-from ._identity import principal, session_key
-from ._lifespan import sandbox_lifespan
-from ._tool import SandboxTools, add_sandbox_tools
+else:
+    from ._identity import principal, session_key
+    from ._lifespan import sandbox_lifespan
+    from ._tool import SandboxTools, add_sandbox_tools
+finally:
+    if _collecting:
+        _gc.enable()
 
 __all__ = ["SandboxTools", "add_sandbox_tools", "principal", "sandbox_lifespan", "session_key"]
 
-del _MCPServer
+del _MCPServer, _collecting, _gc

@@ -6,15 +6,17 @@ import argparse
 import ipaddress
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .._log import get_logger
-from ._oidc import Issuer, TokenRefusedError, check_url
 from ._tokens import TokenFile
+
+if TYPE_CHECKING:
+    from ._oidc import Issuer
 
 log = get_logger("audit")
 
@@ -64,6 +66,8 @@ def read_auth_options(args: argparse.Namespace, environ: Mapping[str, str]) -> N
     if args.unauthenticated and (args.auth_token_file or args.oidc_issuer):
         raise ValueError("--unauthenticated does not go with --auth-token-file or --oidc-issuer")
     if args.oidc_issuer is not None:
+        from ._oidc import check_url  # Its libraries take long to import, and few need them.
+
         check_url("--oidc-issuer", args.oidc_issuer)
     if args.public_url is not None:
         if args.oidc_issuer is None:
@@ -103,7 +107,11 @@ class Verifier:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._file = TokenFile(args.auth_token_file) if args.auth_token_file else None
-        self._issuer = Issuer(args.oidc_issuer, args.oidc_audience) if args.oidc_issuer else None
+        self._issuer: Issuer | None = None
+        if args.oidc_issuer:
+            from ._oidc import Issuer
+
+            self._issuer = Issuer(args.oidc_issuer, args.oidc_audience)
 
     async def verify_token(self, token: str) -> AccessToken | None:
         # Results do not hold the token: nothing reads it, and nothing can log it.
@@ -112,6 +120,8 @@ class Verifier:
         if self._issuer is None:
             _reason.set("unknown token")
             return None
+        from ._oidc import TokenRefusedError
+
         try:
             subject = await self._issuer.verify(token)
         except TokenRefusedError as refusal:

@@ -4,11 +4,16 @@
 custom_objects_api=...)``; `FakeSandboxServer` is a real gRPC server with scripted answers.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from . import _status
 from ._api import FakeCustomObjectsApi
 from ._faults import Fault, Faults, Request
 from ._server import NEVER, FakeCall, FakeSandboxServer, FakeStatus
-from ._status import api_error, plain_error
 from ._watch import Response, Watch
+
+if TYPE_CHECKING:
+    from ._status import api_error, plain_error
 
 __all__ = [
     "NEVER",
@@ -24,3 +29,11 @@ __all__ = [
     "api_error",
     "plain_error",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("api_error", "plain_error"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import kubernetes_asyncio.client  # noqa: F401 - what they make is its ApiException
+
+    return getattr(_status, name)

@@ -7,8 +7,6 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kubernetes_asyncio.client import ApiException
-
 from .._cluster.metadata import Object
 from . import _status
 from ._arguments import (
@@ -30,6 +28,7 @@ from ._arguments import (
 from ._cluster import FakeCluster
 from ._faults import Request
 from ._kinds import KINDS, SANDBOX, Kind
+from ._libraries import api_exceptions
 from ._patches import content_type
 from ._selectors import selector
 from ._store import Store, copied, plain, shown
@@ -206,7 +205,7 @@ class FakeCustomObjectsApi(FakeCluster):
         try:
             async with asyncio.timeout(timeouts(kwargs)[0]):
                 answer = await self._carried_out(call, request, operation)
-        except ApiException as refusal:
+        except api_exceptions() as refusal:
             if raw:
                 return Response.of_refusal(refusal)
             raise

@@ -7,13 +7,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import aiohttp
-from kubernetes_asyncio.client import V1APIResource, V1APIResourceList
-from kubernetes_asyncio.client.exceptions import ApiTypeError, ApiValueError
-
 from . import _status
 from ._faults import VERBS, Verb
 from ._kinds import Kind
+from ._libraries import kubernetes
 from ._watch import Timeouts
 
 COMMON = frozenset(
@@ -59,14 +56,27 @@ class Call(NamedTuple):
 def check_arguments(call: Call, kwargs: Mapping[str, Any], known: Iterable[str]) -> None:
     for key in kwargs:
         if key not in known:
-            raise ApiTypeError(f"Got an unexpected keyword argument '{key}' to a {call.verb} request")
+            raise _wrong(
+                "ApiTypeError", f"Got an unexpected keyword argument '{key}' to a {call.verb} request"
+            )
     for field in ("group", "version", "namespace", "plural"):
         if getattr(call, field) is None:
-            raise ApiValueError(f"Missing the required parameter `{field}` of a {call.verb} request")
+            raise _missing(call, field)
     if call.name is None and call.verb not in ("create", "list", "watch", "discovery"):
-        raise ApiValueError(f"Missing the required parameter `name` of a {call.verb} request")
+        raise _missing(call, "name")
     if call.body is None and call.verb in ("create", "patch", "patch_status", "replace", "replace_status"):
-        raise ApiValueError(f"Missing the required parameter `body` of a {call.verb} request")
+        raise _missing(call, "body")
+
+
+def _missing(call: Call, field: str) -> Exception:
+    return _wrong("ApiValueError", f"Missing the required parameter `{field}` of a {call.verb} request")
+
+
+def _wrong(kind: str, text: str) -> Exception:
+    from kubernetes_asyncio.client import exceptions
+
+    error: Exception = getattr(exceptions, kind)(text)
+    return error
 
 
 def verbs_of(verbs: Iterable[Verb]) -> list[Verb]:
@@ -83,11 +93,11 @@ def name_in(body: Any) -> str | None:
 
 def timeouts(kwargs: Mapping[str, Any]) -> Timeouts:
     """``_request_timeout`` as kubernetes_asyncio reads it: total, (connect, read), or aiohttp's own."""
-    timeout = kwargs.get("_request_timeout")
-    if isinstance(timeout, aiohttp.ClientTimeout):
-        return timeout.total, timeout.sock_read
+    timeout: Any = kwargs.get("_request_timeout")
     if isinstance(timeout, tuple):
         return None, timeout[1]
+    if hasattr(timeout, "sock_read"):  # aiohttp.ClientTimeout
+        return timeout.total, timeout.sock_read
     return timeout or None, None
 
 
@@ -128,15 +138,15 @@ def parsed(text: str) -> Any:
 
 def resources(kinds: Sequence[Kind], version: str) -> Any:
     verbs = ["delete", "deletecollection", "get", "list", "patch", "create", "update", "watch"]
-    found = []
+    resource, found = kubernetes("V1APIResource"), []
     for of in kinds:
         names = {"singular_name": of.kind.lower(), "short_names": [of.short]}
         common = {"namespaced": True, "kind": of.kind}
-        found.append(V1APIResource(name=of.plural, verbs=verbs, **names, **common))
+        found.append(resource(name=of.plural, verbs=verbs, **names, **common))
         if "status" in of.schema.fields:
             own = ["get", "patch", "update"]
-            found.append(V1APIResource(name=f"{of.plural}/status", singular_name="", verbs=own, **common))
-    return V1APIResourceList(
+            found.append(resource(name=f"{of.plural}/status", singular_name="", verbs=own, **common))
+    return kubernetes("V1APIResourceList")(
         api_version="v1",
         kind="APIResourceList",
         group_version=f"{kinds[0].group}/{version}",

@@ -7,13 +7,12 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 
-from kubernetes_asyncio.client import ApiException
-
 from .._cluster import metadata
 from .._cluster.claim import machine
 from .._cluster.metadata import Object
 from ._controller import TIMER_SLACK, CallLater
 from ._kinds import CLAIM, POOL, SANDBOX, TEMPLATE, Kind
+from ._libraries import api_exceptions
 from ._patches import MERGE_PATCH
 from ._store import LINGERING, Change, Key, Store
 from ._warm_pools import Step, World, claim_step, owner, pool_status, pool_step
@@ -147,7 +146,7 @@ class ClaimController:
             else:
                 status = step.verb == "patch_status"
                 store.patch(namespace, version, step.name, step.body, MERGE_PATCH, status=status)
-        except ApiException as refusal:
+        except api_exceptions() as refusal:
             return str(json.loads(refusal.body)["message"])
         finally:
             self._writes = False

@@ -9,10 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Self, get_args
 
-import aiohttp
-from kubernetes_asyncio.client import ApiException
-
 from ._kinds import SANDBOX
+from ._libraries import api_exceptions
 from ._status import api_error
 
 Verb = Literal[
@@ -164,7 +162,7 @@ class Fault:
     ) -> None:
         def land() -> None:
             # The caller is gone: nobody would see a refusal.
-            with contextlib.suppress(ApiException):
+            with contextlib.suppress(*api_exceptions()):
                 operation()
 
         if self._hold or not math.isfinite(until):
@@ -178,7 +176,13 @@ class Fault:
         if isinstance(self._error, type):
             return self._error()
         # An exception that is raised again and again gathers tracebacks.
-        return copy.copy(self._error or aiohttp.ServerDisconnectedError())
+        return copy.copy(self._error or _disconnected())
+
+
+def _disconnected() -> BaseException:
+    import aiohttp
+
+    return aiohttp.ServerDisconnectedError()
 
 
 class Faults:
@@ -249,7 +253,7 @@ class Faults:
         if lands and (after or lost):
             raise ValueError("lands goes with faults of the request, not with after or lost")
         if lost and error is None:
-            error = aiohttp.ServerDisconnectedError()
+            error = _disconnected()
         fault = Fault(self, verb, error, latency, hold, after or lost, lands, name, when, times)
         self._active.append(fault)
         return fault

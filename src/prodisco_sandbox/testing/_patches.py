@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kubernetes_asyncio.client import ApiException
-
 from .._cluster.metadata import Object
 from ._status import api_error, unreadable
 
@@ -81,7 +79,7 @@ def _json_patched(sandbox: Object, patch: Any) -> Any:
     return root[""]
 
 
-def _undecodable(value: object, kind: str) -> ApiException:
+def _undecodable(value: object, kind: str) -> Any:
     return unreadable("error decoding patch: ", value, f"value of type {kind}")
 
 

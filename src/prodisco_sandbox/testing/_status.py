@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from kubernetes_asyncio.client import ApiException
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from .._cluster.metadata import Object
 from ._kinds import SANDBOX, Kind
+from ._libraries import kubernetes
 
 Cause = tuple[str, str, str]
 """Reason, field and message of one error in an object."""
@@ -40,7 +40,7 @@ def api_error(
     details: Object | None = None,
     metadata: Object | None = None,
     retry_after: int | None = None,
-) -> ApiException:
+) -> Any:
     """An `ApiException` like those that kubernetes_asyncio makes of a refusal.
 
     Its ``body`` is the JSON of a Status, and ``headers`` find their names in any case.
@@ -70,7 +70,7 @@ def api_error(
     return _exception(status, json.dumps(body) + "\n", "application/json", retry_after)
 
 
-def plain_error(status: int, text: str, *, retry_after: int | None = None) -> ApiException:
+def plain_error(status: int, text: str, *, retry_after: int | None = None) -> Any:
     """An `ApiException` whose body is no Status but plain text, as proxies and filters give."""
     return _exception(status, text, "text/plain; charset=utf-8", retry_after)
 
@@ -82,16 +82,16 @@ def phrase(status: int) -> str:
         return ""
 
 
-def _exception(status: int, body: str, content_type: str, retry_after: int | None) -> ApiException:
+def _exception(status: int, body: str, content_type: str, retry_after: int | None) -> Any:
     headers = CIMultiDict({"Cache-Control": "no-cache, private", "Content-Type": content_type})
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)
-    error = ApiException(status=status, reason=phrase(status))
+    error: Any = kubernetes("ApiException")(status=status, reason=phrase(status))
     error.body, error.headers = body, CIMultiDictProxy(headers)
     return error
 
 
-def page_not_found() -> ApiException:
+def page_not_found() -> Any:
     """The path itself is unknown: a version or a resource that is not served."""
     return plain_error(404, "404 page not found\n")
 
@@ -99,37 +99,37 @@ def page_not_found() -> ApiException:
 _JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "bool", int: "number", float: "number"}
 
 
-def unreadable(what: str, value: object, wanted: str) -> ApiException:
+def unreadable(what: str, value: object, wanted: str) -> Any:
     """400 for JSON of another type than Go's decoder wants."""
     given = _JSON_TYPES.get(type(value), "null")
     return bad_request(f"{what}json: cannot unmarshal {given} into Go {wanted}")
 
 
-def bad_request(message: str) -> ApiException:
+def bad_request(message: str) -> Any:
     return api_error(400, message)
 
 
-def not_found(of: Kind, name: str) -> ApiException:
+def not_found(of: Kind, name: str) -> Any:
     return api_error(404, f'{of.resource} "{name}" not found', details=_details(of, name, of.plural))
 
 
-def namespace_not_found(namespace: str) -> ApiException:
+def namespace_not_found(namespace: str) -> Any:
     details = {"name": namespace, "kind": "namespaces"}
     return api_error(404, f'namespaces "{namespace}" not found', details=details)
 
 
-def already_exists(of: Kind, name: str, *, deleting: bool) -> ApiException:
+def already_exists(of: Kind, name: str, *, deleting: bool) -> Any:
     message = f'{"object is being deleted: " if deleting else ""}{of.resource} "{name}" already exists'
     return api_error(409, message, reason="AlreadyExists", details=_details(of, name, of.plural))
 
 
-def conflict(of: Kind, name: str, why: str, kind: str | None = None) -> ApiException:
+def conflict(of: Kind, name: str, why: str, kind: str | None = None) -> Any:
     kind = kind or of.plural
     message = f'Operation cannot be fulfilled on {kind}.{of.group} "{name}": {why}'
     return api_error(409, message, details=_details(of, name, kind))
 
 
-def modified(of: Kind, name: str) -> ApiException:
+def modified(of: Kind, name: str) -> Any:
     return conflict(
         of,
         name,
@@ -137,7 +137,7 @@ def modified(of: Kind, name: str) -> ApiException:
     )
 
 
-def invalid(of: Kind, name: str, causes: Iterable[Cause], kind: str | None = None) -> ApiException:
+def invalid(of: Kind, name: str, causes: Iterable[Cause], kind: str | None = None) -> Any:
     """422 with all errors in an object."""
     found, kind = list(causes), kind or of.kind
     texts = [f"{field}: {message}" for _, field, message in found]
@@ -147,9 +147,7 @@ def invalid(of: Kind, name: str, causes: Iterable[Cause], kind: str | None = Non
     return api_error(422, f'{kind}.{of.group} "{name}" is invalid: {listed}', details=details)
 
 
-def forbidden(
-    of: Kind, user: str, verb: str, resource: str, name: str | None, namespace: str
-) -> ApiException:
+def forbidden(of: Kind, user: str, verb: str, resource: str, name: str | None, namespace: str) -> Any:
     """403 as RBAC gives it."""
     which = "" if name is None else f' "{name}"'
     message = (
@@ -159,11 +157,11 @@ def forbidden(
     return api_error(403, message, details=_details(of, name or "", of.plural))
 
 
-def discovery_forbidden(user: str, path: str) -> ApiException:
+def discovery_forbidden(user: str, path: str) -> Any:
     return api_error(403, f'forbidden: User "{user}" cannot get path "{path}"', details={})
 
 
-def quota_exceeded(of: Kind, name: str, limit: int, used: int) -> ApiException:
+def quota_exceeded(of: Kind, name: str, limit: int, used: int) -> Any:
     """403 as a ResourceQuota on the number of objects gives it."""
     count = f"count/{of.resource}"
     message = (

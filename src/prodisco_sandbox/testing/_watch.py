@@ -7,13 +7,12 @@ import json
 from collections.abc import Callable
 from typing import Any, Self
 
-import aiohttp
-from kubernetes_asyncio.client import ApiException
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from .._cluster.metadata import Object
 from . import _status
 from ._kinds import Kind
+from ._libraries import aiohttp, api_exceptions
 from ._selectors import Selector
 from ._store import Change, shown
 
@@ -91,7 +90,7 @@ class Content:
                 await self._waiter
         except TimeoutError:
             if quiet is not None and loop.time() >= quiet:
-                raise aiohttp.ServerTimeoutError("Timeout on reading data from socket") from None
+                raise aiohttp("ServerTimeoutError")("Timeout on reading data from socket") from None
             raise
         finally:
             self._waiter = None
@@ -118,7 +117,7 @@ class Response:
         return response
 
     @classmethod
-    def of_refusal(cls, error: ApiException) -> Self:
+    def of_refusal(cls, error: Any) -> Self:
         response = cls(error.status, error.headers)
         response.content.feed((error.body or "").encode())
         response.content.end()
@@ -136,7 +135,7 @@ class Response:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self.content.end(aiohttp.ClientConnectionError("Connection closed"))
+            self.content.end(aiohttp("ClientConnectionError")("Connection closed"))
 
     def release(self) -> None:
         self.close()
@@ -218,7 +217,7 @@ class Watch(Response):
             error: What the client's reading raises, with what it has not read yet lost;
                 an `ApiException` is sent as an ERROR event instead. None: an orderly end.
         """
-        if isinstance(error, ApiException):
+        if isinstance(error, api_exceptions()):
             self.send("ERROR", json.loads(error.body))
             error = None
         self._stop()
