@@ -49,6 +49,7 @@ def run(job: dict[str, Any]) -> object:
     source, tests, temporary = job["source"], job["tests"], job["temporary"][1]
     script = f"{temporary}/{job['script']}"
     _import_what_is_on_disk([temporary, *(path for path, _ in job["writable"])])
+    _save_what_matplotlib_shows(job["cwd"])
     if tests is None:
         # A line of the file may declare an encoding, which means nothing in text.
         declared = any("coding" in line for line in source.split("\n", 2)[:2])
@@ -180,3 +181,59 @@ class _FreshLoader(SourceFileLoader):
         if written <= max(source.st_mtime_ns, source.st_ctime_ns):
             raise OSError(f"the bytecode of {path} may be older than it")
         return super().path_stats(path)
+
+
+_BACKEND = "prodisco_sandbox.server._matplotlib"
+_DIRECTORY = "sandbox_directory"
+"""Attribute of matplotlib by which the backend knows where pictures go."""
+
+
+def _save_what_matplotlib_shows(directory: str) -> None:
+    """Has ``plt.show()`` save pictures, unless the code chooses a backend of its own.
+
+    MPLBACKEND is not left in the environment: other interpreters that the code starts would inherit
+    it, and lack our module.
+    """
+    matplotlib = sys.modules.get("matplotlib")
+    if matplotlib is None:
+        sys.meta_path.insert(0, _Matplotlib(directory))
+    elif "MPLBACKEND" not in os.environ and _has_backend():
+        matplotlib.rcParams["backend"] = f"module://{_BACKEND}"
+        setattr(matplotlib, _DIRECTORY, directory)
+
+
+def _has_backend() -> bool:
+    import importlib.util
+
+    try:
+        return importlib.util.find_spec(_BACKEND) is not None
+    except ImportError:
+        return False
+
+
+class _Matplotlib:
+    """Finds matplotlib, once, and sets its backend; leaves all other modules to others."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != "matplotlib":
+            return None
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+        import importlib.util
+
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None and "MPLBACKEND" not in os.environ:
+            self._execute = spec.loader.exec_module
+            spec.loader.exec_module = self._exec_module  # type: ignore[method-assign]
+        return spec
+
+    def _exec_module(self, module: Any) -> None:
+        if _has_backend():
+            os.environ["MPLBACKEND"] = f"module://{_BACKEND}"
+        setattr(module, _DIRECTORY, self._directory)
+        try:
+            self._execute(module)
+        finally:
+            os.environ.pop("MPLBACKEND", None)
