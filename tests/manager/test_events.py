@@ -31,6 +31,7 @@ GOOD = {
     "sandbox_attached",
     "sandbox_detached",
     "lapsed_deleted",
+    "eviction_failed",
     "sandbox_suspended",
     "sandbox_resumed",
     "sandbox_evicted",

@@ -615,3 +615,69 @@ async def test_a_dead_claim_is_replaced_by_one_of_two(pool: FakeCustomObjectsApi
         assert a.sandbox is not None
         assert b.sandbox is not None
         assert a.sandbox.uid == b.sandbox.uid == again["metadata"]["uid"]
+
+
+# Eviction
+
+
+EVICTS = {**SHARED, "max_sessions": 2, "when_full": "evict", "capacity_timeout": 20.0}
+
+
+async def test_an_idle_session_of_another_manager_makes_room() -> None:
+    async with cluster() as api, managed(api, **EVICTS) as one, managed(api, **EVICTS) as two:
+        await one.get_client("a")
+        await one.get_client("b")
+        for _ in range(3):
+            await asyncio.sleep(30)
+            await one.get_client("b")
+        begun = now()
+        await two.get_client("c")
+        assert now() - begun < 3
+        assert set(alive(api)) == {two.sandbox_name("b"), two.sandbox_name("c")}
+        assert (two.stats().evicted, one.stats().ready) == (1, 1)
+        [delete] = [r for r in api.requests if r.verb == "delete"]
+        assert set(delete.body["preconditions"]) == {"uid", "resourceVersion"}
+
+
+async def test_a_use_wins_over_an_eviction_that_has_not_seen_it() -> None:
+    async with cluster() as api, managed(api, **EVICTS) as one, managed(api, **EVICTS) as two:
+        clients = [await one.get_client(each) for each in "ab"]
+        await asyncio.sleep(100)
+        api.silence_watches()  # Two goes by what it saw last.
+        for client in clients:
+            await use(client, 10.0)
+        with pytest.raises(SandboxCapacityError):
+            await two.get_client("c")
+        assert len(alive(api)) == 2
+        assert one.stats().ready == 2
+
+
+async def test_nobody_is_evicted_who_was_used_a_moment_ago() -> None:
+    async with cluster() as api, managed(api, **EVICTS) as one, managed(api, **EVICTS) as two:
+        await one.get_client("a")
+        await one.get_client("b")
+        await asyncio.sleep(40)
+        with pytest.raises(SandboxCapacityError):
+            await two.get_client("c")
+        assert len(api.objects) == 2
+
+
+async def test_a_session_that_is_in_use_is_not_evicted() -> None:
+    async with cluster() as api, managed(api, **EVICTS) as one, managed(api, **EVICTS) as two:
+        async with one.session("a"), two.session("b"):
+            await asyncio.sleep(1000)
+            with pytest.raises(SandboxCapacityError):
+                await two.get_client("c")
+        assert len(api.objects) == 2
+
+
+async def test_the_owner_with_most_makes_room_wherever_it_is_served() -> None:
+    three = {**EVICTS, "max_sessions": 3}
+    async with cluster() as api, managed(api, **three) as one, managed(api, **three) as two:
+        await one.get_client("a1", owner="alice")
+        await one.get_client("a2", owner="alice")
+        await two.get_client("b1", owner="bob")
+        await asyncio.sleep(200)
+        await two.get_client("c1", owner="carol")
+        assert [two.count_sessions(owner) for owner in ("alice", "bob", "carol")] == [1, 1, 1]
+        assert len(api.objects) == 3

@@ -78,6 +78,7 @@ class Engine:
                 self._read,
                 wall_clock,
                 self._lost,
+                self._evicted,
             )
             self.table.elsewhere = self.shared.elsewhere
         self._leases: Leases = self.shared or Leases(
@@ -189,6 +190,11 @@ class Engine:
         if session.state in SERVING:
             self.table.dropped(session)
             self._lives.lose(session, reason)
+
+    def _evicted(self, session: Session) -> None:
+        """The object of a session was deleted to make room for another's."""
+        self.table.dropped(session)
+        self._lives.end(session, "evicted")
 
     def _admit(self, session_id: str, owner: str | None) -> Session:
         now, session_hash = self._parts.now(), metadata.session_hash(session_id)

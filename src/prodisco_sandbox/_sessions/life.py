@@ -194,6 +194,9 @@ class Lives:
     def _make_room(self) -> None:
         """Ends idle sessions for those in the queue that no slot is coming for."""
         parts, config = self._parts, self._parts.config
+        if parts.shared is not None:
+            parts.shared.make_room()
+            return
         now, long_idle = parts.now(), config.session_idle_timeout / 2
         while (found := parts.table.to_evict(now, config.evict_after, long_idle)) is not None:
             session, idle = found

@@ -24,9 +24,10 @@ from .._cluster.resource import Machine, Reading
 from .._cluster.watch import SandboxWatch
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
+from .eviction import Holder, choose
 from .leases import Leases
 from .parts import LostError
-from .table import LIVING, Session, SessionState, SessionTable
+from .table import LIVING, RETURNED, SERVING, Session, SessionState, SessionTable
 
 BELIEVED_FOR = 90.0
 """Seconds for which what was last heard of an object counts; a watch gets a bookmark each minute."""
@@ -38,7 +39,8 @@ CONCURRENT_WRITES = 10
 TRIES = 5
 """How often an extension that met another change is tried."""
 
-_UNREAD = Reading("starting", None, "")
+LEAST_SLACK = 30.0
+_UNREAD, _ENDING = Reading("starting", None, ""), Reading("ending", None, "it was evicted")
 
 
 @dataclass(slots=True)
@@ -78,6 +80,7 @@ class SharedSessions(Leases):
         read: What an object says of itself.
         wall_clock: The Unix time.
         on_lost: Called with a session whose object turns out to be gone, or another, and with how.
+        on_evicted: Called with a session whose object was deleted to make room for another's.
     """
 
     def __init__(
@@ -90,11 +93,15 @@ class SharedSessions(Leases):
         read: Callable[[Object], Reading],
         wall_clock: Callable[[], float],
         on_lost: Callable[[Session, str], None],
+        on_evicted: Callable[[Session], None],
     ) -> None:
         super().__init__(resources, None, wall_clock, lambda _: None)
         self._enabled = True
         self._idle, self._skew = config.session_idle_timeout, config.clock_skew
-        self.slack = self._idle / 2
+        self._evict_after = config.evict_after
+        # A use must show in the deadline before its session may be evicted.
+        evicts = config.when_full == "evict"
+        self.slack = max(config.evict_after, LEAST_SLACK) if evicts else self._idle / 2
         self._at_birth = max(self._idle + self.slack, config.ready_timeout + self._skew)
         self._patience = config.ready_timeout
         self._table = table
@@ -102,6 +109,8 @@ class SharedSessions(Leases):
         self._tasks = tasks
         self._read = read
         self._tell_lost = on_lost
+        self._tell_evicted = on_evicted
+        self._eviction: asyncio.Task[None] | None = None
         self._seen: dict[str, Seen] = {}
         self._writes: dict[str, asyncio.Task[None]] = {}
 
@@ -203,10 +212,11 @@ class SharedSessions(Leases):
         label = metadata.owner_label(owner)
         return sum(seen.owner == label and not self._has_lapsed(seen) for seen in self._seen.values())
 
-    def elsewhere(self) -> int:
-        """How many objects hold a slot and are in no session here."""
+    def elsewhere(self) -> tuple[int, int]:
+        """How many objects hold a slot and are in no session here; how many of these are being deleted."""
         named = self._table.named
-        return sum(named(name) is None and not self._has_lapsed(seen) for name, seen in self._seen.items())
+        held = [s for name, s in self._seen.items() if named(name) is None and not self._has_lapsed(s)]
+        return len(held), sum(seen.reading.phase == "ending" for seen in held)
 
     def _has_lapsed(self, seen: Seen) -> bool:
         """Whether the cluster should have deleted it, by any clock."""
@@ -221,6 +231,53 @@ class SharedSessions(Leases):
                     self._log.info("lapsed_deleted", sandbox=name, uid=seen.uid)
                 else:
                     await self.look_up(name, asyncio.get_running_loop().time(), always=True)
+
+    # Eviction
+
+    def make_room(self) -> None:
+        """Begins to end an idle session, of whichever manager, for the first in the queue."""
+        unserved = self._table.first_unserved()
+        if unserved is None or (self._eviction is not None and not self._eviction.done()):
+            return
+        first, served = unserved
+        holders = [_holder(session) for session in (*served, *self._table.current.values())]
+        holders = [holder for holder in holders if holder.session_id not in self._seen]
+        for name, seen in self._seen.items():
+            if seen.reading.phase == "ending" or self._has_lapsed(seen):
+                continue
+            session = self._table.named(name)
+            idle = None if seen.until is None else self._idle - self._skew - (seen.until - self._wall_clock())
+            if session is not None and (session.state not in SERVING or session.idle_since() is None):
+                idle = None
+            # Who comes back moves the deadline, sooner or later.
+            returned = seen.generation > 1 or (session is not None and session.uses >= RETURNED)
+            holders.append(Holder(name, seen.owner, idle, returned))
+        found = choose(
+            holders,
+            _holder(first).owner,
+            slots=self._table.max_sessions,
+            evict_after=self._evict_after,
+            long_idle=self._idle / 2,
+        )
+        if found is not None:
+            run = self._evict(found.session_id, self._seen[found.session_id], found.idle or 0.0)
+            self._eviction = self._tasks.spawn(run, f"evict:{found.session_id}")
+
+    async def _evict(self, name: str, seen: Seen, idle: float) -> None:
+        """Deletes an object as it was seen: a use that has moved its deadline wins."""
+        try:
+            deleted = await self._resources.delete(name, seen.uid, version=seen.version)
+            if not deleted:
+                await self.look_up(name, asyncio.get_running_loop().time(), always=True)
+                return
+        except SandboxError as e:
+            self._log.info("eviction_failed", sandbox=name, reason=str(e))
+            return
+        seen.reading = _ENDING  # The watch will say so.
+        self._log.info("sandbox_evicted", sandbox=name, idle=round(idle, 3))
+        session = self._table.named(name)
+        if session is not None and session.known.uid == seen.uid:
+            self._tell_evicted(session)
 
     # Deadlines
 
@@ -366,3 +423,8 @@ class SharedSessions(Leases):
         if abs(ahead) > self._skew / 2:
             self._log.warning("clocks_apart", ahead=round(ahead, 1), clock_skew=self._skew)
         return round(ahead, 1)
+
+
+def _holder(session: Session) -> Holder:
+    owner = None if session.owner is None else metadata.owner_label(session.owner)
+    return Holder(session.name, owner)

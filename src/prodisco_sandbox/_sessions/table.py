@@ -197,12 +197,13 @@ class SessionTable:
         current: By session id, those that have not ended.
         ready: By session id, those whose client may be handed out at once.
         closing: By session id, those that have ended and hold their slot.
-        elsewhere: Tells how many slots are taken by sessions that are not in the table.
+        elsewhere: Tells how many slots are taken by sessions that are not in the table, and how many
+            of these are about to be free.
     """
 
     def __init__(self, max_sessions: int) -> None:
         self.max_sessions = max_sessions
-        self.elsewhere: Callable[[], int] = lambda: 0
+        self.elsewhere: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.machines = Machines()
         self.current: dict[str, Session] = {}
         self.ready: dict[str, Session] = {}
@@ -223,7 +224,7 @@ class SessionTable:
 
     @property
     def is_full(self) -> bool:
-        return self._slots + self.elsewhere() >= self.max_sessions
+        return self._slots + self.elsewhere()[0] >= self.max_sessions
 
     def admit(self, session: Session, *, may_queue: bool, has_object: bool = False) -> bool:
         """Registers a new session.
@@ -313,7 +314,8 @@ class SessionTable:
     def _slots_to_come(self) -> int:
         """Slots that are free, or will be soon: not those whose deletion was left to the background."""
         ending = [s for s in self.closing.values() if s.has_slot and s.released and not s.released.is_set()]
-        return self.max_sessions - self._slots - self.elsewhere() + len(ending)
+        taken, leaving = self.elsewhere()
+        return max(0, self.max_sessions - self._slots - taken + leaving + len(ending))
 
     def is_first(self, session: Session) -> bool:
         return next(iter(self._queue), None) is session
@@ -322,22 +324,24 @@ class SessionTable:
         """Whether one of the slots to come is a queued session's."""
         return session in islice(self._queue, self._slots_to_come())
 
-    def to_evict(self, now: float, evict_after: float, long_idle: float) -> tuple[Session, float] | None:
-        """The session that is to be ended for the first in the queue that no slot is coming for.
+    def first_unserved(self) -> tuple[Session, list[Session]] | None:
+        """The first in the queue that no slot is coming for, and those before it, if another may be ended.
 
         Nobody is ended while creations fail, or while the object of an evicted session cannot be deleted.
-
-        Returns:
-            It, and for how long it has been idle.
         """
         left = [session for session in self.closing.values() if session.ended == "evicted"]
         if self._starts_fail or any(session.released and session.released.is_set() for session in left):
             return None
         to_come = self._slots_to_come()
         first = next((s for s in islice(self._queue, to_come, None) if s.may_start), None)
-        if first is None:
+        return None if first is None else (first, list(islice(self._queue, to_come)))
+
+    def to_evict(self, now: float, evict_after: float, long_idle: float) -> tuple[Session, float] | None:
+        """The session that is to be ended for `first_unserved`, and for how long it has been idle."""
+        if (unserved := self.first_unserved()) is None:
             return None
-        holders = [Holder(s.session_id, s.owner) for s in islice(self._queue, to_come)]
+        first, served = unserved
+        holders = [Holder(s.session_id, s.owner) for s in served]
         for session in self.current.values():
             if session.state is not SessionState.QUEUED:
                 since = session.idle_since() if session.state in SERVING else None
