@@ -26,7 +26,7 @@ COPY src ./src
 
 FROM source AS mcp-build
 RUN python -m venv /opt/mcp \
-    && /opt/mcp/bin/pip install --no-cache-dir --no-compile ".[mcp]" \
+    && /opt/mcp/bin/pip install --no-cache-dir --no-compile ".[mcp,prometheus]" \
     && python -m compileall -q /opt/mcp
 
 FROM base AS mcp-server

@@ -29,6 +29,10 @@ class Observed:
         self.tracer = self.traces.get_tracer("application")
         self.metrics = MeterProvider([self._reader], shutdown_on_exit=False)
 
+    def forget(self) -> None:
+        """Forgets the spans so far."""
+        self._exporter.clear()
+
     def spans(self, *names: str) -> list[ReadableSpan]:
         """In the order of their end; all, or those of these names."""
         return [s for s in self._exporter.get_finished_spans() if not names or s.name in names]

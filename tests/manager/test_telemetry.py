@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 import pytest
 from _spans import Observed, ident, observed, parent
 from opentelemetry.trace import StatusCode
 
-from prodisco_sandbox import SandboxError, SandboxManagerConfig, _telemetry
+from prodisco_sandbox import SandboxError, _telemetry, errors
 from prodisco_sandbox._sessions.table import SessionState
+from prodisco_sandbox.results import ExecutionState
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import Clients, left_behind, managed, settle
@@ -211,7 +213,15 @@ async def test_sessions_are_counted_by_state(observed: Observed) -> None:
         await asyncio.gather(*calls)
         assert observed.values("sessions") == dict.fromkeys(wanted, 0) | {"ready": 2}
         assert observed.values("events")["sandbox_created"] == 3
-    assert {*wanted} == {state.value for state in SessionState if state is not SessionState.GONE}
+
+
+def test_the_values_of_labels_are_those_that_there_are() -> None:
+    states = {state.value for state in SessionState if state is not SessionState.GONE}
+    assert {*_telemetry.SESSIONS.values} == states
+    public = {name for name in vars(errors) if name.startswith("Sandbox") and name.endswith("Error")}
+    assert {*_telemetry.FAILURES.values} == public - {"SandboxManagerClosedError", "SandboxReplacedError"}
+    ends = {state.name.lower() for state in ExecutionState if state.is_final}
+    assert {*_telemetry.EXECUTIONS.values} == ends | {"error"}
 
 
 async def test_no_session_id_is_in_any_attribute(observed: Observed) -> None:
@@ -225,10 +235,9 @@ async def test_no_session_id_is_in_any_attribute(observed: Observed) -> None:
 
 
 async def test_without_opentelemetry_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(__import__("sys").modules, "opentelemetry.context")
+    monkeypatch.delitem(sys.modules, "opentelemetry.context")
     async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         [found] = api.objects
         assert _telemetry.ANNOTATION not in found["metadata"].get("annotations", {})
         assert manager.stats().created == 1
-    assert isinstance(manager.config, SandboxManagerConfig)

@@ -22,24 +22,54 @@ ANNOTATION = "opentelemetry.io/trace-context"
 
 
 class Metric(NamedTuple):
-    """What is measured; `label` is its only attribute, whose values are few."""
+    """What is measured; `label` is its only attribute.
+
+    `values` are those that the label has, where they are known: series should be there before
+    something happens.
+    """
 
     kind: Literal["gauge", "counter", "histogram"]
     name: str
     label: str
     text: str
     unit: str = ""
+    values: tuple[str, ...] = ()
 
 
 PREFIX = "prodisco.sandbox."
-SESSIONS = Metric("gauge", "sessions", "state", "Sessions by state; all but queued ones hold a slot.")
+SESSIONS = Metric(
+    "gauge",
+    "sessions",
+    "state",
+    "Sessions by state; all but queued ones hold a slot.",
+    values=("queued", "creating", "ready", "suspect", "closing"),
+)
 SLOTS = Metric("gauge", "slots", "", "Slots for sessions: max_sessions.")
-STARTS = Metric("histogram", "start.duration", "kind", "Successful starts, from the slot to the client.", "s")
-FAILURES = Metric("counter", "failures", "reason", "Sessions that got no sandbox, by error.")
-EXECUTIONS = Metric("counter", "executions", "outcome", "Executions whose end was seen.")
+STARTS = Metric(
+    "histogram",
+    "start.duration",
+    "kind",
+    "Successful starts, from the slot to the client.",
+    unit="s",
+    values=("cold", "warm", "resumed", "attached"),
+)
+_REASONS = "Capacity Timeout Failed Conflict Unavailable Permission"
+FAILURES = Metric(
+    "counter",
+    "failures",
+    "reason",
+    "Sessions that got no sandbox, by the class of the error.",
+    values=("SandboxError", *(f"Sandbox{reason}Error" for reason in _REASONS.split())),
+)
+EXECUTIONS = Metric(
+    "counter",
+    "executions",
+    "outcome",
+    "Executions whose end was seen.",
+    values=("completed", "failed", "timeout", "cancelled", "error"),
+)
 EVENTS = Metric("counter", "events", "event", "Events of managers, as they are logged.")
 MEASURED = (STARTS, FAILURES, EXECUTIONS, EVENTS)
-STATES = ("queued", "creating", "ready", "suspect", "closing")
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Upper bounds of the histogram's buckets, in seconds: from a warm start to ready_timeout."""
 
@@ -153,4 +183,4 @@ def levels() -> list[tuple[Metric, float, str]]:
     for table in tables:
         states.update({state.value: count for state, count in table.counts().items()})
     slots = sum(table.max_sessions for table in tables)
-    return [(SLOTS, slots, ""), *((SESSIONS, states[name], name) for name in STATES)]
+    return [(SLOTS, slots, ""), *((SESSIONS, states[name], name) for name in SESSIONS.values)]

@@ -22,6 +22,7 @@ from ..manager import SandboxManager
 from ._auth import LogRefusals
 from ._lifespan import sandbox_lifespan
 from ._stdio import Stdio
+from ._telemetry import ContinueTrace, add_metrics
 from ._tool import SandboxTools, add_sandbox_tools
 
 log = logging.getLogger("prodisco_sandbox.mcp")
@@ -97,6 +98,7 @@ async def serve_http(
 ) -> None:
     """Serves streamable HTTP until a signal and the end of the calls."""
     add_probes(server, tools)
+    metrics = add_metrics(server)
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     if not allowed_hosts and ipaddress.ip_address(host).is_loopback:
@@ -111,6 +113,7 @@ async def serve_http(
         allowed_origins=[f"{scheme}://{each}" for each in allowed_hosts for scheme in ("https", "http")],
     )
     app = server.streamable_http_app(streamable_http_path=path, transport_security=security)
+    app.add_middleware(ContinueTrace)
     if server.settings.auth is not None:
         app.add_middleware(LogRefusals)
     config = uvicorn.Config(
@@ -121,7 +124,8 @@ async def serve_http(
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
     )
     log.info("listening on http://%s:%d%s", name, port, path)
-    await DrainingServer(config, tools, drain_timeout).serve(sockets=[listener])
+    with metrics:
+        await DrainingServer(config, tools, drain_timeout).serve(sockets=[listener])
 
 
 def add_probes(server: MCPServer[Any], tools: SandboxTools) -> None:
