@@ -56,9 +56,15 @@ async def test_every_call_is_logged_with_its_outcome(caplog: pytest.LogCaptureFi
         assert (await see("execute", "refused"))["sandbox"] is None
         await call(client, mode="status", execution_id="e1")
         await see("status", "refused")
+        other = (await call(client, CODE)).structured_content["sandbox"]
+        named = await see("execute", "error")
+        await run(client, mode="close", sandbox=other)
+        assert (await see("close", "ok"))["sandbox"] == named["sandbox"] != sandbox["metadata"]["name"]
+        await call(client, mode="close")
+        await see("close", "refused")
         r.sandbox.script("ExecuteStream", [NEVER])
         leaving = asyncio.create_task(call(client, CODE, sandbox=handle))
-        await r.sandbox.wait_for_call("ExecuteStream", count=4)
+        await r.sandbox.wait_for_call("ExecuteStream", count=5)
         leaving.cancel()
         await asyncio.wait([leaving])
         await until(lambda: len(events(caplog, "sandbox_call")) == len(expected) + 1)
@@ -76,13 +82,13 @@ async def test_a_call_that_gets_no_sandbox_is_logged(
     caplog.set_level("INFO", "prodisco_sandbox")
     async with rig() as r, Client(r.server, mode="legacy") as client:
 
-        def fail(session_id: str | None = None) -> Any:
+        def fail(session_id: str | None = None, **options: Any) -> Any:
             raise SandboxFailedError("no sandbox today")
 
         monkeypatch.setattr(r.manager, "session", fail)
         await refused(client, CODE)
 
-        def crash(session_id: str | None = None) -> Any:
+        def crash(session_id: str | None = None, **options: Any) -> Any:
             raise RuntimeError("a defect")
 
         monkeypatch.setattr(r.manager, "session", crash)

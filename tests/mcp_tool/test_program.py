@@ -159,6 +159,29 @@ async def test_locally_it_reads_how_many_there_may_be(monkeypatch: pytest.Monkey
         assert (manager.config.mode, manager.config.max_sessions) == ("multi", 7)
 
 
+@pytest.mark.parametrize("where", ["--local", "--kubernetes"])
+async def test_idle_sandboxes_make_room_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    async def settings(**environment: str) -> tuple[str, float, float]:
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(f"SANDBOX_{name}", value)
+            async with program._manager(program._parser().parse_args([where])) as manager:
+                config = manager.config
+                return config.when_full, config.evict_after, config.capacity_timeout
+
+    assert await settings() == ("evict", 30.0, 10.0)
+    assert await settings(WHEN_FULL="refuse", EVICT_AFTER="5", CAPACITY_TIMEOUT="0") == ("refuse", 5.0, 0.0)
+    for name, value, right in [
+        ("WHEN_FULL", "wait", '"refuse" or "evict"'),
+        ("EVICT_AFTER", "0", "a finite number of seconds above 0"),
+        ("CAPACITY_TIMEOUT", "soon", "a number of seconds"),
+    ]:
+        with pytest.raises(ValueError, match=f"^SANDBOX_{name} is .*{value}.*: it must be {right}$"):
+            await settings(**{name: value})
+
+
 @pytest.mark.parametrize(
     ("arguments", "variable", "pool"),
     [

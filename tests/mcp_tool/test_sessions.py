@@ -344,6 +344,10 @@ async def test_that_files_are_gone_is_said_even_if_the_next_ones_were_kept() -> 
         ),
         ({**SUSPENDS, "suspended_for": 3600.0}, " are kept for 60 minutes then"),
         ({"workspace_storage": "1Gi"}, " and its files are gone then."),
+        (
+            {"when_full": "evict"},
+            " after 10 minutes without use, or 30 seconds if others need its place, and its files are gone",
+        ),
         ({"on_idle": "suspend", "pod_template_spec": {"spec": {}}}, " and its files are gone then."),
     ],
 )

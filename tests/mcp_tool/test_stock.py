@@ -145,6 +145,9 @@ def test_no_text_speaks_of_files_where_there_are_none() -> None:
             _texts.replaced(language),
             _texts.restarted(language),
             _texts.maybe_replaced(language),
+            _texts.replaced(language, evicted=True),
+            _texts.restarted(language, evicted=True),
+            _texts.closed(language),
             _texts.timed_out(1000, 120_000, language),
             _texts.rest(1, "e1", 1, 1, language),
             _texts.lost(language),
@@ -154,7 +157,7 @@ def test_no_text_speaks_of_files_where_there_are_none() -> None:
     for text in texts(typescript)[2:]:
         assert "file" not in text.lower()
         assert text.endswith(".")
-    assert sum("file" in text.lower() for text in texts(python)) >= 11
+    assert sum("file" in text.lower() for text in texts(python)) >= 14
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,9 @@ async def test_the_schema_says_what_there_is(client: Client) -> None:
     }
     assert properties["timeout_ms"]["maximum"] == 120_000
     assert properties["code"]["type"] == "string"
-    assert properties["mode"]["enum"] == ["execute", "stream", "async", "status", "cancel", "list", "test"]
+    assert properties["mode"]["enum"] == [
+        *("execute", "stream", "async", "status", "cancel", "list", "test", "close"),
+    ]
     assert tool.output_schema is not None
     assert tool.output_schema["properties"]["output"]["type"] == "string"
     assert tool.description is not None

@@ -92,6 +92,7 @@ class Clients:
         # Without a boot id only the status tells: a pod that has ended is not met again.
         if (before and before != machine.identity) or (machine.lost and boot_id is None):
             session.incarnation += 1
+            session.after_eviction = session.after_eviction and session.state is SessionState.CREATING
             reason = "another pod" if boot_id is None else "another boot id"
             parts.log.warning(
                 "sandbox_pod_replaced", sandbox=session.name, incarnation=session.incarnation, reason=reason

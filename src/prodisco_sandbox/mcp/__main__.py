@@ -13,7 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from .._checks import env_int, integer, wrong
+from .._checks import env_int, env_seconds, integer, seconds, wrong
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..local import LocalCluster
@@ -22,19 +22,23 @@ from ._auth import add_auth_options, read_auth_options, server_auth
 from ._local import server_settings
 from ._serve import make_server, serve_http, serve_stdio
 
+CAPACITY_TIMEOUT = 10.0
+"""How long a call waits for a sandbox's place unless told otherwise, in seconds: clients wait for 60."""
 WARM = 1
 """How many servers are started ahead unless told otherwise."""
 HANDLE_SECRET = "SANDBOX_HANDLE_SECRET"  # noqa: S105 - the variable's name
 
 EPILOG = f"""\
 Settings come from the environment: SANDBOX_NAMESPACE, SANDBOX_IMAGE, SANDBOX_MAX_SESSIONS,
-SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, SANDBOX_ON_IDLE and
+SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, SANDBOX_WHEN_FULL (evict,
+unless it is refuse), SANDBOX_EVICT_AFTER and SANDBOX_CAPACITY_TIMEOUT (seconds), SANDBOX_ON_IDLE and
 SANDBOX_SUSPENDED_FOR (for --on-idle and --suspended-for) with SANDBOX_WORKSPACE_STORAGE and
 SANDBOX_WORKSPACE_STORAGE_CLASS, and SANDBOX_TRANSPORT_MODE with the SANDBOX_TLS_* variables;
 KUBECONFIG and K8S_CONTEXT outside a cluster; {HANDLE_SECRET} (at least 16 random characters) for
 handles that outlive the process.
 
-With --local, SANDBOX_MAX_SESSIONS, SANDBOX_ON_IDLE, SANDBOX_SUSPENDED_FOR, SANDBOX_WARM (for --warm)
+With --local, SANDBOX_MAX_SESSIONS, SANDBOX_WHEN_FULL, SANDBOX_EVICT_AFTER,
+SANDBOX_CAPACITY_TIMEOUT, SANDBOX_ON_IDLE, SANDBOX_SUSPENDED_FOR, SANDBOX_WARM (for --warm)
 and {HANDLE_SECRET} count, and the variables of the sandbox server, such as
 SANDBOX_MEMORY_LIMIT_MB; an option beats its variable.
 `python -m prodisco_sandbox.server --help` lists both. Where servers listen and keep their files
@@ -197,10 +201,11 @@ def _listener(args: argparse.Namespace) -> Iterator[socket.socket | None]:
 async def _manager(args: argparse.Namespace) -> AsyncIterator[SandboxManager]:
     """The manager; the server's lifespan starts it."""
     if args.kubernetes:
-        yield SandboxManager(SandboxManagerConfig.from_env(mode="multi", **_idleness(args)))
+        settings = _idleness(args) | _when_full()
+        yield SandboxManager(SandboxManagerConfig.from_env(mode="multi", **settings))
         return
     server_args, pass_env = server_settings(args.server_option, os.environ)
-    settings = _idleness(args)
+    settings = _idleness(args) | _when_full()
     on_idle = settings.setdefault("on_idle", os.environ.get("SANDBOX_ON_IDLE") or "delete")
     warm = _warm(args, suspends=on_idle == "suspend")
     if os.environ.get("SANDBOX_MAX_SESSIONS"):
@@ -223,6 +228,18 @@ def _idleness(args: argparse.Namespace) -> dict[str, Any]:
             settings["suspended_for"] = float(text)
         except ValueError:
             raise wrong("SANDBOX_SUSPENDED_FOR", text, "a number of seconds") from None
+    return settings
+
+
+def _when_full() -> dict[str, Any]:
+    """What a call does that finds all places taken."""
+    when_full = os.environ.get("SANDBOX_WHEN_FULL") or "evict"
+    if when_full not in ("refuse", "evict"):
+        raise wrong("SANDBOX_WHEN_FULL", when_full, '"refuse" or "evict"')
+    settings = {"when_full": when_full, "capacity_timeout": CAPACITY_TIMEOUT}
+    for name, zero in (("capacity_timeout", True), ("evict_after", False)):
+        if os.environ.get(variable := f"SANDBOX_{name.upper()}"):
+            settings[name] = seconds(variable, env_seconds(os.environ, variable), zero=zero)
     return settings
 
 

@@ -20,6 +20,8 @@ class CallRecord:
 
     mode: str | None = None
     use: Use | None = None
+    sandbox: str | None = None
+    """The name of the sandbox of a call that does not use one."""
     outcome: Literal["ok", "failed", "error", "invalid", "refused", "no_sandbox", "cancelled"] = "cancelled"
 
 
@@ -38,7 +40,7 @@ def audited(principal: str | None) -> Iterator[CallRecord]:
         log.info(
             "sandbox_call",
             principal=principal,
-            sandbox=sandbox and sandbox.name,
+            sandbox=sandbox.name if sandbox else record.sandbox,
             mode=record.mode,
             outcome=record.outcome,
             duration=round(time.monotonic() - begun, 3),

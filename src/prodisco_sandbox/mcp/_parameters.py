@@ -36,7 +36,7 @@ def _field(description: str, **limits: Any) -> Any:
 # the code `[1, 2]` would become a list.
 _AS_SENT = WrapValidator(lambda value, _: value)
 
-Mode = Literal["execute", "stream", "async", "status", "cancel", "list", "test"]
+Mode = Literal["execute", "stream", "async", "status", "cancel", "list", "test", "close"]
 StateName = Literal["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 STATES: tuple[StateName, ...] = get_args(StateName)

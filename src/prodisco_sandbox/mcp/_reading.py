@@ -37,6 +37,7 @@ _USED: dict[str, frozenset[str]] = {
     "cancel": frozenset({"execution_id"}),
     "list": frozenset({"states", "limit", "include_completed_within_ms"}),
     "test": frozenset({"tests", "code", "timeout_ms"}),
+    "close": frozenset(),
 }
 _TELLING = ("code", "cached", "tests", "execution_id")
 """Parameters that say what a call is for: if the mode does not use one, the model must know."""

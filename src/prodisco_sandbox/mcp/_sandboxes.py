@@ -113,7 +113,7 @@ class Sandboxes:
             self._close_with_connection(ctx, key)
         unreachable = handle is not None and not known  # until the model has the handle
         try:
-            async with self._manager.session(key) as client:
+            async with self._manager.session(key, owner=self._handles.owner(who)) as client:
                 memory = self._recall(key, client.sandbox, known=known)
 
                 async def renew() -> None:
@@ -132,6 +132,19 @@ class Sandboxes:
         finally:
             if unreachable:
                 await self._abandon(key)
+
+    async def close(self, ctx: Context[Any, Any], handle: str | None) -> str:
+        """Ends the sandbox of a call, whether or not there is one; returns its name.
+
+        Raises:
+            RefusedError: The call names no sandbox, or may not close it.
+        """
+        if self._shared:
+            raise RefusedError(texts.SHARED)
+        key, _, _ = self._resolve(ctx, handle, self.principal(ctx), make=False)
+        name = self._manager.sandbox_name(key)
+        await self._manager.on_session_closed(key)
+        return name
 
     def _resolve(
         self, ctx: Context[Any, Any], handle: str | None, who: str | None, *, make: bool
@@ -170,10 +183,11 @@ class Sandboxes:
                 sandbox, texts.maybe_replaced(self._language) if known else None
             )
         elif memory.sandbox != sandbox:
+            evicted = sandbox is not None and sandbox.after_eviction
             if not self._keeps_files(memory.sandbox, sandbox):
-                memory.note = texts.replaced(self._language)
+                memory.note = texts.replaced(self._language, evicted=evicted)
             elif memory.note is None:  # One that has yet to be delivered says more.
-                memory.note = texts.restarted(self._language)
+                memory.note = texts.restarted(self._language, evicted=evicted)
             memory.sandbox = sandbox
         self._memories.move_to_end(key)
         if len(self._memories) > REMEMBERED + self._manager.config.max_sessions:

@@ -23,8 +23,10 @@ UNKNOWN_HANDLE = (
     " get a new, empty one; files of the old one are gone."
 )
 HANDLE_NEEDED = (
-    "This mode needs `sandbox`: the handle from the result of the call that started the execution."
+    "This mode needs `sandbox`: the handle from the result of the call that made the sandbox or started the"
+    " execution."
 )
+SHARED = "This sandbox cannot be closed: others use it too."
 REPLACED = (
     "This is a new sandbox: the one of your last call was closed (after some time without use) or failed."
     " Its files, cached scripts and executions are gone; make again what you need."
@@ -38,6 +40,7 @@ MAYBE_REPLACED = (
     "The server was restarted since your last call, or that is long ago: this may be a new, empty sandbox."
     " Check which of your files are there before you rely on them."
 )
+EVICTED = "while you did not use it, others needed its place"
 BLOCKED = "Execution blocked"
 """How the stock server's refusal to show a value of its environment begins."""
 DRAINING = "The server is shutting down. Nothing was run. Call again in a minute."
@@ -48,16 +51,23 @@ def unknown_handle(language: Language) -> str:
     return UNKNOWN_HANDLE if language.has_files else UNKNOWN_HANDLE.partition("; files of")[0] + "."
 
 
-def replaced(language: Language) -> str:
+def replaced(language: Language, *, evicted: bool = False) -> str:
     """The sandbox is not the one of the last call."""
-    return REPLACED if language.has_files else REPLACED.replace("files, cached", "cached")
+    text = REPLACED if language.has_files else REPLACED.replace("files, cached", "cached")
+    return text.replace("(after some time without use) or failed", f"({EVICTED})") if evicted else text
 
 
-def restarted(language: Language) -> str:
+def restarted(language: Language, *, evicted: bool = False) -> str:
     """The sandbox is that of the last call, with its files, but on another machine."""
-    if language.has_files:
-        return RESTARTED
-    return RESTARTED.partition(" Files")[0] + " Cached scripts and executions are gone."
+    text = RESTARTED
+    if not language.has_files:
+        text = RESTARTED.partition(" Files")[0] + " Cached scripts and executions are gone."
+    return text.replace("(after some time without use) or failed", f"({EVICTED})") if evicted else text
+
+
+def closed(language: Language) -> str:
+    """The caller's sandbox was ended as it asked."""
+    return "The sandbox is closed" + (", and its files are gone." if language.has_files else ".")
 
 
 def maybe_replaced(language: Language) -> str:
@@ -67,19 +77,23 @@ def maybe_replaced(language: Language) -> str:
     return MAYBE_REPLACED.partition(" Check")[0] + " Do not rely on cached scripts and executions."
 
 
-def description(language: Language, idle: float, kept_for: float | None = None) -> str:
+def description(
+    language: Language, idle: float, kept_for: float | None = None, evict_after: float | None = None
+) -> str:
     """The tool's description.
 
     Args:
         language: That of the sandboxes.
         idle: Seconds without use after which a sandbox ends.
         kept_for: Seconds for which its files are kept then; None: they are not.
+        evict_after: Seconds without use after which it may end for others; None: it does not.
     """
     end, files = "closed", ", and its files are gone then"
     if kept_for is not None:
         end = "suspended"
         files = f": files in the working directory are kept for {duration(kept_for)} then, nothing else is"
     files = files if language.has_files else ""
+    sooner = "" if evict_after is None else f", or {duration(evict_after)} if others need its place"
     tests = f" {language.tests}" if language.tests else ""
     return f"""\
 Runs {language.name} code in a sandbox, which nobody else uses.
@@ -92,8 +106,9 @@ Modes:
 - cancel: stop an execution.
 - list: executions that run, or ran lately.
 - test: run `tests` against `code`.{tests}
+- close: end the sandbox; do so when you need it no more.
 
-{language.state} The sandbox is {end} after {duration(idle)} without use{files}.
+{language.state} The sandbox is {end} after {duration(idle)} without use{sooner}{files}.
 
 If a result has a `sandbox` handle, pass that in every further call: without it, a call gets another, empty \
 sandbox. If a result has a `note`, act on it."""

@@ -116,7 +116,8 @@ def add_sandbox_tools(
 def _description(language: Language, config: SandboxManagerConfig) -> str:
     keeps_files = config.on_idle == "suspend" and config.workspace_storage is not None
     kept_for = config.suspended_for if keeps_files else None
-    return texts.description(language, config.session_idle_timeout, kept_for)
+    evict_after = config.evict_after if config.when_full == "evict" else None
+    return texts.description(language, config.session_idle_timeout, kept_for, evict_after)
 
 
 class SandboxTools:
@@ -202,6 +203,10 @@ class SandboxTools:
     async def _answer(self, ctx: Context[Any, Any], call: Call, record: CallRecord) -> CallToolResult:
         make = call.mode in NEED_NO_SANDBOX
         try:
+            if call.mode == "close":
+                record.sandbox = await self._sandboxes.close(ctx, call.sandbox)
+                record.outcome = "ok"
+                return _result(SandboxOutput(success=True, note=texts.closed(self._language)))
             async with Progress(ctx) as progress, self._sandboxes.use(ctx, call.sandbox, make=make) as use:
                 progress.doing = "running"
                 record.use = use
