@@ -140,9 +140,11 @@ def program(*arguments: str, **environment: str) -> StdioServerParameters:
 async def test_the_program_serves_both_eras_on_stdio(era: str) -> None:
     async with Client(program("--local", "--log-level", "debug"), mode=era) as client:
         first = await run(client, WRITE + "; print('x' * 100_000)")
-        known = {"sandbox": first["sandbox"]} if "sandbox" in first else {}
-        assert bool(known) == (era != "legacy")
-        assert (await run(client, READ, **known))["output"] == "the owl\n"
+        assert "sandbox" not in first, "the process has one client, and it a sandbox"
+        known = {"sandbox": (await run(client, WRITE, sandbox="new"))["sandbox"]}
+        assert (
+            (await run(client, READ))["output"] == (await run(client, READ, **known))["output"] == "the owl\n"
+        )
 
         async def is_running() -> bool:
             return bool((await run(client, mode="list", states=["RUNNING"], **known))["executions"])

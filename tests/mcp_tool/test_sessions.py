@@ -79,6 +79,51 @@ async def test_a_session_that_ends_while_its_sandbox_is_made_leaves_none() -> No
         assert r.api.objects == []
 
 
+# One client
+
+
+async def test_a_process_with_one_client_has_a_default_sandbox() -> None:
+    async with (
+        rig(session_key=_identity.one_client()) as r,
+        Client(r.server, mode=MODERN) as one,
+        Client(r.server, mode=MODERN) as two,
+    ):
+        for client in (one, two, one):
+            assert "sandbox" not in await run(client, ""), "no handle is needed"
+        assert r.manager.stats().created == 1
+        own = (await run(two, "", sandbox="New"))["sandbox"]
+        assert (await run(one, "", sandbox=own))["sandbox"] == own
+        assert r.manager.stats().created == 2
+        assert "handle" in await refused(one, mode="list", sandbox="new")
+        assert r.manager.stats().created == 2
+
+
+async def test_a_session_can_have_a_sandbox_with_a_handle_besides_its_own() -> None:
+    async with rig() as r, Client(r.server, mode="legacy") as client:
+        assert "sandbox" not in await run(client, "")
+        assert "sandbox" in await run(client, "", sandbox="new")
+        assert r.manager.stats().created == 2
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+async def test_gateways_can_route_by_the_handle_if_it_is_wanted(wanted: bool) -> None:
+    seen: list[str | None] = []
+
+    def spied(ctx: Context[Any, Any]) -> None:
+        seen.append((ctx.headers or {}).get("mcp-param-sandbox"))
+
+    async with (
+        rig(sandbox_header=wanted, principal=spied) as r,
+        over_http(r.server) as url,
+        connect(url, MODERN) as client,
+    ):
+        (tool,) = (await client.list_tools()).tools
+        assert ("x-mcp-header" in tool.input_schema["properties"]["sandbox"]) == wanted
+        handle = (await run(client, ""))["sandbox"]
+        assert (await run(client, "", sandbox=handle))["sandbox"] == handle
+        assert seen[-1] == (handle if wanted else None)
+
+
 # Spoofed headers
 
 

@@ -19,6 +19,7 @@ from ..errors import SandboxError
 from ..local import LocalCluster
 from ..manager import SandboxManager
 from ._auth import add_auth_options, read_auth_options, server_auth
+from ._identity import one_client, session_key
 from ._local import server_settings
 from ._serve import make_server, serve_http, serve_stdio
 
@@ -145,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         " localhost:*; may be repeated; default: local names where --host is loopback, else any",
     )
     parser.add_argument(
+        "--sandbox-header",
+        action="store_true",
+        help="http: clients send a sandbox's handle in the header Mcp-Param-Sandbox too, for gateways that"
+        " route by it; whoever has a handle may use the sandbox, so it must not be logged",
+    )
+    parser.add_argument(
         "--language",
         help="language of the sandboxes, for the model; default: Python, on Kubernetes TypeScript",
     )
@@ -171,7 +178,9 @@ async def _run(args: argparse.Namespace) -> None:
             server, tools = make_server(
                 manager,
                 auth=auth,
+                session_key=one_client() if listener is None else session_key,
                 language=args.language or ("Python" if args.local else "TypeScript"),
+                sandbox_header=args.sandbox_header,
                 handle_secret=os.environ.get(HANDLE_SECRET) or None,
             )
             if listener is None:

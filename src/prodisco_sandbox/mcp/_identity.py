@@ -71,6 +71,12 @@ def session_key(ctx: Context[Any, Any], principal: Policy = principal) -> str | 
     return key
 
 
+def one_client() -> Policy:
+    """A policy for a process with one client, as on stdio: all that belongs to no session is one session."""
+    own = f"process-{secrets.token_hex(16)}"
+    return lambda ctx: session_key(ctx) or own
+
+
 def connection_of(ctx: Context[Any, Any]) -> Connection | None:
     """The connection of a request; None where the SDK does not show it.
 

@@ -79,6 +79,8 @@ Within = Annotated[
 Tests = Annotated[str, _field("test: the tests to run"), _AS_SENT]
 Sandbox = Annotated[
     str,
-    _field("The handle from an earlier result, to go on in that sandbox; keep it secret"),
+    _field(
+        "The handle from an earlier result, to go on there; keep it secret. 'new': another, empty sandbox"
+    ),
     _AS_SENT,
 ]

@@ -22,6 +22,8 @@ from ._language import Language
 
 log = get_logger("mcp")
 
+NEW = "new"
+"""In place of a handle: the call gets a sandbox and a handle of its own, whatever its session is."""
 REMEMBERED = 4096
 """Ended sessions that are remembered, to tell a return from a first use."""
 CLEANUP_TIMEOUT = 5.0
@@ -150,12 +152,12 @@ class Sandboxes:
         self, ctx: Context[Any, Any], handle: str | None, who: str | None, *, make: bool
     ) -> tuple[str, str | None, bool]:
         """Session key, handle, and whether the caller came with that handle."""
-        if handle is not None:
+        if handle is not None and handle.lower() != NEW:
             key = self._handles.read(handle, who)
             if key is None:
                 raise RefusedError(texts.unknown_handle(self._language))
             return key, handle, True
-        key = self._session_key(ctx)
+        key = self._session_key(ctx) if handle is None else None
         if key is not None:
             return key, None, False
         if not make:

@@ -19,8 +19,8 @@ from ._language import Language
 
 UNKNOWN_HANDLE = (
     "There is no sandbox with this handle: it is mistyped, not yours, or from before the server was"
-    " restarted. Check that you passed it on exactly as you got it. Else call again without `sandbox` to"
-    " get a new, empty one; files of the old one are gone."
+    " restarted. Check that you passed it on exactly as you got it. Else call again with sandbox 'new' to"
+    " get an empty one; files of the old one are gone."
 )
 HANDLE_NEEDED = (
     "This mode needs `sandbox`: the handle from the result of the call that made the sandbox or started the"
@@ -110,8 +110,8 @@ Modes:
 
 {language.state} The sandbox is {end} after {duration(idle)} without use{sooner}{files}.
 
-If a result has a `sandbox` handle, pass that in every further call: without it, a call gets another, empty \
-sandbox. If a result has a `note`, act on it."""
+If a result has a `sandbox` handle, pass that in every further call: without it, a call gets another \
+one. If a result has a `note`, act on it."""
 
 
 def too_many(limit: int, idle: float) -> str:

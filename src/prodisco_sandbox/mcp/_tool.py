@@ -55,6 +55,7 @@ def add_sandbox_tools(
     max_per_principal: int | None = None,
     max_output: int = 30_000,
     handle_secret: str | bytes | None = None,
+    sandbox_header: bool = False,
 ) -> SandboxTools:
     """Adds the tool that runs code in sandboxes to a server.
 
@@ -77,6 +78,9 @@ def add_sandbox_tools(
         max_output: How many characters of an output one result holds.
         handle_secret: At least 16 random characters, for handles that are to outlive the
             process or to be valid in others; None: random.
+        sandbox_header: Clients of protocol 2026-07-28 send the handle as the header
+            ``Mcp-Param-Sandbox`` too, for gateways that route by it. It is a bearer secret:
+            such gateways must not log it.
 
     Returns:
         The tools, for a graceful shutdown.
@@ -110,6 +114,11 @@ def add_sandbox_tools(
         annotations=ToolAnnotations(read_only_hint=False, idempotent_hint=False, open_world_hint=True),
         structured_output=True,
     )
+    if sandbox_header:
+        # The SDK makes the schema of annotations only, which cannot depend on an argument.
+        tool = server._tool_manager.get_tool(name)
+        assert tool is not None  # noqa: S101
+        tool.parameters["properties"]["sandbox"]["x-mcp-header"] = "Sandbox"
     return tools
 
 
