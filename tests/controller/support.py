@@ -103,11 +103,17 @@ class ControlPlane(AuditedServer):
         self.start_controller()
         wait("the node", self._has_node, PATIENCE)
 
-    def start_controller(self) -> None:
-        """Starts agent-sandbox, again after `kill_controller`, and returns once it works."""
+    def start_controller(self, *, collector: str | None = None) -> None:
+        """Starts agent-sandbox, again after `kill_controller`, and returns once it works.
+
+        Args:
+            collector: Where it sends spans, by OTLP over gRPC, soon after their end; None: it makes none.
+        """
         (health,) = free_ports(1)
+        traces = ("env", f"OTEL_EXPORTER_OTLP_ENDPOINT={collector}", "OTEL_BSP_SCHEDULE_DELAY=50")
         self._start(
             "agent-sandbox",
+            *(() if collector is None else traces),
             str(self._agent_sandbox / "agent-sandbox-controller"),
             f"--kubeconfig={self._kubeconfig}",
             "--extensions",
@@ -115,6 +121,7 @@ class ControlPlane(AuditedServer):
             "--enable-webhook=false",
             "--metrics-bind-address=0",
             f"--health-probe-bind-address=127.0.0.1:{health}",
+            f"--enable-tracing={'false' if collector is None else 'true'}",
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
