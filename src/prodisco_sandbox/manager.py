@@ -161,6 +161,25 @@ class SandboxManager:
         owner = _checked(owner, "owner")
         return 0 if self._engine is None else self._engine.count_sessions(owner)
 
+    def make_room(self, owner: str) -> bool:
+        """Ends an idle session of an owner, as ``when_full="evict"`` does for another one of its own.
+
+        For a cap of your own on the sessions of one owner: when it is reached, make room before you ask
+        for the next. It waits for nothing.
+
+        Args:
+            owner: As it was given to `get_client` or `session`.
+
+        Returns:
+            False: there is none that nobody has used for ``evict_after``, or none may be ended.
+
+        Raises:
+            ValueError: The owner is None or empty.
+        """
+        owner = _checked(owner, "owner")
+        usable = self._engine is not None and self._loop is not None and self._shutdown is None
+        return usable and self._engine.make_room(owner)  # type: ignore[union-attr]
+
     def has_session(self, session_id: str) -> bool:
         """Whether the session waits for a slot, is being created or is ready.
 

@@ -332,6 +332,28 @@ async def test_a_shutdown_ends_evictions_and_those_that_wait_for_them() -> None:
         assert api.objects == []
 
 
+async def test_an_owner_may_be_made_to_give_up_a_session_of_its_own() -> None:
+    async with evicting(4) as (_, manager):
+        assert not manager.make_room("A")
+        await use(manager, "a", "b", owner="A")
+        await use(manager, "b", owner="A")
+        await use(manager, "c", owner="B")
+        assert not manager.make_room("A"), "they were used a moment ago"
+        await asyncio.sleep(AFTER)
+        async with manager.session("a"):
+            assert manager.make_room("A")
+            assert not manager.make_room("A"), "the other one is in use"
+            assert living(manager, "a", "b", "c") == "ac"
+        assert manager.stats().evicted == 1
+        with pytest.raises(ValueError, match="owner is empty"):
+            manager.make_room("")
+    assert not manager.make_room("B"), "it is shut down"
+    async with evicting(when_full="refuse") as (_, manager):
+        await use(manager, "a", owner="A")
+        await asyncio.sleep(AFTER)
+        assert not manager.make_room("A")
+
+
 @pytest.mark.parametrize("owned", [False, True])
 async def test_eleven_active_users_on_ten_slots_do_not_evict_each_other_at_every_turn(owned: bool) -> None:
     turns, served = 20, [0] * 11

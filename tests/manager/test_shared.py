@@ -681,3 +681,32 @@ async def test_the_owner_with_most_makes_room_wherever_it_is_served() -> None:
         await two.get_client("c1", owner="carol")
         assert [two.count_sessions(owner) for owner in ("alice", "bob", "carol")] == [1, 1, 1]
         assert len(api.objects) == 3
+
+
+async def test_those_who_wait_hold_no_slots() -> None:
+    three = {**EVICTS, "max_sessions": 3}
+    async with cluster() as api, managed(api, **three) as one, managed(api, **three) as two:
+        for _ in range(2):
+            for each in ("a1", "a2"):
+                await one.get_client(each, owner="alice")
+            await one.get_client("b1", owner="bob")
+            await asyncio.sleep(150)
+        waiting = [asyncio.create_task(two.get_client(each, owner="carol")) for each in ("c1", "c2")]
+        await waiting[0]
+        with pytest.raises(SandboxCapacityError):
+            await waiting[1]
+        assert [two.count_sessions(owner) for owner in ("alice", "bob", "carol")] == [1, 1, 1]
+
+
+async def test_an_owner_gives_up_a_session_wherever_it_is_served() -> None:
+    async with cluster() as api, managed(api, **EVICTS) as one, managed(api, **EVICTS) as two:
+        await one.get_client("a", owner="alice")
+        await two.on_session_initialized("b", owner="bob")
+        assert not two.make_room("alice")
+        await asyncio.sleep(200)
+        assert not two.make_room("carol")
+        assert two.make_room("alice")
+        await api.until(lambda: len(api.objects) == 1, timeout=5)
+        await settle()
+        assert [two.count_sessions(owner) for owner in ("alice", "bob")] == [0, 1]
+        assert not one.has_session("a")

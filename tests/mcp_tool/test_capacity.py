@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
 import pytest
 from _patience import PATIENCE
 from mcp import Client
@@ -11,9 +12,9 @@ from mcp.server import MCPServer
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.mcp import add_sandbox_tools, sandbox_lifespan
-from prodisco_sandbox.testing import FakeSandboxServer
+from prodisco_sandbox.testing import NEVER, FakeSandboxServer
 
-from .support import ERAS, connect, over_http, refused, rig, run
+from .support import ERAS, call, connect, over_http, refused, rig, run
 
 MODERN = "2026-07-28"
 EVICTS: dict[str, Any] = {
@@ -74,6 +75,23 @@ async def test_a_principal_gives_up_its_own_sandbox_first() -> None:
         assert "note" not in await run(ann, "", sandbox=hers[1])
         assert "others needed its place" in (await run(ann, "", sandbox=hers[0]))["note"]
         assert "note" not in await run(bob, "", sandbox=his)
+
+
+async def test_a_principal_at_its_cap_gives_up_a_sandbox_that_it_does_not_use() -> None:
+    settings = {**EVICTS, "max_sessions": 4}
+    async with rig(settings=settings, principal=lambda ctx: "ann", max_per_principal=1) as r:
+        async with Client(r.server, mode=MODERN) as client:
+            handle = (await run(client, ""))["sandbox"]
+            await run(client, "", sandbox=handle)
+            await run(client, "")
+            assert (r.manager.stats().evicted, r.manager.stats().ready) == (1, 1)
+            r.sandbox.script("ExecuteTest", NEVER)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(lambda: call(client, "", mode="test", tests="x", sandbox=handle))
+                await r.sandbox.wait_for_call("ExecuteTest")
+                assert "You have 1 sandboxes" in await refused(client, "")
+                tasks.cancel_scope.cancel()
+        assert r.manager.stats().evicted == 2
 
 
 @pytest.mark.parametrize("era", ERAS)

@@ -326,6 +326,10 @@ class Engine:
             return len(mine)
         return self.shared.of_owner(owner) + sum(not self.shared.has(session.name) for session in mine)
 
+    def make_room(self, owner: str) -> bool:
+        """Ends an idle session of an owner, if sessions are ended for others at all."""
+        return self._config.when_full == "evict" and self._lives.make_room_of(owner)
+
     def sandbox_name(self, session_id: str, now: float) -> str:
         """The name that the session's object has, or would have."""
         session = self.table.current.get(session_id) or self.table.closing.get(session_id)

@@ -69,3 +69,9 @@ def choose(
             continue
         ranks.append(((group, -most, holder.returned, -idle), holder))
     return min(ranks, key=lambda ranked: ranked[0], default=(None, None))[1]
+
+
+def choose_own(holders: Sequence[Holder], owner: str, evict_after: float) -> Holder | None:
+    """The holder that its owner gives up for another session of its own; None: nobody."""
+    own = [holder for holder in holders if holder.owner == owner]
+    return choose(own, owner, slots=len(own), evict_after=evict_after, long_idle=0.0)

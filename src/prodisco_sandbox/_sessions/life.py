@@ -199,9 +199,21 @@ class Lives:
             return
         now, long_idle = parts.now(), config.session_idle_timeout / 2
         while (found := parts.table.to_evict(now, config.evict_after, long_idle)) is not None:
-            session, idle = found
-            parts.log.info("sandbox_evicted", sandbox=session.name, idle=round(idle, 3))
-            self.end(session, "evicted")
+            self._evict(*found)
+
+    def make_room_of(self, owner: str) -> bool:
+        """Ends an idle session of an owner. Returns whether there is one."""
+        parts = self._parts
+        if parts.shared is not None:
+            return parts.shared.make_room_of(owner)
+        found = parts.table.own_to_evict(owner, parts.now(), parts.config.evict_after)
+        if found is not None:
+            self._evict(*found)
+        return found is not None
+
+    def _evict(self, session: Session, idle: float) -> None:
+        self._parts.log.info("sandbox_evicted", sandbox=session.name, idle=round(idle, 3))
+        self.end(session, "evicted")
 
     async def _open(self, session: Session, asked_at: float) -> SandboxError | None:
         """Creating → ready. Returns why the cluster has no room for it, if it is queued again."""

@@ -24,7 +24,7 @@ from .._cluster.resource import Machine, Reading
 from .._cluster.watch import SandboxWatch
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
-from .eviction import Holder, choose
+from .eviction import Holder, choose, choose_own
 from .leases import Leases
 from .parts import LostError
 from .table import LIVING, RETURNED, SERVING, Session, SessionState, SessionTable
@@ -240,8 +240,26 @@ class SharedSessions(Leases):
         if unserved is None or (self._eviction is not None and not self._eviction.done()):
             return
         first, served = unserved
-        holders = [_holder(session) for session in (*served, *self._table.current.values())]
-        holders = [holder for holder in holders if holder.session_id not in self._seen]
+        found = choose(
+            [*map(_holder, served), *self._holders()],
+            _holder(first).owner,
+            slots=self._table.max_sessions,
+            evict_after=self._evict_after,
+            long_idle=self._idle / 2,
+        )
+        if found is not None:
+            self._begin_eviction(found)
+
+    def make_room_of(self, owner: str) -> bool:
+        """Begins to end an idle session of an owner. Returns whether there is one."""
+        label = metadata.owner_label(owner)
+        found = choose_own(self._holders(), label, self._evict_after) if self._table.may_evict else None
+        if found is not None:
+            self._begin_eviction(found)
+        return found is not None
+
+    def _holders(self) -> list[Holder]:
+        holders = [_holder(session) for session in self._table.holding() if session.name not in self._seen]
         for name, seen in self._seen.items():
             if seen.reading.phase == "ending" or self._has_lapsed(seen):
                 continue
@@ -252,16 +270,11 @@ class SharedSessions(Leases):
             # Who comes back moves the deadline, sooner or later.
             returned = seen.generation > 1 or (session is not None and session.uses >= RETURNED)
             holders.append(Holder(name, seen.owner, idle, returned))
-        found = choose(
-            holders,
-            _holder(first).owner,
-            slots=self._table.max_sessions,
-            evict_after=self._evict_after,
-            long_idle=self._idle / 2,
-        )
-        if found is not None:
-            run = self._evict(found.session_id, self._seen[found.session_id], found.idle or 0.0)
-            self._eviction = self._tasks.spawn(run, f"evict:{found.session_id}")
+        return holders
+
+    def _begin_eviction(self, found: Holder) -> None:
+        run = self._evict(found.session_id, self._seen[found.session_id], found.idle or 0.0)
+        self._eviction = self._tasks.spawn(run, f"evict:{found.session_id}")
 
     async def _evict(self, name: str, seen: Seen, idle: float) -> None:
         """Deletes an object as it was seen: a use that has moved its deadline wins."""

@@ -21,7 +21,7 @@ from .._cluster.metadata import Object
 from .._cluster.resource import Reading
 from .._telemetry import Trace
 from ..errors import SandboxCapacityError, SandboxError
-from .eviction import Holder, choose
+from .eviction import Holder, choose, choose_own
 from .inbox import Inbox, News
 from .machines import Machine, Machines
 
@@ -324,13 +324,15 @@ class SessionTable:
         """Whether one of the slots to come is a queued session's."""
         return session in islice(self._queue, self._slots_to_come())
 
-    def first_unserved(self) -> tuple[Session, list[Session]] | None:
-        """The first in the queue that no slot is coming for, and those before it, if another may be ended.
-
-        Nobody is ended while creations fail, or while the object of an evicted session cannot be deleted.
-        """
+    @property
+    def may_evict(self) -> bool:
+        """False while creations fail, or while the object of an evicted session cannot be deleted."""
         left = [session for session in self.closing.values() if session.ended == "evicted"]
-        if self._starts_fail or any(session.released and session.released.is_set() for session in left):
+        return not self._starts_fail and not any(s.released and s.released.is_set() for s in left)
+
+    def first_unserved(self) -> tuple[Session, list[Session]] | None:
+        """The first in the queue that no slot is coming for, and those before it, if another may be ended."""
+        if not self.may_evict:
             return None
         to_come = self._slots_to_come()
         first = next((s for s in islice(self._queue, to_come, None) if s.may_start), None)
@@ -341,16 +343,28 @@ class SessionTable:
         if (unserved := self.first_unserved()) is None:
             return None
         first, served = unserved
-        holders = [Holder(s.session_id, s.owner) for s in served]
-        for session in self.current.values():
-            if session.state is not SessionState.QUEUED:
-                since = session.idle_since() if session.state in SERVING else None
-                idle = None if since is None else now - since
-                holders.append(Holder(session.session_id, session.owner, idle, session.uses >= RETURNED))
+        holders = [*(Holder(s.session_id, s.owner) for s in served), *self._holders(now)]
         found = choose(
             holders, first.owner, slots=self.max_sessions, evict_after=evict_after, long_idle=long_idle
         )
         return None if found is None else (self.current[found.session_id], found.idle or 0.0)
+
+    def own_to_evict(self, owner: str, now: float, evict_after: float) -> tuple[Session, float] | None:
+        """The session of an owner that is to be ended for another one of its own."""
+        found = choose_own(self._holders(now), owner, evict_after) if self.may_evict else None
+        return None if found is None else (self.current[found.session_id], found.idle or 0.0)
+
+    def _holders(self, now: float) -> list[Holder]:
+        holders = []
+        for session in self.holding():
+            since = session.idle_since() if session.state in SERVING else None
+            idle = None if since is None else now - since
+            holders.append(Holder(session.session_id, session.owner, idle, session.uses >= RETURNED))
+        return holders
+
+    def holding(self) -> list[Session]:
+        """The current sessions that hold a slot."""
+        return [session for session in self.current.values() if session.state is not SessionState.QUEUED]
 
     # A session's object
 

@@ -133,11 +133,9 @@ class Handles:
         identity, tag = data[:_ID_BYTES], data[_ID_BYTES:]
         return _handle_key(identity) if hmac.compare_digest(tag, self._tag(identity, who)) else None
 
-    def owner(self, who: str | None) -> str | None:
-        """The owner of a principal's sessions: it does not show the principal, and is a label value."""
-        if who is None:
-            return None
-        return hmac.digest(self._secret, b"owner\0" + who.encode(), "sha256")[:_TAG_BYTES].hex()
+    def owner(self, who: str) -> str:
+        """A name for a principal that tells nobody who it is: the same wherever the secret is."""
+        return hmac.digest(self._secret, b"sandbox owner\0" + who.encode(), "sha256").hex()
 
     def _tag(self, identity: bytes, who: str | None) -> bytes:
         message = b"sandbox handle\0" + identity + json.dumps(who).encode()

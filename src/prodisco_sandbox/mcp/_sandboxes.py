@@ -110,12 +110,13 @@ class Sandboxes:
             return
         who = self.principal(ctx)
         key, handle, known = self._resolve(ctx, handle, who, make=make)
+        owner = None if who is None else self._handles.owner(who)
         self._admit(key, who)
         if handle is None:
             self._close_with_connection(ctx, key)
         unreachable = handle is not None and not known  # until the model has the handle
         try:
-            async with self._manager.session(key, owner=self._handles.owner(who)) as client:
+            async with self._manager.session(key, owner=owner) as client:
                 memory = self._recall(key, client.sandbox, known=known)
 
                 async def renew() -> None:
@@ -172,7 +173,8 @@ class Sandboxes:
         self._owners = {
             other: owner for other, owner in self._owners.items() if self._manager.has_session(other)
         }
-        if sum(owner == who for owner in self._owners.values()) >= self._max_per_principal:
+        is_full = sum(owner == who for owner in self._owners.values()) >= self._max_per_principal
+        if is_full and not self._manager.make_room(self._handles.owner(who)):
             idle = self._manager.config.session_idle_timeout
             raise RefusedError(texts.too_many(self._max_per_principal, idle))
         self._owners[key] = who
