@@ -234,7 +234,7 @@ def test_the_replicas_share_their_sessions_and_their_secret(monkeypatch: pytest.
         "SANDBOX_NAMESPACE": {"fieldRef": {"fieldPath": "metadata.namespace"}},
     }
     config = SandboxManagerConfig.from_env(mode="multi")
-    assert config.instance_id == "mcp-server"
+    assert (config.shared, config.instance_id) == (True, "mcp-server")
     assert config.sandbox_image == SandboxManagerConfig(mode="multi").sandbox_image
     hard = mcp_server()["ResourceQuota", "sandboxes"]["spec"]["hard"]
     assert hard == {f"count/{manifest.PLURAL}.{manifest.GROUP}": str(config.max_sessions)}

@@ -183,14 +183,14 @@ class SandboxManager:
     def has_session(self, session_id: str) -> bool:
         """Whether the session waits for a slot, is being created or is ready.
 
-        True from the first call for the session until its sandbox is closed or found dead.
-        Single mode: False.
+        True from the first call for the session until its sandbox is closed or found dead. With
+        ``shared``, also where another manager of the group has made its sandbox. Single mode: False.
 
         Raises:
             ValueError: The id is None or empty.
         """
         session_id = _checked(session_id)
-        return self._engine is not None and session_id in self._engine.table.current
+        return self._engine is not None and self._engine.has_session(session_id)
 
     async def get_client(self, session_id: str | None = None, *, owner: str | None = None) -> SandboxClient:
         """The client of a session's sandbox, made (or made again) if there is none.

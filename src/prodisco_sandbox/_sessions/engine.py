@@ -319,6 +319,12 @@ class Engine:
             raise SandboxManagerClosedError("the manager was shut down during the clean-up")
         return task.result()
 
+    def has_session(self, session_id: str) -> bool:
+        """Whether it is in the table or, with `shared`, has an object."""
+        if session_id in self.table.current:
+            return True
+        return self.shared is not None and self.shared.has(self.sandbox_name(session_id, self._parts.now()))
+
     def count_sessions(self, owner: str) -> int:
         """How many sandboxes the sessions of an owner have, or are about to get."""
         mine = [session for session in self.table.current.values() if session.owner == owner]

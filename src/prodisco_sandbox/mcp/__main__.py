@@ -31,10 +31,11 @@ HANDLE_SECRET = "SANDBOX_HANDLE_SECRET"  # noqa: S105 - the variable's name
 
 EPILOG = f"""\
 Settings come from the environment: SANDBOX_NAMESPACE, SANDBOX_IMAGE, SANDBOX_MAX_SESSIONS,
-SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, SANDBOX_MANAGED_BY, SANDBOX_WARM_POOL, SANDBOX_WHEN_FULL (evict,
-unless it is refuse), SANDBOX_EVICT_AFTER and SANDBOX_CAPACITY_TIMEOUT (seconds), SANDBOX_ON_IDLE and
-SANDBOX_SUSPENDED_FOR (for --on-idle and --suspended-for) with SANDBOX_WORKSPACE_STORAGE and
-SANDBOX_WORKSPACE_STORAGE_CLASS, and SANDBOX_TRANSPORT_MODE with the SANDBOX_TLS_* variables;
+SANDBOX_TCP_PORT, SANDBOX_INSTANCE_ID, SANDBOX_SHARED with SANDBOX_CLOCK_SKEW, SANDBOX_MANAGED_BY,
+SANDBOX_WARM_POOL, SANDBOX_WHEN_FULL (evict, unless it is refuse), SANDBOX_EVICT_AFTER and
+SANDBOX_CAPACITY_TIMEOUT (seconds), SANDBOX_ON_IDLE and SANDBOX_SUSPENDED_FOR (for --on-idle and
+--suspended-for) with SANDBOX_WORKSPACE_STORAGE and SANDBOX_WORKSPACE_STORAGE_CLASS, and
+SANDBOX_TRANSPORT_MODE with the SANDBOX_TLS_* variables;
 KUBECONFIG and K8S_CONTEXT outside a cluster; {HANDLE_SECRET} (at least 16 random characters) for
 handles that outlive the process.
 
@@ -193,6 +194,7 @@ async def _run(args: argparse.Namespace) -> None:
                     path=args.path,
                     allowed_hosts=args.allowed_host,
                     drain_timeout=args.drain_timeout,
+                    stateless=manager.config.shared,
                 )
 
 

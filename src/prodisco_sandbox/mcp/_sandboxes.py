@@ -45,8 +45,18 @@ class Use:
     """A note for the model about the sandbox."""
     renew: Callable[[], Awaitable[None]]
     """Takes the session's new client, and the note about it, once the machine of this one was replaced."""
+    shared: bool = False
+    """Whether other processes serve the session, too."""
     delivered: bool = False
     """Whether handle and note are on their way to the model."""
+
+    @property
+    def news(self) -> str | None:
+        """The note, once the call has been answered.
+
+        Without it where a shared machine had been used before: the answer to its first call had the note.
+        """
+        return None if self.shared and self.client._found_unused is False else self.note
 
 
 @dataclass(slots=True)
@@ -87,9 +97,13 @@ class Sandboxes:
         self.principal = principal
         self._max_per_principal = max_per_principal
         self._handles = handles
-        self._shared = manager.config.mode == "single"
-        self._owners: dict[str, str] = {}
+        self._has_one_sandbox = manager.config.mode == "single"
         self._memories: OrderedDict[str, _Memory] = OrderedDict()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the manager admits sessions."""
+        return self._manager.is_ready
 
     @asynccontextmanager
     async def use(self, ctx: Context[Any, Any], handle: str | None, *, make: bool) -> AsyncIterator[Use]:
@@ -104,14 +118,14 @@ class Sandboxes:
             RefusedError: The call may not use that sandbox.
             SandboxError: No sandbox could be made.
         """
-        if self._shared:
+        if self._has_one_sandbox:
             async with self._manager.session() as client:
                 yield Use(client, None, None, _nothing_new)
             return
         who = self.principal(ctx)
         key, handle, known = self._resolve(ctx, handle, who, make=make)
         owner = None if who is None else self._handles.owner(who)
-        self._admit(key, who)
+        self._admit(key, owner)
         if handle is None:
             self._close_with_connection(ctx, key)
         unreachable = handle is not None and not known  # until the model has the handle
@@ -121,11 +135,11 @@ class Sandboxes:
 
                 async def renew() -> None:
                     nonlocal memory
-                    use.client = await self._manager.get_client(key)
+                    use.client = await self._manager.get_client(key, owner=owner)
                     memory = self._recall(key, use.client.sandbox, known=known)
                     use.note = memory.note
 
-                use = Use(client, handle, memory.note, renew)
+                use = Use(client, handle, memory.note, renew, shared=self._manager.config.shared)
                 yield use
                 if use.delivered:
                     memory.note, unreachable = None, False
@@ -142,7 +156,7 @@ class Sandboxes:
         Raises:
             RefusedError: The call names no sandbox, or may not close it.
         """
-        if self._shared:
+        if self._has_one_sandbox:
             raise RefusedError(texts.SHARED)
         key, _, _ = self._resolve(ctx, handle, self.principal(ctx), make=False)
         name = self._manager.sandbox_name(key)
@@ -166,18 +180,14 @@ class Sandboxes:
         handle, key = self._handles.make(who)
         return key, handle, False
 
-    def _admit(self, key: str, who: str | None) -> None:
-        """Counts the sandbox as the principal's, before anything is awaited."""
-        if who is None or self._manager.has_session(key):
+    def _admit(self, key: str, owner: str | None) -> None:
+        """Refuses one sandbox too many; nothing is awaited before the manager counts this one."""
+        if owner is None or self._manager.has_session(key):
             return
-        self._owners = {
-            other: owner for other, owner in self._owners.items() if self._manager.has_session(other)
-        }
-        is_full = sum(owner == who for owner in self._owners.values()) >= self._max_per_principal
-        if is_full and not self._manager.make_room(self._handles.owner(who)):
+        is_full = self._manager.count_sessions(owner) >= self._max_per_principal
+        if is_full and not self._manager.make_room(owner):
             idle = self._manager.config.session_idle_timeout
             raise RefusedError(texts.too_many(self._max_per_principal, idle))
-        self._owners[key] = who
 
     def _recall(self, key: str, sandbox: SandboxRef | None, *, known: bool) -> _Memory:
         memory = self._memories.get(key)

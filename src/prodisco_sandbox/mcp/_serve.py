@@ -95,8 +95,13 @@ async def serve_http(
     path: str,
     allowed_hosts: list[str],
     drain_timeout: float,
+    stateless: bool = False,
 ) -> None:
-    """Serves streamable HTTP until a signal and the end of the calls."""
+    """Serves streamable HTTP until a signal and the end of the calls.
+
+    The session of a connection is known to one process alone. A ``stateless`` server opens none:
+    clients of the older protocols get handles, too.
+    """
     add_probes(server, tools)
     metrics = add_metrics(server)
     host, port = listener.getsockname()[:2]
@@ -112,7 +117,11 @@ async def serve_http(
         allowed_hosts=allowed_hosts,
         allowed_origins=[f"{scheme}://{each}" for each in allowed_hosts for scheme in ("https", "http")],
     )
-    app = server.streamable_http_app(streamable_http_path=path, transport_security=security)
+    app = server.streamable_http_app(
+        streamable_http_path=path,
+        transport_security=security,
+        stateless_http=stateless,
+    )
     app.add_middleware(ContinueTrace)
     if server.settings.auth is not None:
         app.add_middleware(LogRefusals)
@@ -135,9 +144,9 @@ def add_probes(server: MCPServer[Any], tools: SandboxTools) -> None:
         return PlainTextResponse("ok\n")
 
     async def readyz(request: Request) -> Response:
-        if tools.draining:
-            return PlainTextResponse("shutting down\n", status_code=503)
-        return PlainTextResponse("ok\n")
+        if tools.is_ready:
+            return PlainTextResponse("ok\n")
+        return PlainTextResponse("shutting down\n" if tools.draining else "starting\n", status_code=503)
 
     server.custom_route("/healthz", ["GET"])(healthz)
     server.custom_route("/readyz", ["GET"])(readyz)

@@ -147,6 +147,11 @@ class SandboxTools:
         """Whether `drain` has been called."""
         return self._draining
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether calls are taken: not before the manager is ready, and not after `drain`."""
+        return not self._draining and self._sandboxes.is_ready
+
     async def drain(self, timeout: float) -> bool:
         """Refuses new calls from now on, and waits for those that are under way.
 
@@ -246,7 +251,7 @@ class SandboxTools:
             log.warning("call_failed", mode=call.mode, error=str(error))
             output, problem = SandboxOutput(), texts.failed_call(error, call.mode, self._language)
         output.sandbox = use.handle
-        for note in (use.note, *call.notes):
+        for note in (use.news, *call.notes):
             if note is not None:
                 output.add_note(note)
         return _result(output, problem)
