@@ -17,7 +17,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 
 import prodisco_sandbox
-from prodisco_sandbox._telemetry import EVENTS, MEASURED, SESSIONS, SLOTS
+from prodisco_sandbox._telemetry import EVENTS, FAILURES, MEASURED, PREFIX, SESSIONS, SLOTS
 from prodisco_sandbox.mcp._prometheus import Metrics
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -147,3 +147,13 @@ def test_the_program_s_pods_are_scraped() -> None:
     [endpoint] = monitor["spec"]["podMetricsEndpoints"]
     [container] = deployment["spec"]["template"]["spec"]["containers"]
     assert endpoint["port"] in {port["name"] for port in container["ports"]}
+
+
+def test_the_documentation_names_all_of_it() -> None:
+    text = (DEPLOY.parent / "docs" / "telemetry.md").read_text()
+    for metric in (*MEASURED, SESSIONS, SLOTS):
+        assert f"`{PREFIX}{metric.name}`" in text
+        assert all(f"`{value}`" in text for value in metric.values if metric is not FAILURES)
+    assert all(f"`{alert['alert']}`" in text for alert in alerts())
+    described = {name for name in measured() if not name.endswith(("_created", "_bucket", "_sum", "_count"))}
+    assert all(f"`{name}`" in text for name in described)
