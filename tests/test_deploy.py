@@ -13,8 +13,8 @@ import yaml
 
 from prodisco_sandbox import SandboxManagerConfig
 from prodisco_sandbox._cluster import manifest
-from prodisco_sandbox.mcp.__main__ import HANDLE_SECRET, _parser
 from prodisco_sandbox.mcp._auth import read_auth_options, server_auth
+from prodisco_sandbox.mcp._options import HANDLE_SECRET, make_parser
 from prodisco_sandbox.mcp._serve import CLOSE_TIMEOUT, SETTLE_TIME
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -245,7 +245,7 @@ def test_the_program_authenticates_by_the_mounted_tokens(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     mcp_environment(monkeypatch)
-    args = _parser().parse_args(mcp_container()["args"])
+    args = make_parser().parse_args(mcp_container()["args"])
     assert (args.kubernetes, args.transport, args.language, args.path) == (True, "http", "Python", "/mcp")
     read_auth_options(args, os.environ)
     [mount], [volume] = mcp_container()["volumeMounts"], mcp_pod()["spec"]["volumes"]
@@ -280,7 +280,7 @@ def test_no_call_is_cut_by_a_rolling_update(monkeypatch: pytest.MonkeyPatch) -> 
     spec, container = mcp_pod()["spec"], mcp_container()
     rolling = mcp_server()["Deployment", "mcp-server"]["spec"]["strategy"]["rollingUpdate"]
     assert rolling["maxUnavailable"] == 0
-    args = _parser().parse_args(container["args"])
+    args = make_parser().parse_args(container["args"])
     assert args.drain_timeout > 120, "the longest call that the tool allows"
     command, pause = container["lifecycle"]["preStop"]["exec"]["command"]
     assert command == "sleep"
@@ -294,7 +294,7 @@ def test_no_call_is_cut_by_a_rolling_update(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_probes_and_the_service_lead_to_the_program() -> None:
     container = mcp_container()
     [port] = container["ports"]
-    assert port["containerPort"] == _parser().parse_args(container["args"]).port
+    assert port["containerPort"] == make_parser().parse_args(container["args"]).port
     probes = {kind: container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")}
     assert probes == {
         "startup": {"path": "/healthz", "port": port["name"]},

@@ -21,6 +21,7 @@ from mcp.shared.auth import ProtectedResourceMetadata
 from prodisco_sandbox import SandboxManagerConfig
 from prodisco_sandbox.mcp import __main__ as program
 from prodisco_sandbox.mcp._auth import read_auth_options, server_auth
+from prodisco_sandbox.mcp._options import make_parser
 from prodisco_sandbox.mcp._serve import make_server, serve_http
 from prodisco_sandbox.mcp._tokens import TokenFile
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
@@ -104,7 +105,7 @@ def test_variables_stand_for_options_over_http_only() -> None:
         "SANDBOX_OIDC_AUDIENCE": "a",
         "SANDBOX_PUBLIC_URL": "http://m.example/mcp",
     }
-    parser = program._parser()
+    parser = make_parser()
     args = parser.parse_args(["--local", "--transport", "http", "--oidc-audience", "b"])
     read_auth_options(args, environ)
     assert (args.auth_token_file, args.oidc_issuer, args.oidc_audience, args.public_url) == (
@@ -241,7 +242,7 @@ class Served:
 async def serving(*arguments: str, path: str = "/mcp") -> AsyncIterator[Served]:
     """The program's server with these options, on a cluster in memory."""
     given = ["--local", "--transport", "http", "--port", "0", "--path", path, *arguments]
-    args = program._parser().parse_args(given)
+    args = make_parser().parse_args(given)
     read_auth_options(args, {})
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(program._listener(args))

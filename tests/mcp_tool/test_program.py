@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import runpy
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import httpx2
@@ -24,6 +26,7 @@ from prodisco_sandbox.mcp import __main__ as program
 from prodisco_sandbox.mcp import _serve
 from prodisco_sandbox.mcp._auth import server_auth
 from prodisco_sandbox.mcp._local import server_settings
+from prodisco_sandbox.mcp._options import make_parser, read_settings, with_file
 from prodisco_sandbox.mcp._serve import add_probes, serve_http
 from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.server._options import parse
@@ -42,6 +45,11 @@ def _levels() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def managed(arguments: list[str]) -> AbstractAsyncContextManager[SandboxManager]:
+    args = make_parser().parse_args(arguments)
+    return program._manager(args, read_settings(args, os.environ))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -53,6 +61,9 @@ def _levels() -> Iterator[None]:
         (["--local", "--drain-timeout", "nan"], "no number of seconds"),
         (["--kubernetes", "--server-option=--max-output=5"], "--server-option is for --local"),
         (["--kubernetes", "--python", sys.executable], "--python is for --local"),
+        (["--kubernetes", "--isolation", "bwrap"], "--isolation is for --local"),
+        (["--local", "--config", "/no/such/file"], "No such file or directory: '/no/such/file'"),
+        (["--local", "--config"], "--config: expected one argument"),
         (["--kubernetes", "--warm", "1"], "--warm is for --local"),
         (["--local", "--warm", "-1"], "--warm: -1 is no number of at least 0"),
         (["--local", "--warm", "many"], "--warm: invalid"),
@@ -111,6 +122,11 @@ def test_wrong_arguments_are_refused(
         ("SANDBOX_WORKSPACE_STORAGE", "", ["--kubernetes", "--on-idle", "suspend"]),
         ("SANDBOX_MEMORY_LIMIT_MB", "lots", ["--local"]),
         ("SANDBOX_HANDLE_SECRET", "short", ["--local"]),
+        ("SANDBOX_IDLE_TIMEOUT", "0", ["--local"]),
+        ("SANDBOX_MAX_PER_PRINCIPAL", "0", ["--kubernetes"]),
+        ("SANDBOX_MCP_MAX_OUTPUT", "much", ["--local"]),
+        ("SANDBOX_PYTHON", "no-such-python", ["--local"]),
+        ("SANDBOX_ISOLATION", "wall", ["--local"]),
     ],
 )
 def test_a_wrong_variable_is_named_without_a_traceback(
@@ -142,8 +158,7 @@ async def test_on_kubernetes_the_environment_says_how(monkeypatch: pytest.Monkey
         "MODE": "single",
     }.items():
         monkeypatch.setenv(f"SANDBOX_{name}", value)
-    args = program._parser().parse_args(["--kubernetes"])
-    async with program._manager(args) as manager:
+    async with managed(["--kubernetes"]) as manager:
         config = manager.config
         assert (config.mode, config.namespace, config.sandbox_image, config.max_sessions) == (
             "multi",
@@ -155,7 +170,7 @@ async def test_on_kubernetes_the_environment_says_how(monkeypatch: pytest.Monkey
 
 async def test_locally_it_reads_how_many_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SANDBOX_MAX_SESSIONS", "7")
-    async with program._manager(program._parser().parse_args(["--local"])) as manager:
+    async with managed(["--local"]) as manager:
         assert (manager.config.mode, manager.config.max_sessions) == ("multi", 7)
 
 
@@ -167,7 +182,7 @@ async def test_idle_sandboxes_make_room_unless_told_otherwise(
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(f"SANDBOX_{name}", value)
-            async with program._manager(program._parser().parse_args([where])) as manager:
+            async with managed([where]) as manager:
                 config = manager.config
                 return config.when_full, config.evict_after, config.capacity_timeout
 
@@ -196,8 +211,7 @@ async def test_servers_are_started_ahead(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], variable: str, pool: str | None
 ) -> None:
     monkeypatch.setenv("SANDBOX_WARM", variable)
-    args = program._parser().parse_args(["--local", *arguments])
-    async with program._manager(args) as manager:
+    async with managed(["--local", *arguments]) as manager:
         assert manager.config.warm_pool == pool
 
 
@@ -207,7 +221,7 @@ async def test_sandboxes_are_suspended(monkeypatch: pytest.MonkeyPatch, where: s
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(f"SANDBOX_{name}", value)
-            async with program._manager(program._parser().parse_args([where, *arguments])) as manager:
+            async with managed([where, *arguments]) as manager:
                 config = manager.config
                 return config.on_idle, config.suspended_for, config.workspace_storage, config.warm_pool
 
@@ -222,6 +236,49 @@ async def test_sandboxes_are_suspended(monkeypatch: pytest.MonkeyPatch, where: s
         *("--on-idle", "delete", "--suspended-for", "5"), ON_IDLE="suspend", SUSPENDED_FOR="long"
     )
     assert beaten == ("delete", 5.0, None, warm)
+
+
+async def test_an_option_beats_its_variable_and_that_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "mcp.toml"
+    file.write_text(
+        "local = true\nkubernetes = false\nmax_sessions = 5\nidle-timeout = 1.5\ncapacity-timeout = 2\n"
+        'server-option = ["--max-output=5", "--isolation=process"]\nlog-level = "error"\nwarm = 0\n'
+    )
+    monkeypatch.setenv("SANDBOX_CONFIG", str(file))
+    monkeypatch.setenv("SANDBOX_MAX_SESSIONS", "6")
+    monkeypatch.setenv("SANDBOX_CAPACITY_TIMEOUT", "3")
+    given = with_file(["--capacity-timeout=4"], os.environ, make_parser())
+    assert with_file([f"--config={file}", "--capacity-timeout=4"], {}, make_parser())[-1] == given[-1]
+    args = make_parser().parse_args(given)
+    assert (args.server_option, args.log_level) == (["--max-output=5", "--isolation=process"], "error")
+    async with managed(given) as manager:
+        config = manager.config
+        assert (config.max_sessions, config.session_idle_timeout, config.capacity_timeout) == (6, 1.5, 4)
+        assert config.warm_pool is None
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("local = yes", "is no TOML: "),
+        ("frob = 1", ": there is no option 'frob'; --help lists them"),
+        ("config = 'other'", ": there is no option 'config'"),
+        ("[local]\na = 1", ": local is {'a': 1}: it must be a text, a number"),
+        ("max-sessions = true", "--max-sessions: expected one argument"),
+        ("kubernetes = true", "not allowed with"),
+    ],
+)
+def test_a_wrong_file_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, right: str
+) -> None:
+    file = tmp_path / "mcp.toml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        program.main(["--local", "--config", str(file)])
+    assert end.value.code == 2
+    assert right in capsys.readouterr().err
 
 
 def test_what_is_started_ahead_is_not_suspended(capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +327,7 @@ def test_without_options_and_variables_servers_are_as_they_come() -> None:
 def test_it_listens_on_loopback_and_warns_of_anything_else(
     caplog: pytest.LogCaptureFixture, host: str, warns: bool
 ) -> None:
-    parser = program._parser()
+    parser = make_parser()
     assert parser.get_default("host") == "127.0.0.1"
     arguments = ["--local", "--transport", "http", "--port", "0", "--host", host, "--unauthenticated"]
     args = parser.parse_args(arguments)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = get_logger("audit")
 
-_OPTIONS = {
+AUTH_OPTIONS = {
     "--auth-token-file": ("PATH", "accept the tokens in this file: a name and a token on each line"),
     "--oidc-issuer": ("URL", "accept JWTs of this issuer"),
     "--oidc-audience": ("TEXT", "the audience (aud) that these JWTs must have"),
@@ -34,8 +34,8 @@ _reason = ContextVar("prodisco_sandbox_auth_refused", default="")
 """Why the token of this request was refused, which the SDK does not pass on."""
 
 
-def add_auth_options(parser: argparse.ArgumentParser) -> None:
-    for option, (metavar, text) in _OPTIONS.items():
+def add_auth_options(parser: argparse._ArgumentGroup) -> None:
+    for option, (metavar, text) in AUTH_OPTIONS.items():
         parser.add_argument(option, metavar=metavar, help=f"http: {text}; variable: {_variable(option)}")
     parser.add_argument(
         "--unauthenticated",
@@ -50,7 +50,7 @@ def read_auth_options(args: argparse.Namespace, environ: Mapping[str, str]) -> N
     Raises:
         ValueError: One is wrong, or does not go with another; the message names it.
     """
-    for option in (*_OPTIONS, "--unauthenticated"):
+    for option in (*AUTH_OPTIONS, "--unauthenticated"):
         name = option[2:].replace("-", "_")
         value = getattr(args, name)
         if value == "":
@@ -59,7 +59,7 @@ def read_auth_options(args: argparse.Namespace, environ: Mapping[str, str]) -> N
             raise ValueError(
                 f"{option} is for --transport http: on stdio the only caller is the parent process"
             )
-        if option in _OPTIONS and args.transport == "http":
+        if option in AUTH_OPTIONS and args.transport == "http":
             setattr(args, name, value or environ.get(_variable(option)) or None)
     if (args.oidc_issuer is None) != (args.oidc_audience is None):
         raise ValueError("--oidc-issuer and --oidc-audience belong together: give both or none")
