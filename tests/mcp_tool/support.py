@@ -76,16 +76,24 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    *, settings: Mapping[str, Any] | None = None, auth: bool = False, **options: Any
+    *,
+    settings: Mapping[str, Any] | None = None,
+    auth: bool = False,
+    sandbox_options: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> AsyncIterator[Rig]:
     """A server on a cluster in memory, whose sandboxes are all one scripted server.
 
     Args:
         settings: Of the manager.
         auth: Callers are authenticated; the token is the caller's name.
+        sandbox_options: Of the scripted server.
         options: Of `add_sandbox_tools`.
     """
-    async with FakeSandboxServer() as sandbox, FakeCustomObjectsApi(auto_ready=True) as api:
+    async with (
+        FakeSandboxServer(**(sandbox_options or {})) as sandbox,
+        FakeCustomObjectsApi(auto_ready=True) as api,
+    ):
         config = SandboxManagerConfig(
             mode="multi", endpoint=lambda _: sandbox.target, **{"max_sessions": 4, **(settings or {})}
         )

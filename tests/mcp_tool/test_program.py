@@ -464,9 +464,10 @@ async def test_probes_need_no_authentication() -> None:
 
 async def test_the_example_is_a_server_with_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SANDBOX_MAX_SESSIONS", "3")
-    names = runpy.run_path(str(Path(__file__).parents[2] / "examples/mcp_server.py"))
-    async with Client(names["server"]) as client:
-        assert [tool.name for tool in (await client.list_tools()).tools] == ["run_sandbox", "sandboxes"]
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples/mcp_server.py"))
+    async with Client(example["server"]) as client:
+        names = [tool.name for tool in (await client.list_tools()).tools]
+        assert names == ["run_sandbox", "read_file", "write_file", "list_files", "sandboxes"]
         result = await client.call_tool("sandboxes", {})
         assert result.structured_content == {"result": "0 are ready, 0 are being made"}
 

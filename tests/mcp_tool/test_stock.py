@@ -97,7 +97,7 @@ async def test_fields_and_states_of_a_newer_server_are_ignored() -> None:
 
 async def described(language: str) -> str:
     async with stock(language) as (_, _, client):
-        (tool,) = (await client.list_tools()).tools
+        (tool, *_) = (await client.list_tools()).tools
         assert tool.description is not None
         return tool.description
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from mcp_types import CallToolResult, ContentBlock, TextContent
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema
 
 from ..results import CacheEntry, ExecutionInfo, ExecutionOutcome, TestReport
 
@@ -59,6 +61,40 @@ class Summary(_Output):
     skipped: int
 
 
+class NamedFile(_Output):
+    path: str
+    size: int | None = Field(default=None, description="In bytes")
+    kind: str | None = Field(default=None, description="directory, or other (neither that nor a file)")
+    uri: str | None = Field(default=None, description="Of the resource with its content")
+
+
+def _flat(kind: type[BaseModel], *, many: bool = False) -> WithJsonSchema:
+    """The schema of a nested object in place: not every client follows a reference."""
+    schema = kind.model_json_schema()
+    return WithJsonSchema({"type": "array", "items": schema} if many else schema)
+
+
+class FileOutput(_Output):
+    """The result of a call on files; fields without a value are left out."""
+
+    sandbox: Annotated[str | None, Field(description="Handle: pass it as `sandbox` to come back here")] = None
+    note: Annotated[str | None, Field(description="Read this first")] = None
+    path: str | None = None
+    size: Annotated[int | None, Field(description="In bytes")] = None
+    text: Annotated[str | None, Field(description="The content, if it is text")] = None
+    truncated: Annotated[bool | None, Field(description="Whether there is more")] = None
+    files: Annotated[list[NamedFile] | None, _flat(NamedFile, many=True), Field(description="By path")] = None
+    _blocks: list[ContentBlock] = PrivateAttr(default_factory=list)
+
+    @property
+    def blocks(self) -> list[ContentBlock]:
+        """What is attached to the result."""
+        return self._blocks
+
+    def add_note(self, note: str) -> None:
+        self.note = note if self.note is None else f"{self.note}\n\n{note}"
+
+
 class SandboxOutput(_Output):
     """The result of a call; fields without a value are left out."""
 
@@ -86,11 +122,26 @@ class SandboxOutput(_Output):
     error_output_offset: Annotated[int | None, Field(description="Where further error output begins")] = None
     execution_time_ms: int | None = None
     cached: Annotated[
-        CachedScript | None, Field(description="The script was added to the sandbox's cache")
+        CachedScript | None,
+        _flat(CachedScript),
+        Field(description="The script was added to the sandbox's cache"),
     ] = None
-    executions: Annotated[list[Execution] | None, Field(description="Newest first")] = None
-    summary: Summary | None = None
-    tests: list[Test] | None = None
+    executions: Annotated[
+        list[Execution] | None, _flat(Execution, many=True), Field(description="Newest first")
+    ] = None
+    summary: Annotated[Summary | None, _flat(Summary)] = None
+    tests: Annotated[list[Test] | None, _flat(Test, many=True)] = None
+    files: Annotated[
+        list[NamedFile] | None,
+        _flat(NamedFile, many=True),
+        Field(description="What this run made or changed in the working directory"),
+    ] = None
+    _blocks: list[ContentBlock] = PrivateAttr(default_factory=list)
+
+    @property
+    def blocks(self) -> list[ContentBlock]:
+        """What is attached to the result: the pictures that the run made."""
+        return self._blocks
 
     def add_note(self, note: str) -> None:
         self.note = note if self.note is None else f"{self.note}\n\n{note}"
@@ -103,6 +154,20 @@ class SandboxOutput(_Output):
         self.error = None if outcome.error is None else shorten(outcome.error)
         self.execution_time_ms = outcome.execution_time_ms
         self.cached = read_cached(outcome.cached)
+
+
+def result_of(output: SandboxOutput | FileOutput, problem: str | None = None) -> CallToolResult:
+    """The result of a call; `problem` is the text of an error."""
+    data = output.model_dump(mode="json", exclude_none=True)
+    texts = [] if problem is None else [problem]
+    if data:
+        # For clients that do not look at structured content.
+        texts.append(json.dumps(data, ensure_ascii=False))
+    return CallToolResult(
+        content=[*(TextContent(type="text", text=text) for text in texts), *output.blocks],
+        structured_content=data or None,
+        is_error=problem is not None,
+    )
 
 
 class Clip:

@@ -77,6 +77,10 @@ Within = Annotated[
     _AS_SENT,
 ]
 Tests = Annotated[str, _field("test: the tests to run"), _AS_SENT]
+Path = Annotated[str, _field("The file, relative to the working directory of the code"), _AS_SENT]
+Directory = Annotated[str, _field("The directory; the working directory of the code if left out"), _AS_SENT]
+Text = Annotated[str, _field("The content, if it is text"), _AS_SENT]
+Base64 = Annotated[str, _field("Instead of `text`: the content's bytes, in base64"), _AS_SENT]
 Sandbox = Annotated[
     str,
     _field(

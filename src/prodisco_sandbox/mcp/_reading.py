@@ -135,14 +135,14 @@ def read_call(sent: Mapping[str, Any], language: Language) -> Call:
     notes = [
         f"`{name}` was ignored: mode {mode!r} does not use it."
         for name in _TELLING
-        if name not in _USED[mode] and not _is_blank(given.get(name))
+        if name not in _USED[mode] and not is_blank(given.get(name))
     ]
     if unknown:
         notes.append(_about_unknown(unknown))
     try:
         code = _program("code", used.get("code"), language, notes)
         tests = _program("tests", used.get("tests"), language, notes) or ""
-        cached = _name("cached", used.get("cached"))
+        cached = read_name("cached", used.get("cached"))
         if cached and not (code or "").strip():
             code = None  # Models fill unused parameters with empty text; only code may be empty.
         call = Call(
@@ -150,7 +150,7 @@ def read_call(sent: Mapping[str, Any], language: Language) -> Call:
             code=code,
             cached=cached or None,
             timeout_ms=_whole("timeout_ms", used, 1, p.MAX_TIMEOUT_MS, " in milliseconds"),
-            execution_id=_name("execution_id", used.get("execution_id")),
+            execution_id=read_name("execution_id", used.get("execution_id")),
             wait=_boolean("wait", used.get("wait")),
             output_offset=_whole("output_offset", used, 0, _MOST_OFFSET) or 0,
             error_output_offset=_whole("error_output_offset", used, 0, _MOST_OFFSET) or 0,
@@ -161,7 +161,7 @@ def read_call(sent: Mapping[str, Any], language: Language) -> Call:
             )
             or 0,
             tests=tests if tests.strip() else "",
-            sandbox=_name("sandbox", given.get("sandbox"), secret=True) or None,
+            sandbox=read_name("sandbox", given.get("sandbox"), secret=True) or None,
             notes=tuple(notes),
         )
         _check(call)
@@ -204,7 +204,7 @@ def _unwrapped(sent: Mapping[str, Any]) -> Mapping[str, Any]:
             inner = json.loads(inner)
     if isinstance(inner, Mapping):
         return inner
-    if _is_blank(inner):
+    if is_blank(inner):
         return {}
     raise WrongCallError(
         f"The arguments are {_kind(inner)}: they must be an object with the tool's parameters, such as"
@@ -222,7 +222,7 @@ def _by_name(sent: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         meant = _SPELLINGS.get(_letters(name))
         if meant is not None and meant not in given:
             given[meant] = value
-        elif not _is_blank(value) and not name.startswith("_"):
+        elif not is_blank(value) and not name.startswith("_"):
             unknown.append(name)
     return given, unknown
 
@@ -246,7 +246,7 @@ def _about_unknown(names: list[str]) -> str:
 # Values
 
 
-def _is_blank(value: object) -> bool:
+def is_blank(value: object) -> bool:
     """Whether models and clients send this value for a parameter that they do not use."""
     return _bare(value).lower() in _NOTHING if isinstance(value, str) else not value
 
@@ -260,7 +260,7 @@ def _bare(text: str) -> str:
 
 
 def _mode(value: object) -> p.Mode:
-    if _is_blank(value):
+    if is_blank(value):
         return "execute"
     if isinstance(value, str):
         for mode in p.MODES:
@@ -272,7 +272,7 @@ def _mode(value: object) -> p.Mode:
 def _whole(name: str, used: Mapping[str, Any], least: int, most: int, unit: str = "") -> int | None:
     """A whole number; None where nothing, or a zero that can only mean nothing, was sent."""
     value = used.get(name)
-    if _is_blank(value):
+    if is_blank(value):
         return None
     number: object = value
     if isinstance(value, str) and _NUMBER.fullmatch(_bare(value)):
@@ -292,7 +292,7 @@ def _whole(name: str, used: Mapping[str, Any], least: int, most: int, unit: str 
 
 
 def _boolean(name: str, value: object) -> bool:
-    if _is_blank(value):
+    if is_blank(value):
         return False
     text = _bare(value).lower() if isinstance(value, str) else ""
     if text in _TRUE or (isinstance(value, int | float) and value == 1):
@@ -302,9 +302,9 @@ def _boolean(name: str, value: object) -> bool:
     raise WrongCallError(f"`{name}` is {_shown(value)}: it must be true or false.")
 
 
-def _name(name: str, value: object, *, secret: bool = False) -> str:
+def read_name(name: str, value: object, *, secret: bool = False) -> str:
     """A name or id; empty where there is none."""
-    if _is_blank(value):
+    if is_blank(value):
         return ""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30:
         value = str(value)
@@ -322,13 +322,13 @@ def _states(value: object) -> tuple[p.StateName, ...]:
     """States in a list, in text of one, or as words."""
     if isinstance(value, str):
         value = re.split(r"[\s,;|\[\]\"']+", value)
-    if _is_blank(value):
+    if is_blank(value):
         return ()
     if not isinstance(value, list):
         raise _wrong_states(value)
     found: list[p.StateName] = []
     for item in value:
-        if _is_blank(item):
+        if is_blank(item):
             continue
         word = _bare(item).upper().replace("-", "_") if isinstance(item, str) else ""
         word = word.removeprefix("EXECUTION_STATE_")
@@ -351,7 +351,7 @@ def _program(name: str, value: object, language: Language, notes: list[str]) -> 
     if isinstance(value, int | float) and not isinstance(value, bool) and value and abs(value) < 10**30:
         value = str(value)  # The number 42 means the code `42`.
     if not isinstance(value, str):
-        if _is_blank(value):
+        if is_blank(value):
             return None
         raise WrongCallError(
             f"`{name}` is {_kind(value)}: it must be one string of {language.name}, with line breaks in it."

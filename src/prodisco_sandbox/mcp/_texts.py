@@ -44,6 +44,50 @@ EVICTED = "while you did not use it, others needed its place"
 BLOCKED = "Execution blocked"
 """How the stock server's refusal to show a value of its environment begins."""
 DRAINING = "The server is shutting down. Nothing was run. Call again in a minute."
+READ_FILE = (
+    "Reads a file of the sandbox in which run_sandbox runs code. A picture comes as an image, text as text"
+    " (where it is long, its beginning), another file as an embedded resource. What is larger than that is to"
+    " be read in parts, with run_sandbox."
+)
+WRITE_FILE = (
+    "Writes a file into the sandbox in which run_sandbox runs code, for example data for it. Directories are"
+    " made, and a file of that name is replaced. Give `text`, or `base64` for what is no text. If the result"
+    " has a `sandbox` handle, pass that to run_sandbox."
+)
+LIST_FILES = (
+    "Lists a directory of the sandbox in which run_sandbox runs code, without what is in the directories"
+    " below it."
+)
+FILE_RESOURCE = "A file of a sandbox, by the uri that a result of run_sandbox gives."
+NO_SUCH_FILE = "There is no such file or directory. list_files shows what there is."
+NO_FILES = "This sandbox has no tools for files. Read and write them with code."
+
+
+def text_is_cut(characters: int) -> str:
+    return f"The text is cut after {characters:,} characters. Read the rest with run_sandbox, in parts."
+
+
+def too_large_to_read(size: int, most: int) -> str:
+    return (
+        f"The file has {size:,} bytes, and is no text: at most {most:,} can be read. Look at it with"
+        " run_sandbox, or make it smaller there."
+    )
+
+
+def listing_is_cut(count: int) -> str:
+    return f"Only {count} of its entries are listed; there are more. Look for what you need with run_sandbox."
+
+
+def more_files(count: int) -> str:
+    return f"Only {count} of the files that this run made or changed are named."
+
+
+def pictures_left_out(count: int) -> str:
+    return f"{count} more pictures are too many or too large to be shown: make fewer and smaller ones."
+
+
+def file_refused(reason: str) -> str:
+    return f"The sandbox refused the call: {reason}."
 
 
 def unknown_handle(language: Language) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
-from typing import Annotated, Any
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
 
 import anyio
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
-from mcp_types import CallToolResult, TextContent, ToolAnnotations
+from mcp_types import CallToolResult, ToolAnnotations
 
 from .._log import get_logger
 from ..client import SandboxClient
@@ -22,11 +22,12 @@ from ..results import ExecutionState
 from . import _parameters as p
 from . import _texts as texts
 from ._audit import CallRecord, audited
+from ._files import add_file_tools, name_files
 from ._identity import Handles, Policy
 from ._identity import principal as default_principal
 from ._identity import session_key as default_session_key
 from ._language import Language, language_of
-from ._output import Clip, SandboxOutput, read_executions, read_report
+from ._output import Clip, SandboxOutput, read_executions, read_report, result_of
 from ._progress import Progress
 from ._reading import (
     PARAMETERS,
@@ -40,6 +41,10 @@ from ._sandboxes import CLEANUP_TIMEOUT, RefusedError, Sandboxes, Use
 
 log = get_logger("mcp")
 
+T = TypeVar("T")
+Work = Callable[[Use, Progress], Awaitable[CallToolResult]]
+
+FINAL = frozenset(state.name for state in ExecutionState if state.is_final)
 NEED_NO_SANDBOX = ("execute", "stream", "async", "test")
 """Modes that get a new sandbox where none is named; the others ask about executions in one."""
 
@@ -56,6 +61,7 @@ def add_sandbox_tools(
     max_output: int = 30_000,
     handle_secret: str | bytes | None = None,
     sandbox_header: bool = False,
+    file_tools: bool = True,
 ) -> SandboxTools:
     """Adds the tool that runs code in sandboxes to a server.
 
@@ -81,6 +87,8 @@ def add_sandbox_tools(
         sandbox_header: Clients of protocol 2026-07-28 send the handle as the header
             ``Mcp-Param-Sandbox`` too, for gateways that route by it. It is a bearer secret:
             such gateways must not log it.
+        file_tools: Also add read_file, write_file and list_files, and resources with the files that
+            runs make, unless sandboxes of the language have no files.
 
     Returns:
         The tools, for a graceful shutdown.
@@ -114,9 +122,12 @@ def add_sandbox_tools(
         annotations=ToolAnnotations(read_only_hint=False, idempotent_hint=False, open_world_hint=True),
         structured_output=True,
     )
-    if sandbox_header:
+    names = [name]
+    if file_tools and spoken.has_files:
+        names += add_file_tools(server, tools)
+    for each in names if sandbox_header else ():
         # The SDK makes the schema of annotations only, which cannot depend on an argument.
-        tool = server._tool_manager.get_tool(name)
+        tool = server._tool_manager.get_tool(each)
         assert tool is not None  # noqa: S101
         tool.parameters["properties"]["sandbox"]["x-mcp-header"] = "Sandbox"
     return tools
@@ -135,8 +146,8 @@ class SandboxTools:
     def __init__(self, sandboxes: Sandboxes, name: str, language: Language, max_output: int) -> None:
         self._sandboxes = sandboxes
         self._name = name
-        self._language = language
-        self._max_output = max_output
+        self.language = language
+        self.max_output = max_output
         self._calls = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -195,36 +206,60 @@ class SandboxTools:
             states, limit, include_completed_within_ms, tests, sandbox,
         )  # fmt: skip
         sent = foreign_arguments(ctx, self._name) | dict(zip(PARAMETERS, values, strict=True))
+        try:
+            call = read_call(sent, self.language)
+        except WrongCallError as error:
+            return self.invalid(ctx, str(error))
+
+        async def work(use: Use, progress: Progress) -> CallToolResult:
+            return await self._in_sandbox(use, call, progress)
+
+        return await self.answer(ctx, call.mode, call.sandbox, work, make=call.mode in NEED_NO_SANDBOX)
+
+    def invalid(self, ctx: Context[Any, Any], problem: str) -> CallToolResult:
+        """Answers a call whose arguments cannot be read."""
         with audited(self._sandboxes.principal(ctx)) as record:
-            try:
-                call = read_call(sent, self._language)
-            except WrongCallError as error:
-                record.outcome = "invalid"
-                return _result(SandboxOutput(), str(error))
-            record.mode = call.mode
+            record.outcome = "invalid"
+            return result_of(SandboxOutput(), problem)
+
+    async def answer(
+        self, ctx: Context[Any, Any], mode: str, sandbox: str | None, work: Work, *, make: bool
+    ) -> CallToolResult:
+        """Carries out a call, unless it is refused, and logs it.
+
+        Args:
+            ctx: The call.
+            mode: What it does, for the log.
+            sandbox: The handle that it gave.
+            work: What to do in its sandbox.
+            make: Whether it gets a new sandbox where it names none.
+        """
+        with audited(self._sandboxes.principal(ctx)) as record:
+            record.mode = mode
             if self._draining:
                 record.outcome = "refused"
-                return _result(SandboxOutput(), texts.DRAINING)
+                return result_of(SandboxOutput(), texts.DRAINING)
             self._calls += 1
             self._quiet.clear()
             try:
-                return await self._answer(ctx, call, record)
+                return await self._answer(ctx, sandbox, work, record, make=make)
             finally:
                 self._calls -= 1
                 if not self._calls:
                     self._quiet.set()
 
-    async def _answer(self, ctx: Context[Any, Any], call: Call, record: CallRecord) -> CallToolResult:
-        make = call.mode in NEED_NO_SANDBOX
+    async def _answer(
+        self, ctx: Context[Any, Any], sandbox: str | None, work: Work, record: CallRecord, *, make: bool
+    ) -> CallToolResult:
         try:
-            if call.mode == "close":
-                record.sandbox = await self._sandboxes.close(ctx, call.sandbox)
+            if record.mode == "close":
+                record.sandbox = await self._sandboxes.close(ctx, sandbox)
                 record.outcome = "ok"
-                return _result(SandboxOutput(success=True, note=texts.closed(self._language)))
-            async with Progress(ctx) as progress, self._sandboxes.use(ctx, call.sandbox, make=make) as use:
+                return result_of(SandboxOutput(success=True, note=texts.closed(self.language)))
+            async with Progress(ctx) as progress, self._sandboxes.use(ctx, sandbox, make=make) as use:
                 progress.doing = "running"
                 record.use = use
-                result = await self._in_sandbox(use, call, progress)
+                result = await work(use, progress)
                 failed = (result.structured_content or {}).get("success") is False
                 record.outcome = "error" if result.is_error else "failed" if failed else "ok"
                 # Before the handle counts as delivered: the caller may leave meanwhile.
@@ -233,43 +268,50 @@ class SandboxTools:
                 return result
         except RefusedError as refusal:
             record.outcome = "refused" if refusal.__cause__ is None else "no_sandbox"
-            return _result(SandboxOutput(), str(refusal))
+            return result_of(SandboxOutput(), str(refusal))
         except SandboxError as error:
             record.outcome = "no_sandbox"
             log.warning("no_sandbox", error=str(error))
-            return _result(SandboxOutput(), texts.no_sandbox(error))
+            return result_of(SandboxOutput(), texts.no_sandbox(error))
 
     async def _in_sandbox(self, use: Use, call: Call, progress: Progress) -> CallToolResult:
+        async def carry_out(client: SandboxClient) -> SandboxOutput:
+            return await self._carry_out(client, call, progress)
+
         problem = None
         try:
-            output = await self._carry_out_once(use, call, progress)
+            output = await self.repeated(
+                use, call.mode, lambda client: self._carry_out(client, call, progress)
+            )
+            if output.state in FINAL and call.mode in ("execute", "stream", "status"):
+                await name_files(use.client, output, use.handle)
             if output.state == ExecutionState.TIMEOUT.name and call.mode in ("execute", "stream"):
-                problem = texts.timed_out(call.limit_ms, p.MAX_TIMEOUT_MS, self._language)
+                problem = texts.timed_out(call.limit_ms, p.MAX_TIMEOUT_MS, self.language)
         except ValueError as error:  # A wrong argument; the message names it.
             output, problem = SandboxOutput(), str(error)
         except SandboxError as error:
             log.warning("call_failed", mode=call.mode, error=str(error))
-            output, problem = SandboxOutput(), texts.failed_call(error, call.mode, self._language)
+            output, problem = SandboxOutput(), texts.failed_call(error, call.mode, self.language)
         output.sandbox = use.handle
         for note in (use.news, *call.notes):
             if note is not None:
                 output.add_note(note)
-        return _result(output, problem)
+        return result_of(output, problem)
 
-    async def _carry_out_once(self, use: Use, call: Call, progress: Progress) -> SandboxOutput:
-        """As `_carry_out`; repeats a call that was refused because its machine was replaced."""
+    async def repeated(self, use: Use, mode: str, work: Callable[[SandboxClient], Awaitable[T]]) -> T:
+        """Does the work; repeats what was refused because its machine was replaced."""
         try:
-            return await self._carry_out(use.client, call, progress)
+            return await work(use.client)
         except SandboxReplacedError as error:
             if error.ran:
                 raise
-            log.warning("call_repeated", mode=call.mode, error=str(error))
+            log.warning("call_repeated", mode=mode, error=str(error))
         try:
             await use.renew()
         except SandboxError as error:
             log.warning("no_sandbox", error=str(error))
             raise RefusedError(texts.no_sandbox(error)) from error
-        return await self._carry_out(use.client, call, progress)
+        return await work(use.client)
 
     async def _carry_out(self, client: SandboxClient, call: Call, progress: Progress) -> SandboxOutput:
         match call.mode:
@@ -297,12 +339,12 @@ class SandboxTools:
                 return SandboxOutput(executions=read_executions(found, call.limit))
             case _:
                 report = await client.execute_test(tests=call.tests, code=call.code, timeout=call.timeout)
-                return read_report(report, self._max_output, texts.less(self._language))
+                return read_report(report, self.max_output, texts.less(self.language))
 
     async def _run(self, client: SandboxClient, call: Call, progress: Progress) -> SandboxOutput:
         merged = call.mode == "execute"
-        output = Clip(self._max_output)
-        errors = output if merged else Clip(self._max_output)
+        output = Clip(self.max_output)
+        errors = output if merged else Clip(self.max_output)
         offset = error_offset = 0
         result, execution_id = SandboxOutput(), ""
         try:
@@ -330,7 +372,7 @@ class SandboxTools:
         if clipped.left_out:
             result.truncated = True
             result.output_offset, result.error_output_offset = offset, error_offset
-            result.note = texts.rest(clipped.left_out, execution_id, offset, error_offset, self._language)
+            result.note = texts.rest(clipped.left_out, execution_id, offset, error_offset, self.language)
         return result
 
     async def _status(self, client: SandboxClient, call: Call) -> SandboxOutput:
@@ -343,8 +385,8 @@ class SandboxTools:
         if status.result is not None:
             result.end(status.result)
         begin, error_begin = call.output_offset, call.error_output_offset
-        result.output = status.output[begin : begin + self._max_output]
-        result.error_output = status.error_output[error_begin : error_begin + self._max_output]
+        result.output = status.output[begin : begin + self.max_output]
+        result.error_output = status.error_output[error_begin : error_begin + self.max_output]
         result.output_offset = begin + len(result.output)
         result.error_output_offset = error_begin + len(result.error_output)
         left = max(
@@ -357,10 +399,10 @@ class SandboxTools:
                 call.execution_id,
                 result.output_offset,
                 result.error_output_offset,
-                self._language,
+                self.language,
             )
         elif status.state.is_final and (begin or error_begin) and not (status.output or status.error_output):
-            result.note = texts.lost(self._language)
+            result.note = texts.lost(self.language)
         elif begin > len(status.output) or error_begin > len(status.error_output):
             result.note = texts.beyond(begin, len(status.output), error_begin, len(status.error_output))
         return result
@@ -376,16 +418,3 @@ async def _cancel(client: SandboxClient, execution_id: str) -> None:
         except SandboxError as error:
             # It may have ended by itself, or the whole sandbox.
             log.info("cancel_failed", execution=execution_id, error=str(error))
-
-
-def _result(output: SandboxOutput, problem: str | None = None) -> CallToolResult:
-    data = output.model_dump(mode="json", exclude_none=True)
-    blocks = [] if problem is None else [problem]
-    if data:
-        # For clients that do not look at structured content.
-        blocks.append(json.dumps(data, ensure_ascii=False))
-    return CallToolResult(
-        content=[TextContent(type="text", text=text) for text in blocks],
-        structured_content=data or None,
-        is_error=problem is not None,
-    )
