@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import random
-import signal
 from collections import Counter
 from typing import Any
 
@@ -19,7 +18,6 @@ import anyio
 import looptime
 import pytest
 from _counts import count, full
-from _patience import PATIENCE
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -38,6 +36,7 @@ from prodisco_sandbox._cluster.metadata import (
 from prodisco_sandbox._sessions.table import Session
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
+from .spinning import run_bounded
 from .support import StubClient, conditions
 
 SUSPENDED = 2
@@ -55,18 +54,6 @@ FIGURES = {
 """What moves are counted as; the others are just moves."""
 
 
-SPINS_AFTER = PATIENCE
-"""Seconds of real time that a move may take; hours of virtual time take milliseconds."""
-
-
-class Spinning(KeyboardInterrupt):
-    """Nothing less gets out of an event loop."""
-
-
-def _spinning(_number: int, _frame: object) -> None:
-    raise Spinning
-
-
 class Machine(RuleBasedStateMachine):
     """The moves that are tried, and what must hold after each."""
 
@@ -80,7 +67,6 @@ class Machine(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**16), polling=st.booleans(), leases=st.booleans())
     def begin(self, seed: int, polling: bool, leases: bool) -> None:
         random.seed(seed)
-        signal.signal(signal.SIGALRM, _spinning)
         self.loop = looptime.new_event_loop(start=1000.0)
         self.api = FakeCustomObjectsApi(auto_ready=self.readiness, now=self.loop.time)
         if self.pool is not None:
@@ -169,13 +155,7 @@ class Machine(RuleBasedStateMachine):
         return client
 
     def run(self, awaitable: Any) -> Any:
-        signal.setitimer(signal.ITIMER_REAL, SPINS_AFTER)
-        try:
-            return self.loop.run_until_complete(awaitable)
-        except Spinning:
-            raise AssertionError("it is busy for ever, and no time passes") from None
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        return run_bounded(self.loop, awaitable)
 
     def move(self, name: str, pause: float) -> None:
         self.moves[name] += 1

@@ -418,7 +418,7 @@ class SharedSessions(Leases):
         if seen.until is None or seen.until >= now + lasts + self._idle:
             return
         with contextlib.suppress(SandboxError):  # It is logged, and tried again.
-            await self._extend(session, max(lasts, self.slack) if session.idle_since() is None else lasts)
+            await self._extend(session, lasts)
 
     def measure(self, made: Object, sent: float) -> float | None:
         """How far this clock is ahead of the cluster's, by an object that was just made; within a second.
