@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -560,8 +561,8 @@ async def test_suspended_by_somebody_else_it_is_started_again() -> None:
 # Claims on a warm pool
 
 
-@pytest.fixture
-async def pool() -> AsyncIterator[FakeCustomObjectsApi]:
+@asynccontextmanager
+async def pooled() -> AsyncIterator[FakeCustomObjectsApi]:
     async with cluster() as api:
         api.add_warm_pool("python", 2)
         await asyncio.sleep(3)
@@ -571,8 +572,8 @@ async def pool() -> AsyncIterator[FakeCustomObjectsApi]:
 CLAIMS = {**SHARED, "warm_pool": "python"}
 
 
-async def test_a_claim_is_shared_like_a_sandbox(pool: FakeCustomObjectsApi) -> None:
-    async with managed(pool, **CLAIMS) as one, managed(pool, **CLAIMS) as two:
+async def test_a_claim_is_shared_like_a_sandbox() -> None:
+    async with pooled() as pool, managed(pool, **CLAIMS) as one, managed(pool, **CLAIMS) as two:
         await one.get_client("s")
         await settle()
         asked = len(pool.requests)
@@ -587,12 +588,12 @@ async def test_a_claim_is_shared_like_a_sandbox(pool: FakeCustomObjectsApi) -> N
         assert unix_time(claim["spec"]["lifecycle"]["shutdownTime"]) == pytest.approx(
             now() + T + SLACK, abs=1
         )
-    await asyncio.sleep(T + SLACK + 10)
-    assert pool.claims == []
+        await asyncio.sleep(T + SLACK + 10)
+        assert pool.claims == []
 
 
-async def test_a_claim_that_is_bound_anew_is_another_machine_to_all(pool: FakeCustomObjectsApi) -> None:
-    async with managed(pool, **CLAIMS) as one, managed(pool, **CLAIMS) as two:
+async def test_a_claim_that_is_bound_anew_is_another_machine_to_all() -> None:
+    async with pooled() as pool, managed(pool, **CLAIMS) as one, managed(pool, **CLAIMS) as two:
         before = [await one.get_client("s"), await two.get_client("s")]
         [claim] = pool.claims
         pool.delete_now(claim["status"]["sandbox"]["name"], kind="Sandbox")
@@ -602,8 +603,8 @@ async def test_a_claim_that_is_bound_anew_is_another_machine_to_all(pool: FakeCu
         assert len(pool.claims) == 1
 
 
-async def test_a_dead_claim_is_replaced_by_one_of_two(pool: FakeCustomObjectsApi) -> None:
-    async with managed(pool, **CLAIMS) as one, managed(pool, **CLAIMS) as two:
+async def test_a_dead_claim_is_replaced_by_one_of_two() -> None:
+    async with pooled() as pool, managed(pool, **CLAIMS) as one, managed(pool, **CLAIMS) as two:
         await one.get_client("s")
         await two.get_client("s")
         [claim] = pool.claims
