@@ -214,8 +214,12 @@ class SharedSessions(Leases):
 
     def elsewhere(self) -> tuple[int, int]:
         """How many objects hold a slot and are in no session here; how many of these are being deleted."""
-        named = self._table.named
-        held = [s for name, s in self._seen.items() if named(name) is None and not self._has_lapsed(s)]
+        named, lapsed = self._table.named, self._wall_clock() - self._skew
+        held = [
+            seen
+            for name, seen in self._seen.items()
+            if named(name) is None and (seen.until is None or seen.until >= lapsed)
+        ]
         return len(held), sum(seen.reading.phase == "ending" for seen in held)
 
     def _has_lapsed(self, seen: Seen) -> bool:
