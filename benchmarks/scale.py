@@ -37,6 +37,10 @@ class Scale:
     warm: int = 40
     """Sessions on a warm pool, one after another."""
     warm_at_once: int = 20
+    known: int = 5_000
+    """Sessions of a group, none in use here."""
+    hours: int = 12
+    """Virtual ones, in which a session is used."""
 
 
 FULL = Scale()
@@ -54,6 +58,7 @@ QUICK = Scale(
     stream_rounds=2,
     starts=3,
     warm=10,
+    hours=4,
 )
 SMOKE = Scale(
     rounds=1,
@@ -72,6 +77,8 @@ SMOKE = Scale(
     starts=1,
     warm=1,
     warm_at_once=2,
+    known=20,
+    hours=1,
 )
 
 
