@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from _spans import Observed, ident, observed, parent
+from opentelemetry.sdk.metrics import Meter
 from opentelemetry.trace import StatusCode
 
 from prodisco_sandbox import SandboxError, _telemetry, errors
@@ -198,6 +199,39 @@ async def test_starts_are_told_apart(observed: Observed) -> None:
     }
     assert points["cold"].sum == pytest.approx(4.0, abs=0.5)
     assert points["cold"].explicit_bounds == _telemetry.BUCKETS
+
+
+async def test_what_another_replica_has_started_is_attached(observed: Observed) -> None:
+    async with (
+        FakeCustomObjectsApi(auto_ready=1.0) as api,
+        managed(api, shared=True) as one,
+        managed(api, shared=True) as other,
+    ):
+        await one.get_client("s")
+        await other.get_client("s")
+        assert len(observed.spans("sandbox.create")) == 1
+        assert {kind: p.count for kind, p in observed.points("start.duration").items()} == {
+            "cold": 1,
+            "attached": 1,
+        }
+        before = observed.spans()
+        await other.get_client("s")
+        assert observed.spans() == before
+
+
+async def test_an_api_that_takes_no_buckets_has_its_own(
+    observed: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The MCP SDK may bring one that is older than what the extra asks for."""
+
+    def older(self: Any, name: str, unit: str = "", description: str = "") -> Any:
+        return create(self, name, unit, description)
+
+    create = Meter.create_histogram
+    monkeypatch.setattr(Meter, "create_histogram", older)
+    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+        await manager.get_client("s")
+    assert observed.points("start.duration")["cold"].explicit_bounds != _telemetry.BUCKETS
 
 
 async def test_sessions_are_counted_by_state(observed: Observed) -> None:
