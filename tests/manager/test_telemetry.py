@@ -214,9 +214,14 @@ async def test_what_another_replica_has_started_is_attached(observed: Observed) 
             "cold": 1,
             "attached": 1,
         }
+        assert (
+            annotation(api)["traceparent"].split("-")[2] == f"{ident(observed.span('sandbox.create')):016x}"
+        )
         before = observed.spans()
         await other.get_client("s")
         assert observed.spans() == before
+        await other.on_session_closed("s")
+        assert link(observed.span("sandbox.delete")) == ident(observed.spans("sandbox.get_client")[1])
 
 
 async def test_an_api_that_takes_no_buckets_has_its_own(

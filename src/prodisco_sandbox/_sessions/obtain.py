@@ -68,8 +68,7 @@ class Obtain:
                         return
                     look = adopted is not None
                     continue
-                with _telemetry.span("sandbox.create", session.trace, session.about):
-                    await self._create(session, deadline, first=attempt == 0)
+                await self._create(session, deadline, first=attempt == 0)
                 return
             except AlreadyExistsError as e:
                 names += 1
@@ -140,6 +139,10 @@ class Obtain:
     # Creation
 
     async def _create(self, session: Session, deadline: float, *, first: bool) -> None:
+        with _telemetry.span("sandbox.create", session.trace, session.about):
+            await self._try_to_create(session, deadline, first=first)
+
+    async def _try_to_create(self, session: Session, deadline: float, *, first: bool) -> None:
         """One create; after a lost answer the object itself tells whether it was carried out."""
         parts = self._parts
         about: dict[str, Any] = {}
