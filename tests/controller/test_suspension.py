@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from _patience import until
+from _patience import PATIENCE, until
 from envtest.support import MERGE_PATCH, Object
 
 from prodisco_sandbox import SandboxFailedError, SandboxManager, SandboxRef
@@ -72,6 +72,24 @@ async def test_an_idle_session_is_suspended_and_its_next_use_resumes_it(cluster:
         # Started while its pod is there, it would report that pod as ready.
         assert modes(events)[1:] == [("Suspended", "False"), ("Running", "True")]
         assert (manager.stats().created, manager.stats().resumed, manager.stats().lost) == (1, 1, 0)
+
+
+async def test_a_session_makes_room_for_another_and_comes_back_to_its_volume(
+    cluster: ControlledNamespace,
+) -> None:
+    evicts: dict[str, Any] = {
+        "max_sessions": 1,
+        "when_full": "evict",
+        "evict_after": 0.1,
+        "capacity_timeout": PATIENCE,
+    }
+    async with cluster.managed(**KEEPS, **evicts) as manager:
+        first, kept = await use(manager), await volumes(cluster)
+        await manager.get_client("another")
+        second = await use(manager)
+        assert (second.uid, second.after_eviction, second == first) == (first.uid, True, False)
+        assert (await volumes(cluster)).items() > kept.items()
+        assert (manager.stats().evicted, manager.stats().resumed) == (2, 1)
 
 
 async def test_a_call_while_it_is_being_suspended_resumes_it(cluster: ControlledNamespace) -> None:
