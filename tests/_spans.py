@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from opentelemetry import trace
@@ -17,6 +18,8 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from prodisco_sandbox import _telemetry
 
 
 class Observed:
@@ -72,8 +75,9 @@ def ident(span: Any) -> int:
 
 @pytest.fixture
 def observed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Observed]:
-    """The SDK is set up, for one test."""
+    """The SDK is set up, for one test, and sees its managers alone."""
     found = Observed()
+    monkeypatch.setattr(_telemetry, "tables", WeakSet())
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", found.traces)
     monkeypatch.setattr(metrics, "_METER_PROVIDER", found.metrics)
     yield found

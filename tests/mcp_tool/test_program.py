@@ -364,7 +364,7 @@ async def test_after_sigterm_it_is_not_ready_and_ends_when_the_calls_have_ended(
         ):
             for probe in ("healthz", "readyz"):
                 assert (await http.get(f"{base}/{probe}")).text == "ok\n"
-            assert "prodisco_sandbox_slots 4.0" in (await http.get(f"{base}/metrics")).text
+            assert "\nprodisco_sandbox_slots " in (await http.get(f"{base}/metrics")).text
             refused = await http.post(f"{base}/mcp", headers={"Host": "evil.example", **JSON}, json={})
             assert refused.status_code == 421
             last = asyncio.create_task(call(client, ""))
