@@ -9,10 +9,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
-from opentelemetry import trace
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 from prodisco_sandbox import SandboxClient, _telemetry
+from prodisco_sandbox._telemetry import otel
 
 from .lookups import ready_manager
 from .measure import Figure, compared, interleaved
@@ -54,7 +54,8 @@ def recording() -> Iterator[None]:
     """The SDK records all spans; what exporters do is their own affair."""
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SpanProcessor())
-    with mock.patch.object(trace, "_TRACER_PROVIDER", provider):
+    tracer = provider.get_tracer(otel.SCOPE)
+    with mock.patch.object(otel, "_tracer", lambda: tracer):  # noqa: PT008
         yield
 
 

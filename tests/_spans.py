@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from prodisco_sandbox import _telemetry
+from prodisco_sandbox._telemetry import otel
 
 
 class Observed:
@@ -73,6 +74,11 @@ def ident(span: Any) -> int:
     return int(span.get_span_context().span_id)
 
 
+def _forget_providers() -> None:
+    otel._tracer.cache_clear()
+    otel._instruments.cache_clear()
+
+
 @pytest.fixture
 def observed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Observed]:
     """The SDK is set up, for one test, and sees its managers alone."""
@@ -80,7 +86,9 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Observed]:
     monkeypatch.setattr(_telemetry, "tables", WeakSet())
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", found.traces)
     monkeypatch.setattr(metrics, "_METER_PROVIDER", found.metrics)
+    _forget_providers()
     yield found
+    _forget_providers()
     found.traces.shutdown()
     found.metrics.shutdown()
 

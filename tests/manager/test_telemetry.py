@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 from typing import Any
 
 import pytest
+from _patience import PATIENCE
 from _spans import Observed, ident, observed, parent
 from opentelemetry.sdk.metrics import Meter
 from opentelemetry.trace import StatusCode
@@ -280,3 +282,38 @@ async def test_without_opentelemetry_nothing_is_written(monkeypatch: pytest.Monk
         [found] = api.objects
         assert _telemetry.ANNOTATION not in found["metadata"].get("annotations", {})
         assert manager.stats().created == 1
+
+
+def test_an_sdk_that_is_set_up_late_gets_all_that_comes_after() -> None:
+    """The library may have used OpenTelemetry's API before; nothing is counted twice."""
+    code = """
+import opentelemetry.context
+from prodisco_sandbox import _telemetry
+from opentelemetry import metrics, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+with _telemetry.span("sandbox.early"):
+    _telemetry.happened("early", {})
+exporter, reader, provider = InMemorySpanExporter(), InMemoryMetricReader(), TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+metrics.set_meter_provider(MeterProvider([reader]))
+with _telemetry.span("sandbox.late"):
+    _telemetry.happened("late", {})
+[scope] = reader.get_metrics_data().resource_metrics[0].scope_metrics
+print([span.name for span in exporter.get_finished_spans()])
+print(sorted((made.name, len(made.data.data_points)) for made in scope.metrics))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.stderr == ""
+    spans, made = done.stdout.splitlines()
+    assert spans == "['sandbox.late']"
+    assert made == str(
+        [(f"{_telemetry.PREFIX}{name}", n) for name, n in (("events", 1), ("sessions", 5), ("slots", 1))]
+    )

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self, cast
 
 from opentelemetry import context, metrics, trace
-from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.trace import (
     Link,
     NonRecordingSpan,
@@ -20,7 +20,6 @@ from opentelemetry.trace import (
     Status,
     StatusCode,
     Tracer,
-    TracerProvider,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -43,9 +42,12 @@ SCOPE = "prodisco_sandbox"
 _w3c = TraceContextTextMapPropagator()
 
 
-@functools.lru_cache(1)
-def _tracer(provider: TracerProvider) -> Tracer:
-    return provider.get_tracer(SCOPE)
+# What is made before an SDK is set up passes on to it later.
+
+
+@functools.cache
+def _tracer() -> Tracer:
+    return trace.get_tracer(SCOPE)
 
 
 def current() -> SpanContext | None:
@@ -70,7 +72,7 @@ def begin(
     parent, link = at or Trace()
     around = None if parent is None else trace.set_span_in_context(NonRecordingSpan(parent))
     links = [] if link is None else [Link(link)]
-    return _tracer(trace.get_tracer_provider()).start_span(name, around, kind, attributes, links)
+    return _tracer().start_span(name, around, kind, attributes, links)
 
 
 def fail(begun: Span, error: BaseException) -> None:
@@ -153,12 +155,12 @@ class Execution:
 
 
 def record(metric: Metric, value: float, label: str) -> None:
-    _instruments(metrics.get_meter_provider())[metric](value, {metric.label: label})
+    _instruments()[metric](value, {metric.label: label})
 
 
-@functools.lru_cache(1)
-def _instruments(provider: MeterProvider) -> dict[Metric, Callable[[float, dict[str, str]], None]]:
-    meter = provider.get_meter(SCOPE)
+@functools.cache
+def _instruments() -> dict[Metric, Callable[[float, dict[str, str]], None]]:
+    meter = metrics.get_meter(SCOPE)
 
     def level(wanted: Metric) -> None:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
