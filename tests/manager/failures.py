@@ -27,7 +27,7 @@ from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
 from prodisco_sandbox._cluster.metadata import session_hash
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import Clients, StubClient, conditions, left_behind, now, settle, suspend
+from .support import Clients, LoopTimeApi, StubClient, conditions, left_behind, now, settle, suspend
 
 MARK = "alices-secret-5f3a9c"
 SESSION = f"\n../{MARK}\x00{{}}%s'\"é\ud800"
@@ -75,7 +75,7 @@ class World:
 async def world(
     make: Callable[[str], StubClient] = StubClient, auto_ready: Any = True, **settings: Any
 ) -> AsyncIterator[World]:
-    async with FakeCustomObjectsApi(auto_ready=auto_ready) as api:
+    async with LoopTimeApi(auto_ready=auto_ready) as api:
         clients = Clients(make)
         loop = asyncio.get_running_loop()
         config = SandboxManagerConfig(**{"mode": "multi", "instance_id": "me", **settings})

@@ -16,6 +16,14 @@ from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, lease_time, sessi
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 
+class LoopTimeApi(FakeCustomObjectsApi):
+    """The fake, with the loop's clock as its wall clock, as the managers here have: leases would be long
+    over by any other. Pods end at once, except where a test says how long that takes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"now": now, "pod_termination": 0.0, **options})
+
+
 class StubClient(SandboxClient):
     """A client without a socket: healthy, busy and last used as the test says."""
 

@@ -10,9 +10,8 @@ import pytest
 from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import Clients, managed
+from .support import Clients, LoopTimeApi, managed
 
 # In real time: anyio keeps the loop spinning while it cancels, and virtual time stands still.
 
@@ -35,7 +34,7 @@ async def initialise(manager: SandboxManager) -> None:
 async def test_a_caller_whose_scope_is_cancelled_leaves_a_sound_manager(
     use: Callable[[SandboxManager], Awaitable[None]], verb: str
 ) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api, max_sessions=1) as manager:
             api.faults.add(verb, latency=0.01)  # type: ignore[arg-type]
             with anyio.move_on_after(0.005):
@@ -49,7 +48,7 @@ async def test_a_caller_whose_scope_is_cancelled_leaves_a_sound_manager(
 
 
 async def test_a_close_whose_scope_is_cancelled_goes_on() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         api.faults.add("delete", latency=0.02)
         with anyio.CancelScope() as scope:
@@ -60,7 +59,7 @@ async def test_a_close_whose_scope_is_cancelled_goes_on() -> None:
 
 
 async def test_a_scope_that_is_cancelled_around_the_manager_waits_for_its_shutdown() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         api.faults.add("delete", latency=0.02)
         with anyio.CancelScope() as scope:
             async with managed(api) as manager:
@@ -73,7 +72,7 @@ async def test_a_scope_that_is_cancelled_around_the_manager_waits_for_its_shutdo
 
 
 async def test_a_shutdown_whose_scope_is_cancelled_goes_on() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         config = SandboxManagerConfig(mode="multi")
         manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
         await manager.get_client("s")

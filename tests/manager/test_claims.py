@@ -23,7 +23,7 @@ from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, is_deleting
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import Clients, StubClient, conditions, left_behind, managed, now, settle
+from .support import Clients, LoopTimeApi, StubClient, conditions, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -35,7 +35,7 @@ async def claimed(
     replicas: int | None = 2, *, clients: Clients | None = None, ready: Any = 1.0, **settings: Any
 ) -> AsyncIterator[tuple[FakeCustomObjectsApi, SandboxManager]]:
     """A manager on a pool whose members are ready; None: there is no pool."""
-    async with FakeCustomObjectsApi(auto_ready=ready) as api:
+    async with LoopTimeApi(auto_ready=ready) as api:
         if replicas is not None:
             api.add_warm_pool(POOL, replicas)
             await asyncio.sleep(3)
@@ -141,7 +141,7 @@ async def test_a_pool_that_does_not_come_is_named() -> None:
 
 
 async def test_extensions_that_are_not_installed_are_named_at_once() -> None:
-    api = FakeCustomObjectsApi(auto_ready=True, extensions=False)
+    api = LoopTimeApi(auto_ready=True, extensions=False)
     async with api, managed(api, warm_pool=POOL) as manager:
         begun = now()
         with pytest.raises(SandboxUnavailableError) as caught:
@@ -387,7 +387,7 @@ async def test_a_claim_under_the_name_that_is_being_deleted_is_evaded() -> None:
 
 
 async def test_sandboxes_from_before_the_pool_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+    async with LoopTimeApi(auto_ready=1.0) as api:
         await left_behind(api, "old")
         api.add_warm_pool(POOL, 1)
         async with managed(api, warm_pool=POOL) as manager:
@@ -401,7 +401,7 @@ async def test_sandboxes_from_before_the_pool_are_told_of(caplog: pytest.LogCapt
 
 
 async def test_a_shutdown_ends_the_search_for_sandboxes_from_before_the_pool() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+    async with LoopTimeApi(auto_ready=1.0) as api:
         api.add_warm_pool(POOL, 1)
         await asyncio.sleep(3)
         before = asyncio.all_tasks()

@@ -20,6 +20,7 @@ from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import (
     Clients,
+    LoopTimeApi,
     PlainApi,
     StubClient,
     alive,
@@ -46,7 +47,7 @@ async def create_as_others(api: FakeCustomObjectsApi, taken: str, **labels: str)
 
 @pytest.mark.parametrize("before", ["me", "another", None])
 async def test_the_sandbox_of_an_earlier_process_is_adopted(before: str | None) -> None:
-    async with FakeCustomObjectsApi() as api:
+    async with LoopTimeApi() as api:
         async with managed(api) as manager:
             left = await left_behind(api, "s", instance=before)
             client = await manager.get_client("s")
@@ -58,7 +59,7 @@ async def test_the_sandbox_of_an_earlier_process_is_adopted(before: str | None) 
 
 
 async def test_an_adoption_claims_under_the_version_it_has_seen_and_sets_the_lease() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, session_idle_timeout=1e6) as manager:
+    async with LoopTimeApi() as api, managed(api, session_idle_timeout=1e6) as manager:
         await asyncio.sleep(50)
         left = await left_behind(api, "s", instance="another", lease=60)
         await manager.get_client("s")
@@ -75,14 +76,14 @@ async def test_an_adoption_claims_under_the_version_it_has_seen_and_sets_the_lea
 
 
 async def test_an_adopted_lease_that_nobody_would_renew_is_taken_away() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, lease_duration=None) as manager:
+    async with LoopTimeApi() as api, managed(api, lease_duration=None) as manager:
         await left_behind(api, "s", lease=60)
         await manager.get_client("s")
         assert "shutdownTime" not in api.objects[0]["spec"]
 
 
 async def test_an_adopted_sandbox_that_is_not_ready_is_waited_for() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_poll_interval=30.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_poll_interval=30.0) as manager:
         left = await left_behind(api, "s", instance="another", ready=False)
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(7)
@@ -95,7 +96,7 @@ async def test_what_will_never_be_ready_is_deleted_and_made_again_instead() -> N
     def the_second(sandbox: dict[str, Any]) -> bool:
         return api.count("create") > 1
 
-    async with FakeCustomObjectsApi(auto_ready=the_second) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=the_second) as api, managed(api) as manager:
         left = await left_behind(api, "s", ready=False)
         api.set_status(name(left), conditions("PodFailed"))
         client = await manager.get_client("s")
@@ -106,7 +107,7 @@ async def test_what_will_never_be_ready_is_deleted_and_made_again_instead() -> N
 
 
 async def test_a_live_sandbox_of_a_later_incarnation_is_found_by_its_label() -> None:
-    async with FakeCustomObjectsApi() as api:
+    async with LoopTimeApi() as api:
         async with managed(api) as manager:
             api.linger_deletes = True
             await left_behind(api, "s")
@@ -121,7 +122,7 @@ async def test_a_live_sandbox_of_a_later_incarnation_is_found_by_its_label() -> 
 
 async def test_of_several_the_newest_is_adopted() -> None:
     clock = 1000.0
-    async with FakeCustomObjectsApi(now=lambda: clock) as api, managed(api) as manager:
+    async with LoopTimeApi(now=lambda: clock) as api, managed(api) as manager:
         await left_behind(api, "s")
         clock = 2000.0
         newest = await left_behind(api, "s", incarnation=1)
@@ -133,7 +134,7 @@ async def test_of_several_the_newest_is_adopted() -> None:
 
 
 async def test_a_sandbox_that_changes_while_it_is_adopted_is_looked_at_again() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         left = await left_behind(api, "s", instance="another")
         with api.faults.add("patch", hold=True, name=name(left), times=1) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
@@ -146,7 +147,7 @@ async def test_a_sandbox_that_changes_while_it_is_adopted_is_looked_at_again() -
 
 
 async def test_a_sandbox_that_vanishes_while_it_is_adopted_is_made_anew() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         left = await left_behind(api, "s", instance="another")
         with api.faults.add("patch", hold=True, name=name(left), times=1) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
@@ -159,7 +160,7 @@ async def test_a_sandbox_that_vanishes_while_it_is_adopted_is_made_anew() -> Non
 
 
 async def test_the_last_claimer_wins_and_the_loser_deletes_nothing() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api, instance_id="first") as first, managed(api, instance_id="second") as second:
             before = await first.get_client("s")
             after = await second.get_client("s")
@@ -176,7 +177,7 @@ async def test_the_last_claimer_wins_and_the_loser_deletes_nothing() -> None:
 
 async def test_the_loser_may_claim_it_back() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, instance_id="first") as first,
         managed(api, instance_id="second") as second,
     ):
@@ -192,7 +193,7 @@ async def test_the_loser_may_claim_it_back() -> None:
 
 
 async def test_a_loser_that_only_polls_checks_the_label_before_it_deletes() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         api.faults.add("watch", error=405)
         async with managed(api, instance_id="first") as first, managed(api, instance_id="second") as second:
             await first.get_client("s")
@@ -204,7 +205,7 @@ async def test_a_loser_that_only_polls_checks_the_label_before_it_deletes() -> N
 
 
 async def test_a_loser_that_only_polls_notices_at_the_reapers_tick() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         api.faults.add("watch", error=405)
         async with managed(api, instance_id="first") as first, managed(api, instance_id="second") as second:
             await first.get_client("s")
@@ -215,7 +216,7 @@ async def test_a_loser_that_only_polls_notices_at_the_reapers_tick() -> None:
 
 
 async def test_who_may_not_patch_adopts_without_a_claim(caplog: pytest.LogCaptureFixture) -> None:
-    async with FakeCustomObjectsApi() as api:
+    async with LoopTimeApi() as api:
         api.forbid("patch")
         async with managed(api, ready_timeout=20.0) as manager:
             left = await left_behind(api, "s", instance="another", ready=False)
@@ -238,7 +239,7 @@ async def test_who_may_not_patch_adopts_without_a_claim(caplog: pytest.LogCaptur
 
 
 async def test_a_claim_whose_answer_is_lost_is_made_again() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         left = await left_behind(api, "s", instance="another")
         api.faults.add("patch", lost=True, name=name(left), times=2)
         client = await manager.get_client("s")
@@ -248,7 +249,7 @@ async def test_a_claim_whose_answer_is_lost_is_made_again() -> None:
 
 
 async def test_an_adoption_that_fails_does_not_delete_what_was_not_claimed() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=20.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_timeout=20.0) as manager:
         left = await left_behind(api, "s", instance="another")
         fault = api.faults.add("patch", error=503, name=name(left))
         with pytest.raises(SandboxUnavailableError):
@@ -263,7 +264,7 @@ async def test_an_adoption_that_fails_does_not_delete_what_was_not_claimed() -> 
 
 
 async def test_closing_while_the_claim_is_on_its_way_deletes_what_it_claims() -> None:
-    async with FakeCustomObjectsApi() as api:
+    async with LoopTimeApi() as api:
         for lost in (False, True):
             async with managed(api) as manager:
                 left = await left_behind(api, "s", instance="another")
@@ -283,7 +284,7 @@ async def test_closing_while_the_claim_is_on_its_way_deletes_what_it_claims() ->
 
 
 async def test_a_name_that_is_still_being_deleted_is_left_for_the_next() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api, max_sessions=1) as manager:
             api.linger_deletes = True
             refs = []
@@ -308,7 +309,7 @@ async def test_a_name_that_is_still_being_deleted_is_left_for_the_next() -> None
 
 
 async def test_a_name_that_becomes_free_meanwhile_is_used() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.linger_deletes = True
         await left_behind(api, "s")
         await api.delete_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, SANDBOX.name("s"))
@@ -328,7 +329,7 @@ async def test_a_name_that_becomes_free_meanwhile_is_used() -> None:
 async def test_a_name_that_is_taken_by_others_is_a_conflict_and_theirs_is_left_alone(
     labels: dict[str, str],
 ) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
         await create_as_others(api, SANDBOX.name("s"), **labels)
         [theirs] = api.objects
         with pytest.raises(SandboxConflictError, match="taken by a Sandbox that is not this session's") as e:
@@ -342,7 +343,7 @@ async def test_a_name_that_is_taken_by_others_is_a_conflict_and_theirs_is_left_a
 
 
 async def test_a_create_without_an_answer_does_not_take_what_others_have_there() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         labels = {LABEL_INSTANCE: "me", LABEL_SESSION: "0" * 40}
         await create_as_others(api, SANDBOX.name("s"), **labels)
         api.faults.add("create", error=503, times=1)
@@ -353,7 +354,7 @@ async def test_a_create_without_an_answer_does_not_take_what_others_have_there()
 
 
 async def test_closing_a_create_without_an_answer_does_not_delete_what_others_have_there() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         labels = {LABEL_INSTANCE: "me", LABEL_SESSION: "0" * 40}
         await create_as_others(api, SANDBOX.name("s"), **labels)
         with api.faults.add("create", error=503, hold=True) as gate:
@@ -367,7 +368,7 @@ async def test_closing_a_create_without_an_answer_does_not_delete_what_others_ha
 
 
 async def test_the_live_sandbox_of_another_session_is_never_adopted() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         other = await manager.get_client("other")
         await create_as_others(api, SANDBOX.name("s"))
         with pytest.raises(SandboxConflictError):
@@ -380,7 +381,7 @@ async def test_a_name_that_is_always_taken_and_never_there_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("prodisco_sandbox._sessions.obtain.INCARNATIONS", 5)
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", error=api_error(409, "already exists", reason="AlreadyExists"))
         with pytest.raises(SandboxConflictError, match=r"no free name .* after 5 tries"):
             await manager.get_client("s")
@@ -400,7 +401,7 @@ async def test_a_plain_fake_is_adopted_from_too() -> None:
 
 async def test_a_sandbox_that_is_claimed_while_it_is_made_fails_its_creation() -> None:
     async with (
-        FakeCustomObjectsApi() as api,
+        LoopTimeApi() as api,
         managed(api, instance_id="first") as first,
         managed(api, instance_id="second") as second,
     ):
@@ -432,7 +433,7 @@ def by_a(request: Any) -> bool:
 
 async def test_a_delete_that_is_repeated_spares_what_another_manager_claimed() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, instance_id="a") as a,
         managed(api, instance_id="b") as b,
     ):
@@ -447,7 +448,7 @@ async def test_a_delete_that_is_repeated_spares_what_another_manager_claimed() -
 
 async def test_a_sandbox_claimed_while_its_client_is_closed_is_spared() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, Clients(Slow), instance_id="a") as a,
         managed(api, instance_id="b") as b,
     ):
@@ -462,7 +463,7 @@ async def test_a_sandbox_claimed_while_its_client_is_closed_is_spared() -> None:
 
 async def test_a_sandbox_claimed_while_the_watch_is_broken_is_not_deleted() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, instance_id="a") as a,
         managed(api, instance_id="b") as b,
     ):
@@ -480,7 +481,7 @@ async def test_a_sandbox_claimed_while_the_watch_is_broken_is_not_deleted() -> N
 
 async def test_a_sandbox_of_the_session_that_appears_between_list_and_get_is_no_conflict() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, instance_id="a") as a,
         managed(api, instance_id="b") as b,
     ):
@@ -506,7 +507,7 @@ async def test_a_sandbox_of_the_session_that_appears_between_list_and_get_is_no_
 
 async def test_a_create_without_an_answer_claims_what_another_manager_has_there() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, instance_id="first") as first,
         managed(api, instance_id="second") as second,
     ):
@@ -520,7 +521,7 @@ async def test_a_create_without_an_answer_claims_what_another_manager_has_there(
 
 
 async def test_what_will_never_be_ready_is_deleted_by_its_uid() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         left = await left_behind(api, "s", ready=False)
         api.set_status(name(left), conditions("PodFailed"))
         with api.faults.add("delete", hold=True, times=1) as gate:
@@ -535,7 +536,7 @@ async def test_what_will_never_be_ready_is_deleted_by_its_uid() -> None:
 
 
 async def test_what_is_ours_already_needs_no_claim_to_be_watched() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         api.forbid("patch")
         left = await left_behind(api, "s", ready=False)
         asyncio.get_running_loop().call_later(5.5, api.set_ready, name(left))
@@ -545,7 +546,7 @@ async def test_what_is_ours_already_needs_no_claim_to_be_watched() -> None:
 
 
 async def test_what_was_adopted_without_a_claim_is_deleted_by_who_only_polls_too() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         api.forbid("patch", "watch")
         await left_behind(api, "s", instance="another")
         await manager.get_client("s")
@@ -555,7 +556,7 @@ async def test_what_was_adopted_without_a_claim_is_deleted_by_who_only_polls_too
 
 async def test_a_sandbox_claimed_before_the_first_list_is_not_deleted() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, instance_id="a") as a,
         managed(api, instance_id="b") as b,
     ):
@@ -572,7 +573,7 @@ async def test_a_sandbox_claimed_before_the_first_list_is_not_deleted() -> None:
 
 async def test_a_sandbox_claimed_in_a_gap_of_the_watch_while_its_client_is_closed_is_spared() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, Clients(Slow), instance_id="a") as a,
         managed(api, instance_id="b") as b,
     ):

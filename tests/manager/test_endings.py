@@ -17,9 +17,8 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
 )
 from prodisco_sandbox._cluster.manifest import SANDBOX
-from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import Clients, PlainApi, StubClient, alive, managed, now, settle
+from .support import Clients, LoopTimeApi, PlainApi, StubClient, alive, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -34,7 +33,7 @@ async def test_a_client_that_will_not_close_keeps_no_sandbox(caplog: pytest.LogC
             raise RuntimeError("boom")
 
     for kind, seconds in ((Stuck, 5.0), (Broken, 0.0)):
-        async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, Clients(kind)) as manager:
+        async with LoopTimeApi(auto_ready=True) as api, managed(api, Clients(kind)) as manager:
             await manager.get_client("s")
             begun = now()
             await manager.on_session_closed("s")
@@ -50,7 +49,7 @@ async def test_a_client_that_can_never_be_healthy_ends_the_creation_at_once() ->
             return SandboxError("cannot read /tls/ca.crt")
 
     clients = Clients(lambda target: Hopeless(target, healthy=False))
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         with pytest.raises(SandboxError, match=r"cannot read /tls/ca\.crt"):
             await manager.get_client("s")
         assert now() == pytest.approx(1.0, abs=1e-3)
@@ -66,7 +65,7 @@ async def test_a_status_that_a_proxy_gives_meanwhile_is_waited_out() -> None:
             return SandboxError("the proxy does not know such a method", status="UNIMPLEMENTED")
 
     clients = Clients(lambda target: Behind(target, healthy=False))
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         assert await manager.get_client("s") is clients.made[0]
         assert clients.made[0].health_checks == 4
 
@@ -80,7 +79,7 @@ async def test_a_pod_replaced_during_the_health_check_is_not_handed_out() -> Non
             return True
 
     clients = Clients(Moving)
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         client = await manager.get_client("s")
         assert client.target == "10.9.9.9:50051"
         await settle()
@@ -88,7 +87,7 @@ async def test_a_pod_replaced_during_the_health_check_is_not_handed_out() -> Non
 
 
 async def test_who_waits_for_a_delete_that_never_succeeds_is_told_so() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=30.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=30.0) as manager:
         await manager.get_client("s")
         fault = api.faults.add("delete", error=503)
         await manager.on_session_closed("s")
@@ -122,7 +121,7 @@ async def test_a_sweep_that_fails_is_repeated_at_the_next_tick() -> None:
 
 
 async def test_shutdown_ends_though_late_creates_cannot_be_looked_for() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         config = SandboxManagerConfig(mode="multi", shutdown_timeout=7.0)
         manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
         with api.faults.add("create", lost=True, hold=True, times=1) as gate:
@@ -140,7 +139,7 @@ async def test_shutdown_ends_though_late_creates_cannot_be_looked_for() -> None:
 
 
 async def test_a_watch_that_crashes_is_started_again(caplog: pytest.LogCaptureFixture) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         await api.until(lambda: api.watches)
         api.watches[0].feed(b'{"type": "ADDED", "object": null}\n')
@@ -153,7 +152,7 @@ async def test_a_watch_that_crashes_is_started_again(caplog: pytest.LogCaptureFi
 
 
 async def test_a_fresh_list_without_a_sandbox_under_way_is_looked_into() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await api.until(lambda: api.objects and api.watches)
         await asyncio.sleep(3)
@@ -168,7 +167,7 @@ async def test_a_fresh_list_without_a_sandbox_under_way_is_looked_into() -> None
 
 
 async def test_shutdown_names_what_may_yet_appear(caplog: pytest.LogCaptureFixture) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api) as manager:
             api.faults.add("create", latency=60.0, lands=True)
             asking = asyncio.create_task(manager.get_client("s"))
@@ -195,7 +194,7 @@ async def test_a_sandbox_that_is_not_ready_any_more_after_its_health_check_is_wa
             return True
 
     clients = Clients(Leaving)
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         client = await manager.get_client("s")
         assert now() == pytest.approx(5.0, abs=1e-3)
         assert clients.made == [client]
@@ -209,7 +208,7 @@ async def test_a_client_that_is_unhealthy_at_once_is_not_asked_in_a_tight_loop()
             return False
 
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, Clients(Curt), ready_timeout=10.0) as manager,
     ):
         with pytest.raises(SandboxTimeoutError, match="not healthy"):
@@ -221,7 +220,7 @@ async def test_a_client_that_is_unhealthy_at_once_is_not_asked_in_a_tight_loop()
 async def test_shutdown_says_nothing_of_a_lost_answer_that_was_made_up_for(
     used_for: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api) as manager:
             api.faults.add("create", lost=True, times=1)
             async with manager.session("s"):
@@ -231,7 +230,7 @@ async def test_shutdown_says_nothing_of_a_lost_answer_that_was_made_up_for(
 
 
 async def test_a_delete_that_is_repeated_needs_no_right_to_get() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.forbid("get")
         await manager.get_client("s")
         api.faults.add("delete", error=503, times=1)
@@ -247,7 +246,7 @@ async def test_a_mock_made_after_the_client_will_do() -> None:
         client.in_flight, client.last_used = 0, 0.0
         return client
 
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, factory) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, factory) as manager:
         client = await manager.get_client("s")
         await manager.on_session_closed("s")
         client.close.assert_awaited_once()  # type: ignore[attr-defined]

@@ -14,10 +14,9 @@ import structlog
 import prodisco_sandbox
 from prodisco_sandbox import SandboxError, SandboxManagerConfig
 from prodisco_sandbox._log import get_logger
-from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .failures import FAILURES, SESSION, Failure, world
-from .support import Clients, StubClient, managed
+from .support import Clients, LoopTimeApi, StubClient, managed
 
 pytestmark = pytest.mark.looptime
 
@@ -136,7 +135,7 @@ async def test_work_for_a_session_carries_no_context_variables_of_its_callers() 
     structlog.configure(processors=[structlog.contextvars.merge_contextvars, keep])
     try:
         with structlog.contextvars.bound_contextvars(request="first"):
-            async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api, Factory()) as manager:
+            async with LoopTimeApi(auto_ready=1.0) as api, managed(api, Factory()) as manager:
                 await manager.get_client("s")
                 await manager.on_session_closed("s")
     finally:
@@ -154,7 +153,7 @@ async def test_a_processor_of_events_that_fails_holds_no_slot() -> None:
 
     structlog.configure(processors=[fails])
     try:
-        async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+        async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
             with pytest.raises(SandboxError, match="ZeroDivisionError"):
                 await manager.get_client("s")
             await manager.on_session_closed("s")

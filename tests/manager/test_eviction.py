@@ -13,7 +13,7 @@ from prodisco_sandbox import SandboxCapacityError, SandboxClient, SandboxError, 
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import StubClient, managed, now, settle
+from .support import LoopTimeApi, StubClient, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -25,7 +25,7 @@ SUSPENSION: dict[str, Any] = {"on_idle": "suspend", "workspace_storage": "1Gi"}
 async def evicting(
     slots: int = 2, **settings: Any
 ) -> AsyncIterator[tuple[FakeCustomObjectsApi, SandboxManager]]:
-    async with FakeCustomObjectsApi(auto_ready=READY) as api:
+    async with LoopTimeApi(auto_ready=READY) as api:
         defaults: dict[str, Any] = {"max_sessions": slots, "when_full": "evict", "capacity_timeout": PATIENCE}
         async with managed(api, **defaults | settings) as manager:
             yield api, manager

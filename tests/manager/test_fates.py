@@ -19,6 +19,7 @@ from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .support import (
     Clients,
+    LoopTimeApi,
     StubClient,
     alive,
     change_spec,
@@ -73,7 +74,7 @@ def report_ready(api: FakeCustomObjectsApi, name: str, ip: str, *, generation: i
 
 async def test_a_passing_finished_deletes_nothing_and_the_next_use_meets_the_new_pod() -> None:
     clients = Clients()
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         old = await manager.get_client("s")
         name = manager.sandbox_name("s")
         report_finished(api, name)
@@ -92,7 +93,7 @@ async def test_a_passing_finished_deletes_nothing_and_the_next_use_meets_the_new
 
 
 async def test_the_same_address_after_a_death_is_another_machine() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         name = manager.sandbox_name("s")
         old = await manager.get_client("s")
         ips = api.objects[0]["status"]["podIPs"]
@@ -104,7 +105,7 @@ async def test_the_same_address_after_a_death_is_another_machine() -> None:
 
 
 async def test_the_address_of_a_finished_pod_is_no_target() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await manager.get_client("s")
         name = manager.sandbox_name("s")
         await change_spec(api, name, volumeClaimTemplates=VOLUMES)
@@ -120,7 +121,7 @@ async def test_the_address_of_a_finished_pod_is_no_target() -> None:
 
 async def test_a_session_whose_pod_has_ended_and_that_nobody_wants_is_reaped() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, session_idle_timeout=50.0, idle_check_interval=10.0) as manager,
     ):
         await manager.get_client("s")
@@ -133,7 +134,7 @@ async def test_a_session_whose_pod_has_ended_and_that_nobody_wants_is_reaped() -
 
 async def test_a_pod_that_ends_while_it_is_connected_to_is_replaced_once() -> None:
     clients = Clients(lambda target: StubClient(target, healthy=False))
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         for _ in range(2):
             await asyncio.sleep(3)
@@ -146,7 +147,7 @@ async def test_a_pod_that_ends_while_it_is_connected_to_is_replaced_once() -> No
 
 
 async def test_a_close_while_a_spent_sandbox_is_replaced_leaves_nothing() -> None:
-    failing = FakeCustomObjectsApi(auto_ready=lambda _: conditions("PodFailed"))
+    failing = LoopTimeApi(auto_ready=lambda _: conditions("PodFailed"))
     async with failing as api, managed(api) as manager:
         with api.faults.add("delete", hold=True) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
@@ -163,7 +164,7 @@ async def test_a_close_while_a_spent_sandbox_is_replaced_leaves_nothing() -> Non
 
 
 async def test_a_sandbox_with_volumes_is_restarted_by_its_next_use() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         old = await manager.get_client("s")
         name = manager.sandbox_name("s")
         await change_spec(api, name, volumeClaimTemplates=VOLUMES)
@@ -189,7 +190,7 @@ async def test_a_sandbox_with_volumes_is_restarted_by_its_next_use() -> None:
 
 
 async def test_a_restart_that_fails_keeps_the_volumes() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=40.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=40.0) as manager:
         await manager.get_client("s")
         name = manager.sandbox_name("s")
         await change_spec(api, name, volumeClaimTemplates=VOLUMES)
@@ -206,7 +207,7 @@ async def test_a_restart_that_fails_keeps_the_volumes() -> None:
 
 
 async def test_a_claim_that_is_never_answered_does_not_cost_its_volumes() -> None:
-    async with FakeCustomObjectsApi() as api:
+    async with LoopTimeApi() as api:
         async with managed(api, ready_timeout=20.0, idle_check_interval=5.0) as manager:
             left = await left_behind(api, "s", instance="another")
             await change_spec(api, left["metadata"]["name"], volumeClaimTemplates=VOLUMES)
@@ -221,7 +222,7 @@ async def test_a_claim_that_is_never_answered_does_not_cost_its_volumes() -> Non
 async def test_an_unreachable_server_does_not_cost_its_volumes() -> None:
     clients = Clients()
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, clients, ready_timeout=40.0) as manager,
     ):
         old = await manager.get_client("s")
@@ -239,7 +240,7 @@ async def test_an_unreachable_server_does_not_cost_its_volumes() -> None:
 
 
 async def test_a_dead_sandbox_with_volumes_is_adopted_and_restarted() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         left = await left_behind(api, "s", ready=False)
         name = left["metadata"]["name"]
         await change_spec(api, name, volumeClaimTemplates=VOLUMES)
@@ -254,7 +255,7 @@ async def test_a_dead_sandbox_with_volumes_is_adopted_and_restarted() -> None:
 
 
 async def test_closing_deletes_volumes_too() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         name = manager.sandbox_name("s")
         await change_spec(api, name, volumeClaimTemplates=VOLUMES)
@@ -272,7 +273,7 @@ async def test_closing_deletes_volumes_too() -> None:
 
 async def test_a_suspended_sandbox_is_resumed_by_its_next_use() -> None:
     clients = Clients()
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         old = await manager.get_client("s")
         name = manager.sandbox_name("s")
         await suspend(api, name, gone=False)
@@ -291,7 +292,7 @@ async def test_a_suspended_sandbox_is_resumed_by_its_next_use() -> None:
 
 
 async def test_a_sandbox_that_stays_suspended_is_never_deleted_for_it() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=30.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=30.0) as manager:
         old = await manager.get_client("s")
         name = manager.sandbox_name("s")
         await suspend(api, name, gone=False)
@@ -308,7 +309,7 @@ async def test_a_sandbox_that_stays_suspended_is_never_deleted_for_it() -> None:
 
 
 async def test_without_leave_to_patch_an_error_says_that_it_is_suspended() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.forbid("patch")
         old = await manager.get_client("s")
         name = manager.sandbox_name("s")
@@ -325,7 +326,7 @@ async def test_without_leave_to_patch_an_error_says_that_it_is_suspended() -> No
 
 
 async def test_a_suspended_sandbox_of_an_earlier_process_is_resumed() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         left = await left_behind(api, "s")
         await suspend(api, left["metadata"]["name"])
         waiting = asyncio.create_task(manager.get_client("s"))
@@ -336,7 +337,7 @@ async def test_a_suspended_sandbox_of_an_earlier_process_is_resumed() -> None:
 
 
 async def test_what_something_else_suspends_each_time_is_given_up_and_kept() -> None:
-    class Stubborn(FakeCustomObjectsApi):
+    class Stubborn(LoopTimeApi):
         async def patch_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any:
             patched = await super().patch_namespaced_custom_object(*args, **kwargs)
             if (args[5].get("spec") or {}).get("operatingMode") == "Running":
@@ -355,7 +356,7 @@ async def test_what_something_else_suspends_each_time_is_given_up_and_kept() -> 
 
 
 async def test_a_started_sandbox_whose_pod_finds_no_place_is_kept() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=30.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=30.0) as manager:
         old = await manager.get_client("s")
         name = manager.sandbox_name("s")
         await suspend(api, name)
@@ -370,7 +371,7 @@ async def test_a_started_sandbox_whose_pod_finds_no_place_is_kept() -> None:
 async def test_a_session_that_was_in_use_when_its_machine_went_is_not_idle() -> None:
     clients = Clients()
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, clients, session_idle_timeout=50.0, idle_check_interval=1.0) as manager,
     ):
         await manager.get_client("s")
@@ -385,7 +386,7 @@ async def test_a_session_that_was_in_use_when_its_machine_went_is_not_idle() -> 
 
 
 async def test_an_adoption_that_is_not_answered_in_time_deletes_no_volumes() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=25.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_timeout=25.0) as manager:
         left = await left_behind(api, "s")
         name = left["metadata"]["name"]
         await change_spec(api, name, volumeClaimTemplates=VOLUMES)
@@ -403,7 +404,7 @@ async def test_an_adoption_that_is_not_answered_in_time_deletes_no_volumes() -> 
 
 async def test_what_has_changed_since_it_was_taken_for_spent_is_not_deleted() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, instance_id="first") as first,
         managed(api, instance_id="second") as second,
     ):
@@ -420,7 +421,7 @@ async def test_what_has_changed_since_it_was_taken_for_spent_is_not_deleted() ->
 
 
 async def test_what_was_not_deleted_as_spent_keeps_its_lease() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, session_idle_timeout=1e6) as manager:
+    async with LoopTimeApi() as api, managed(api, session_idle_timeout=1e6) as manager:
         name = manager.sandbox_name("s")
         waiting = asyncio.create_task(manager.get_client("s"))
         await api.until(lambda: alive(api))
@@ -437,7 +438,7 @@ async def test_what_was_not_deleted_as_spent_keeps_its_lease() -> None:
 
 
 async def test_a_stand_in_that_returns_nothing_for_a_patch_is_asked_once() -> None:
-    class Silent(FakeCustomObjectsApi):
+    class Silent(LoopTimeApi):
         async def patch_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any:
             await super().patch_namespaced_custom_object(*args, **kwargs)
 
@@ -455,7 +456,7 @@ async def test_a_stand_in_that_returns_nothing_for_a_patch_is_asked_once() -> No
 
 
 async def test_what_vanishes_while_it_is_resumed_is_made_anew() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         old = await manager.get_client("s")
         await suspend(api, manager.sandbox_name("s"))
         with api.faults.add("patch", hold=True) as gate:
@@ -470,7 +471,7 @@ async def test_what_vanishes_while_it_is_resumed_is_made_anew() -> None:
 
 
 async def test_expired_with_its_time_still_to_come_is_waited_for() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await manager.get_client("s")
         name = manager.sandbox_name("s")
         api.set_status(name, conditions("SandboxExpired") | {"podIPs": api.objects[0]["status"]["podIPs"]})
@@ -482,7 +483,7 @@ async def test_expired_with_its_time_still_to_come_is_waited_for() -> None:
 
 
 async def test_expired_with_its_time_past_is_the_end() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await asyncio.sleep(100)
         old = await manager.get_client("s")
         name = manager.sandbox_name("s")
@@ -510,7 +511,7 @@ OWNED = 'Error seen: pod "s" is owned by Sandbox/s (UID: 1), not by sandbox "s"'
 async def test_a_refused_pod_is_an_error_after_a_few_readings(
     reason: str, message: str, error: type[SandboxError]
 ) -> None:
-    refusing = FakeCustomObjectsApi(auto_ready=lambda _: conditions(reason, message))
+    refusing = LoopTimeApi(auto_ready=lambda _: conditions(reason, message))
     async with refusing as api, managed(api) as manager:
         with pytest.raises(error, match=message[-20:]):
             await manager.get_client("s")
@@ -524,7 +525,7 @@ async def test_a_refusal_that_passes_is_no_error() -> None:
     def refused(_: Any) -> dict[str, Any]:
         return conditions("ReconcilerError", POD_SECURITY)
 
-    async with FakeCustomObjectsApi(auto_ready=refused) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=refused) as api, managed(api) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(1.5)
         api.set_status(manager.sandbox_name("s"), conditions("DependenciesNotReady"))
@@ -537,7 +538,7 @@ async def test_a_refusal_that_passes_is_no_error() -> None:
 
 @pytest.mark.parametrize("message", ["Error seen: etcdserver: request timed out", "Error seen: conflict"])
 async def test_other_errors_of_the_controller_are_waited_for(message: str) -> None:
-    failing = FakeCustomObjectsApi(auto_ready=lambda _: conditions("ReconcilerError", message))
+    failing = LoopTimeApi(auto_ready=lambda _: conditions("ReconcilerError", message))
     async with failing as api, managed(api) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(60)
@@ -546,7 +547,7 @@ async def test_other_errors_of_the_controller_are_waited_for(message: str) -> No
 
 
 async def test_a_name_that_its_last_pod_still_holds_is_exchanged_once() -> None:
-    refusing = FakeCustomObjectsApi(auto_ready=lambda _: conditions("ReconcilerError", OWNED))
+    refusing = LoopTimeApi(auto_ready=lambda _: conditions("ReconcilerError", OWNED))
     async with refusing as api, managed(api) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(10)
@@ -558,7 +559,7 @@ async def test_a_name_that_its_last_pod_still_holds_is_exchanged_once() -> None:
 
 
 async def test_a_session_that_comes_back_does_not_wait_for_its_old_name() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         names = []
         for _ in range(3):
             await manager.get_client("s")
@@ -573,7 +574,7 @@ async def test_a_session_that_comes_back_does_not_wait_for_its_old_name() -> Non
 
 
 async def test_a_live_sandbox_of_a_later_incarnation_is_found_before_one_is_created() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         live = await left_behind(api, "s", incarnation=1, instance="another")
         assert uid_of(await manager.get_client("s")) == live["metadata"]["uid"]
         assert (api.count("create"), len(api.objects)) == (1, 1), "theirs"
@@ -582,7 +583,7 @@ async def test_a_live_sandbox_of_a_later_incarnation_is_found_before_one_is_crea
 
 
 async def test_a_survey_that_fails_is_made_up_for_by_a_look() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         live = await left_behind(api, "s", incarnation=1, instance="another")
         api.faults.add("list", error=503, times=1)
         assert uid_of(await manager.get_client("s")) == live["metadata"]["uid"]
@@ -590,7 +591,7 @@ async def test_a_survey_that_fails_is_made_up_for_by_a_look() -> None:
 
 async def test_a_sandbox_that_another_manager_has_claimed_is_found_again_by_its_label() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, instance_id="first") as first,
         managed(api, instance_id="second") as second,
     ):
@@ -611,7 +612,7 @@ async def delete_as_others(api: FakeCustomObjectsApi, taken: str) -> None:
 
 
 async def test_what_others_are_deleting_is_no_reason_to_look() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.linger_deletes = True
         left = await left_behind(api, "s", instance="another", incarnation=3)
         await delete_as_others(api, left["metadata"]["name"])

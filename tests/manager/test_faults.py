@@ -23,7 +23,7 @@ from prodisco_sandbox import (
 from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import Clients, PlainApi, StubClient, alive, left_behind, managed, now, settle
+from .support import Clients, LoopTimeApi, PlainApi, StubClient, alive, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -38,7 +38,7 @@ def _no_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_create_whose_answer_was_lost_is_resolved_by_a_get() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api) as manager:
             api.faults.add("create", lost=True, times=1)
             client = await manager.get_client("s")
@@ -51,7 +51,7 @@ async def test_a_create_whose_answer_was_lost_is_resolved_by_a_get() -> None:
 
 
 async def test_a_create_that_lands_after_the_get_said_404_makes_no_second_sandbox() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api) as manager:
             # Given up at 10 s, read at 10 s, carried out at 10.05 s, repeated at 10.1 s.
             api.faults.add("create", latency=10.05, lands=True, times=1)
@@ -77,7 +77,7 @@ async def test_a_create_that_lands_after_its_session_was_closed_is_found_by_the_
     idle_check_interval: float,
 ) -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=1, idle_check_interval=idle_check_interval) as manager,
     ):
         await close_before_it_lands(api, manager, 35.0)
@@ -90,7 +90,7 @@ async def test_a_create_that_lands_after_its_session_was_closed_is_found_by_the_
 
 
 async def test_a_create_that_lands_after_its_session_was_closed_is_found_by_shutdown() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api) as manager:
             await close_before_it_lands(api, manager, 15.0)
             await asyncio.sleep(10)
@@ -99,7 +99,7 @@ async def test_a_create_that_lands_after_its_session_was_closed_is_found_by_shut
 
 
 async def test_a_create_that_lands_after_its_session_has_died_is_found() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", latency=40.0, lands=True, times=1)
         await manager.get_client("s")
         assert api.count("create") == 2
@@ -112,7 +112,7 @@ async def test_a_create_that_lands_after_its_session_has_died_is_found() -> None
 
 
 async def test_a_late_landing_that_changes_under_its_deletion_is_not_forgotten() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, idle_check_interval=20.0) as manager:
+    async with LoopTimeApi() as api, managed(api, idle_check_interval=20.0) as manager:
         await close_before_it_lands(api, manager, 15.0)
         with api.faults.add("delete", hold=True) as gate:
             await gate.reached(timeout=30)
@@ -125,7 +125,7 @@ async def test_a_late_landing_that_changes_under_its_deletion_is_not_forgotten()
 
 async def test_a_late_landing_is_not_taken_from_the_session_that_came_back() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, idle_check_interval=20.0) as manager,
     ):
         await close_before_it_lands(api, manager, 15.0)
@@ -137,7 +137,7 @@ async def test_a_late_landing_is_not_taken_from_the_session_that_came_back() -> 
 
 
 async def test_a_create_that_never_answers_is_bounded() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=25.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=25.0) as manager:
         api.faults.add("create", latency=math.inf)
         with pytest.raises(SandboxTimeoutError, match="its creation has not been answered"):
             await manager.get_client("s")
@@ -149,7 +149,7 @@ async def test_a_create_that_never_answers_is_bounded() -> None:
 
 
 async def test_retry_after_is_honoured_to_the_second() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", error=api_error(429, retry_after=7), times=2)
         await manager.get_client("s")
         assert now() == pytest.approx(14.0, abs=1e-3)
@@ -157,14 +157,14 @@ async def test_retry_after_is_honoured_to_the_second() -> None:
 
 
 async def test_retry_after_is_honoured_on_429_only() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", error=api_error(503, retry_after=7), times=1)
         await manager.get_client("s")
         assert now() == pytest.approx(0.1, abs=1e-3)
 
 
 async def test_a_retry_after_beyond_the_deadline_is_not_waited_for() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=5.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=5.0) as manager:
         api.faults.add("create", error=api_error(429, retry_after=5))
         with pytest.raises(SandboxUnavailableError, match="Too many requests"):
             await manager.get_client("s")
@@ -176,7 +176,7 @@ async def test_a_retry_after_beyond_the_deadline_is_not_waited_for() -> None:
     "error", [500, 502, 503, 504, aiohttp.ServerDisconnectedError, ConnectionResetError, TimeoutError]
 )
 async def test_what_may_pass_is_retried(error: Any) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", error=error, times=3)
         await manager.get_client("s")
         assert now() == pytest.approx(0.1 + 0.2 + 0.4, abs=1e-3)
@@ -187,7 +187,7 @@ async def test_what_may_pass_is_retried(error: Any) -> None:
 @pytest.mark.parametrize("error", [400, 401, 403, 405, 410, 413, 422])
 async def test_a_clear_refusal_is_not_retried_and_frees_the_slot_at_once(error: int) -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=1, idle_check_interval=30.0) as manager,
     ):
         api.faults.add("create", error=error, times=1)
@@ -204,7 +204,7 @@ async def test_a_clear_refusal_is_not_retried_and_frees_the_slot_at_once(error: 
 
 
 async def test_nothing_is_retried_beyond_the_deadline() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=10.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=10.0) as manager:
         api.faults.add("create", error=503)
         with pytest.raises(SandboxUnavailableError, match="unable to handle the request"):
             await manager.get_client("s")
@@ -216,7 +216,7 @@ async def test_nothing_is_retried_beyond_the_deadline() -> None:
 
 
 async def test_a_connection_that_was_never_made_sent_no_create() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         key: Any = aiohttp.client_reqrep.ConnectionKey("h", 443, True, True, None, None, None)
         refused = aiohttp.ClientConnectorError(key, ConnectionRefusedError(111, "refused"))
         api.faults.add("create", error=refused, times=1)
@@ -228,7 +228,7 @@ async def test_a_connection_that_was_never_made_sent_no_create() -> None:
 
 
 async def test_a_quota_is_a_matter_of_capacity_in_the_servers_words() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.quota = 1
         await manager.get_client("a")
         with pytest.raises(SandboxCapacityError, match=r"exceeded quota.*requested: .*limited:") as caught:
@@ -240,14 +240,14 @@ async def test_a_quota_is_a_matter_of_capacity_in_the_servers_words() -> None:
 
 async def test_a_quota_that_is_being_counted_is_asked_again() -> None:
     text = 'Operation cannot be fulfilled on resourcequotas "q": the object has been modified'
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", error=api_error(409, text), times=1)
         await manager.get_client("s")
         assert (api.count("create"), api.count("get")) == (2, 0)
 
 
 async def test_what_is_not_allowed_names_verb_resource_and_rule() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.forbid("create")
         rule = r'apiGroups \["agents.x-k8s.io"\], resources \["sandboxes"\], verbs \["create"\]'
         with pytest.raises(SandboxPermissionError, match=rf"refused to create a Sandbox.*{rule}"):
@@ -257,7 +257,7 @@ async def test_what_is_not_allowed_names_verb_resource_and_rule() -> None:
 
 async def test_a_refusal_of_what_has_worked_passes_within_ten_seconds() -> None:
     # An API server that starts answers 403 to everybody.
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("a")
         api.forbid("create")
         waiting = asyncio.create_task(manager.get_client("b"))
@@ -273,7 +273,7 @@ async def test_a_refusal_of_what_has_worked_passes_within_ten_seconds() -> None:
 
 
 async def test_a_validation_error_comes_in_the_servers_words() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         template = {"spec": {"containers": "none"}}
         async with managed(api, pod_template_spec=template) as manager:
             with pytest.raises(SandboxFailedError, match=r"is invalid: .*containers") as caught:
@@ -282,7 +282,7 @@ async def test_a_validation_error_comes_in_the_servers_words() -> None:
 
 
 async def test_a_namespace_that_does_not_exist_is_named() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True, namespaces=["other"]) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True, namespaces=["other"]) as api, managed(api) as manager:
         with pytest.raises(SandboxFailedError, match='namespaces "prodisco" not found'):
             await manager.get_client("s")
         assert now() == pytest.approx(0.0, abs=1e-3)
@@ -293,7 +293,7 @@ async def test_a_namespace_that_does_not_exist_is_named() -> None:
 
 
 async def test_a_failing_delete_is_retried_holds_its_slot_and_never_makes_a_second_sandbox() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
         await manager.get_client("s")
         fault = api.faults.add("delete", error=500)
         await manager.on_session_closed("s")
@@ -316,7 +316,7 @@ async def test_a_failing_delete_is_retried_holds_its_slot_and_never_makes_a_seco
 
 
 async def test_a_delete_is_never_given_up() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         fault = api.faults.add("delete", error=503)
         await manager.on_session_closed("s")
@@ -329,7 +329,7 @@ async def test_a_delete_is_never_given_up() -> None:
 
 
 async def test_a_delete_that_failed_is_retried_at_shutdown_until_it_succeeds() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api, shutdown_timeout=30.0) as manager:
             await manager.get_client("s")
             fault = api.faults.add("delete", error=503)
@@ -341,7 +341,7 @@ async def test_a_delete_that_failed_is_retried_at_shutdown_until_it_succeeds() -
 
 
 async def test_retry_after_holds_for_a_delete_too() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         api.faults.add("delete", error=api_error(429, retry_after=9), times=2)
         await manager.on_session_closed("s")
@@ -350,7 +350,7 @@ async def test_retry_after_holds_for_a_delete_too() -> None:
 
 
 async def test_a_delete_answered_with_404_is_done() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         api.faults.add("delete", error=404, times=1)
         await manager.on_session_closed("s")
@@ -358,7 +358,7 @@ async def test_a_delete_answered_with_404_is_done() -> None:
 
 
 async def test_a_sandbox_that_others_have_made_under_the_name_is_not_deleted() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         api.silence_watches()
         [sandbox] = api.objects
@@ -373,7 +373,7 @@ async def test_a_sandbox_that_others_have_made_under_the_name_is_not_deleted() -
 
 @pytest.mark.parametrize("error", [400, 401, 403, 422, 500, 503, ConnectionResetError, RuntimeError])
 async def test_no_error_of_the_cluster_gets_out_of_a_close(error: Any) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         with api.faults.add("*", error=error):
             await manager.on_session_closed("s")
@@ -382,7 +382,7 @@ async def test_no_error_of_the_cluster_gets_out_of_a_close(error: Any) -> None:
 
 
 async def test_a_delete_that_never_answers_does_not_hold_the_close_for_ever() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         api.faults.add("delete", latency=math.inf, times=1)
         await manager.on_session_closed("s")
@@ -395,7 +395,7 @@ async def test_a_delete_that_never_answers_does_not_hold_the_close_for_ever() ->
 
 
 async def test_a_get_that_never_answers_does_not_hold_a_creation_beyond_its_deadline() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=25.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=25.0) as manager:
         api.forbid("watch", "list")
         api.faults.add("get", latency=math.inf)
         with pytest.raises(SandboxTimeoutError, match="last seen: no status yet"):
@@ -407,7 +407,7 @@ async def test_a_get_that_never_answers_does_not_hold_a_creation_beyond_its_dead
 
 
 async def test_a_get_that_never_answers_hides_nothing_that_the_watch_says() -> None:
-    async with FakeCustomObjectsApi(auto_ready=20.0) as api, managed(api, ready_timeout=60.0) as manager:
+    async with LoopTimeApi(auto_ready=20.0) as api, managed(api, ready_timeout=60.0) as manager:
         api.faults.add("get", latency=math.inf)  # From 15 s on, when nothing has been heard.
         await manager.get_client("s")
         assert now() == pytest.approx(20.0, abs=1e-3)
@@ -415,7 +415,7 @@ async def test_a_get_that_never_answers_hides_nothing_that_the_watch_says() -> N
 
 
 async def test_what_the_watch_said_before_it_was_refused_counts_although_a_get_hangs() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=60.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_timeout=60.0) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await settle()
         api.faults.add("get", latency=math.inf)
@@ -431,7 +431,7 @@ async def test_what_the_watch_said_before_it_was_refused_counts_although_a_get_h
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("verb", ["create", "get", "list", "watch", "delete", "patch", "discovery"])
 async def test_an_unexpected_exception_leaves_nothing_and_keeps_its_cause(verb: Any, after: bool) -> None:
-    async with FakeCustomObjectsApi(auto_ready=3.0) as api:
+    async with LoopTimeApi(auto_ready=3.0) as api:
         async with managed(api, ready_timeout=30.0) as manager:
             # The watch's survey asks for the API version first, and a look for what was left.
             times = 3 if verb == "discovery" else 1
@@ -450,7 +450,7 @@ async def test_an_unexpected_exception_leaves_nothing_and_keeps_its_cause(verb: 
 
 
 async def test_an_unexpected_exception_at_shutdown_leaves_nothing() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api) as manager:
             await manager.get_client("s")
             api.faults.add("delete", error=RuntimeError("boom"), times=2)
@@ -475,7 +475,7 @@ async def test_a_client_that_hides_its_cancellation_does_not_undo_a_close() -> N
             client.wait_for_healthy = wait_for_healthy  # type: ignore[method-assign]
             return client
 
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api, Stubborn(), max_sessions=1) as manager:
             waiting = asyncio.create_task(manager.get_client("s"))
             await asyncio.sleep(0.5)
@@ -493,7 +493,7 @@ async def test_a_client_that_never_heeds_a_cancellation_holds_no_slot() -> None:
                 await asyncio.sleep(timeout)
             return False
 
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, Clients(Deaf)) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, Clients(Deaf)) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(0.5)
         await manager.on_session_closed("s")
@@ -517,7 +517,7 @@ async def test_a_client_that_cancels_itself_ends_no_more_than_its_check() -> Non
             raise asyncio.CancelledError
 
     clients = Clients(Moody)
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api, clients, max_sessions=1) as manager:
             with pytest.raises(SandboxError, match="has cancelled its own health check"):
                 await manager.get_client("s")
@@ -543,7 +543,7 @@ async def test_a_client_that_fails_when_its_check_is_cut_short_is_not_lost() -> 
             except asyncio.CancelledError as e:
                 raise TimeoutError from e
 
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, Clients(Rude)) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, Clients(Rude)) as manager:
         client = await manager.get_client("s")
         assert isinstance(client, Rude)
         client.healthy = False
@@ -572,7 +572,7 @@ async def test_an_object_without_uid_that_is_deleted_while_it_starts_is_read_at_
 
 async def test_shutdown_during_the_first_questions_leaves_no_task() -> None:
     for verb in ("patch", "discovery", "list", "watch", "create", "get"):
-        async with FakeCustomObjectsApi(auto_ready=True) as api:
+        async with LoopTimeApi(auto_ready=True) as api:
             api.faults.add(verb, latency=math.inf)
             config = SandboxManagerConfig(mode="multi", shutdown_timeout=2.0)
             manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
@@ -588,7 +588,7 @@ async def test_shutdown_during_the_first_questions_leaves_no_task() -> None:
 
 async def test_a_late_create_is_remembered_over_a_session_that_came_and_went() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, idle_check_interval=1.0) as manager,
     ):
         await close_before_it_lands(api, manager, 25.0)
@@ -603,7 +603,7 @@ async def test_a_late_create_is_remembered_over_a_session_that_came_and_went() -
 
 async def test_both_creates_land_after_the_session_has_ended() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, idle_check_interval=5.0, ready_timeout=12.0) as manager,
     ):
         late = iter([25.0, 45.0])
@@ -616,7 +616,7 @@ async def test_both_creates_land_after_the_session_has_ended() -> None:
 
 async def test_a_create_that_lands_under_a_name_that_was_left_is_found() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, idle_check_interval=7.0) as manager,
     ):
         api.linger_deletes = True
@@ -633,7 +633,7 @@ async def test_a_create_that_lands_under_a_name_that_was_left_is_found() -> None
 
 
 async def test_the_last_look_at_shutdown_is_repeated() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api, ready_timeout=5.0) as manager:
             api.faults.add("create", latency=20.0, lands=True, times=1)
             with pytest.raises(SandboxError):
@@ -645,7 +645,7 @@ async def test_the_last_look_at_shutdown_is_repeated() -> None:
 
 
 async def test_a_create_that_lands_after_a_second_one_was_refused_is_found() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
         api.faults.add("create", latency=15.0, lands=True, times=1)
         api.faults.add("create", error=422, when=lambda r: now() > 5, times=1)
         with pytest.raises(SandboxFailedError):
@@ -658,7 +658,7 @@ async def test_a_create_that_lands_after_a_second_one_was_refused_is_found() -> 
 
 
 async def test_who_only_polls_does_not_delete_what_others_have_made_under_the_name_either() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.forbid("watch")
         await manager.get_client("s")
         [sandbox] = api.objects
@@ -672,7 +672,7 @@ async def test_who_only_polls_does_not_delete_what_others_have_made_under_the_na
 
 
 async def test_a_session_that_is_closed_before_its_turn_to_be_created_was_never_asked_for() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=17) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=17) as manager:
         with api.faults.add("create", hold=True):
             *creating, waiting = [asyncio.create_task(manager.get_client(f"s{i}")) for i in range(17)]
             await settle()
@@ -686,7 +686,7 @@ async def test_a_session_that_is_closed_before_its_turn_to_be_created_was_never_
 
 async def test_looking_for_a_late_create_spares_the_session_that_comes_back_meanwhile() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, idle_check_interval=20.0) as manager,
     ):
         await close_before_it_lands(api, manager, 15.0)
@@ -700,7 +700,7 @@ async def test_looking_for_a_late_create_spares_the_session_that_comes_back_mean
 
 async def test_who_got_no_turn_to_be_created_is_told_so() -> None:
     async with (
-        FakeCustomObjectsApi() as api,
+        LoopTimeApi() as api,
         managed(api, max_sessions=17, ready_timeout=9.0) as manager,
     ):
         api.faults.add("create", latency=9.5)

@@ -20,7 +20,7 @@ from prodisco_sandbox import (
 )
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 
-from .support import left_behind
+from .support import LoopTimeApi, left_behind
 
 RUNS = ("Execute", "ExecuteStream", "ExecuteAsync")
 
@@ -62,7 +62,7 @@ class Pods:
 async def pods(*servers: FakeSandboxServer) -> AsyncIterator[Pods]:
     """The servers are at the addresses 10.0.0.1, 10.0.0.2 and so on."""
     async with AsyncExitStack() as stack:
-        api = await stack.enter_async_context(FakeCustomObjectsApi())
+        api = await stack.enter_async_context(LoopTimeApi())
         pods = Pods(api)
         for number, server in enumerate(servers, start=1):
             pods.leads_to[f"10.0.0.{number}"] = await stack.enter_async_context(server)

@@ -24,7 +24,7 @@ from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.metadata import LABEL_SESSION, is_deleting, labels
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import Clients, StubClient, alive, settle
+from .support import Clients, LoopTimeApi, StubClient, alive, settle
 
 pytestmark = [pytest.mark.looptime, pytest.mark.unmeasured]
 
@@ -65,7 +65,7 @@ def config(**settings: Any) -> SandboxManagerConfig:
 
 @asynccontextmanager
 async def world() -> AsyncIterator[World]:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         clients = Clients()
         manager = SandboxManager(config(), custom_objects_api=api, client_factory=clients)
         try:

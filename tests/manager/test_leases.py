@@ -14,7 +14,7 @@ from prodisco_sandbox._cluster.metadata import lease_time, name
 from prodisco_sandbox._sessions.leases import PROBE
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import PlainApi, managed, now, settle
+from .support import LoopTimeApi, PlainApi, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -38,7 +38,7 @@ def lease_of(sandbox: dict[str, Any]) -> str | None:
 
 
 async def test_every_sandbox_has_its_lease_from_birth_after_one_probe() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await asyncio.sleep(100)
         await asyncio.gather(*(manager.get_client(f"s{i}") for i in range(5)))
         bodies = [r.body for r in api.requests if r.verb == "create"]
@@ -48,7 +48,7 @@ async def test_every_sandbox_has_its_lease_from_birth_after_one_probe() -> None:
 
 
 async def test_a_lease_is_renewed_at_half_time_exactly() -> None:
-    async with FakeCustomObjectsApi(auto_ready=5.0) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=5.0) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("s")
         await asyncio.sleep(3000)
         assert renewals(api) == [900, 1800, 2700]
@@ -62,13 +62,13 @@ async def test_a_lease_is_renewed_at_half_time_exactly() -> None:
 
 
 async def test_a_sandbox_that_is_still_not_ready_keeps_its_lease_too() -> None:
-    async with FakeCustomObjectsApi(auto_ready=100.0) as api, managed(api, lease_duration=60.0) as manager:
+    async with LoopTimeApi(auto_ready=100.0) as api, managed(api, lease_duration=60.0) as manager:
         await manager.get_client("s")
         assert renewals(api) == [30, 60, 90]
 
 
 async def test_a_renewal_that_fails_is_repeated_until_it_succeeds() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("s")
         await asyncio.sleep(800)
         with api.faults.add("patch", error=503):
@@ -81,7 +81,7 @@ async def test_a_renewal_that_fails_is_repeated_until_it_succeeds() -> None:
 
 async def test_a_short_lease_is_repeated_soon_enough() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, lease_duration=8.0, **FOR_EVER) as manager,
     ):
         await manager.get_client("s")
@@ -91,7 +91,7 @@ async def test_a_short_lease_is_repeated_soon_enough() -> None:
 
 
 async def test_a_renewal_that_hangs_is_given_up_and_repeated() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("s")
         api.faults.add("patch", latency=math.inf, times=1)
         await asyncio.sleep(1000)
@@ -99,7 +99,7 @@ async def test_a_renewal_that_hangs_is_given_up_and_repeated() -> None:
 
 
 async def test_renewing_ends_with_the_session() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("a")
         await manager.get_client("b")
         await asyncio.sleep(500)
@@ -110,7 +110,7 @@ async def test_renewing_ends_with_the_session() -> None:
 
 
 async def test_a_renewal_under_way_when_its_session_closes_is_the_last() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("s")
         with api.faults.add("patch", hold=True) as gate:
             await gate.reached(timeout=1000)
@@ -121,7 +121,7 @@ async def test_a_renewal_under_way_when_its_session_closes_is_the_last() -> None
 
 
 async def test_a_sandbox_that_comes_while_the_renewer_sleeps_is_renewed_in_time() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.on_session_closed("nobody")  # Starts it, with nothing to renew.
         await asyncio.sleep(5000)
         await manager.get_client("a")
@@ -135,7 +135,7 @@ async def test_a_sandbox_that_comes_while_the_renewer_sleeps_is_renewed_in_time(
 
 async def test_ten_are_renewed_at_a_time() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=25, **FOR_EVER) as manager,
     ):
         await asyncio.gather(*(manager.get_client(f"s{i}") for i in range(25)))
@@ -147,7 +147,7 @@ async def test_ten_are_renewed_at_a_time() -> None:
 async def test_who_may_not_patch_runs_without_leases_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         api.forbid("patch")
         for i in range(3):
             await manager.get_client(f"s{i}")
@@ -160,7 +160,7 @@ async def test_who_may_not_patch_runs_without_leases_and_says_so_once(
 
 
 async def test_leases_come_on_once_patching_is_allowed() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         api.forbid("patch")
         await manager.get_client("a")
         api.allow()
@@ -174,7 +174,7 @@ async def test_leases_come_on_once_patching_is_allowed() -> None:
 
 
 async def test_once_patching_has_been_allowed_leases_stay_on() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("a")
         api.forbid("patch")
         await manager.get_client("b")
@@ -194,7 +194,7 @@ async def test_an_api_that_cannot_patch_gets_no_leases() -> None:
 
 async def test_leases_can_be_turned_off() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, lease_duration=None, **FOR_EVER) as manager,
     ):
         await manager.get_client("s")
@@ -204,7 +204,7 @@ async def test_leases_can_be_turned_off() -> None:
 
 
 async def test_a_probe_that_fails_for_a_while_is_repeated_within_the_deadline() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=20.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=20.0) as manager:
         fault = api.faults.add("patch", error=503)
         asyncio.get_running_loop().call_later(10, fault.remove)
         await manager.get_client("s")
@@ -213,7 +213,7 @@ async def test_a_probe_that_fails_for_a_while_is_repeated_within_the_deadline() 
 
 
 async def test_a_probe_without_an_answer_creates_nothing() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=20.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=20.0) as manager:
         api.faults.add("patch", error=503)
         with pytest.raises(SandboxUnavailableError):
             await manager.get_client("s")
@@ -222,7 +222,7 @@ async def test_a_probe_without_an_answer_creates_nothing() -> None:
 
 
 async def test_the_lease_of_somebody_elses_sandbox_is_not_renewed() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("s")
         await asyncio.sleep(890)
         [ours] = api.objects
@@ -239,7 +239,7 @@ async def test_the_lease_of_somebody_elses_sandbox_is_not_renewed() -> None:
 
 
 async def test_a_renewal_notices_that_its_sandbox_is_gone() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("s")
         await asyncio.sleep(890)
         api.silence_watches()
@@ -252,7 +252,7 @@ async def test_a_renewal_notices_that_its_sandbox_is_gone() -> None:
 @pytest.mark.parametrize("error", [404, 409])
 async def test_a_renewal_that_is_refused_without_cause_is_not_the_last(error: int) -> None:
     # Under contention a patch may end in 409, and a server that starts answers anything.
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         client = await manager.get_client("s")
         api.faults.add("patch", error=error, times=1)
         await asyncio.sleep(950)
@@ -263,7 +263,7 @@ async def test_a_renewal_that_is_refused_without_cause_is_not_the_last(error: in
 
 
 async def test_a_failed_probe_that_nobody_waited_for_is_forgotten() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         with api.faults.add("patch", error=422, hold=True) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
@@ -276,7 +276,7 @@ async def test_a_failed_probe_that_nobody_waited_for_is_forgotten() -> None:
 
 async def test_the_lease_of_a_create_that_is_repeated_runs_from_the_last_try() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, lease_duration=60.0) as manager,
     ):
         api.faults.add("create", error=api_error(429, retry_after=40), times=2)
@@ -286,14 +286,14 @@ async def test_the_lease_of_a_create_that_is_repeated_runs_from_the_last_try() -
 
 
 async def test_a_probe_that_meets_a_conflict_was_allowed() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("patch", error=409, name=PROBE, times=1)
         await manager.get_client("s")
         assert api.objects[0]["spec"]["shutdownTime"] == lease_time(0, 1800)
 
 
 async def test_after_a_success_a_failure_is_repeated_soon_again() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("s")
         api.faults.add("patch", error=503, times=3)
         await asyncio.sleep(1000)
@@ -304,7 +304,7 @@ async def test_after_a_success_a_failure_is_repeated_soon_again() -> None:
 
 
 async def test_the_next_renewal_is_due_half_the_time_after_the_last_began() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("s")
         api.faults.add("patch", latency=5.0)
         await asyncio.sleep(2750)
@@ -313,7 +313,7 @@ async def test_the_next_renewal_is_due_half_the_time_after_the_last_began() -> N
 
 async def test_a_session_that_ends_before_its_turn_is_not_renewed() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=11, **FOR_EVER) as manager,
     ):
         for i in range(11):
@@ -327,7 +327,7 @@ async def test_a_session_that_ends_before_its_turn_is_not_renewed() -> None:
 
 
 async def test_nothing_is_kept_of_a_session_whose_renewal_failed() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **FOR_EVER) as manager:
         await manager.get_client("s")
         api.faults.add("patch", error=503)
         await asyncio.sleep(905)

@@ -21,9 +21,8 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
 )
 from prodisco_sandbox._cluster.metadata import session_hash
-from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import Clients, StubClient, alive, conditions, managed, settle
+from .support import Clients, LoopTimeApi, StubClient, alive, conditions, managed, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -33,7 +32,7 @@ def now() -> float:
 
 
 async def test_a_session_gets_a_ready_and_healthy_sandbox_of_its_own() -> None:
-    async with FakeCustomObjectsApi(auto_ready=2.0) as api:
+    async with LoopTimeApi(auto_ready=2.0) as api:
         clients = Clients()
         async with managed(api, clients) as manager:
             client = await manager.get_client("session")
@@ -54,7 +53,7 @@ async def test_a_session_gets_a_ready_and_healthy_sandbox_of_its_own() -> None:
 
 
 async def test_a_session_is_known_from_its_first_call_until_its_close() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api, max_sessions=1) as manager:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api, max_sessions=1) as manager:
         assert manager.config.max_sessions == 1
         assert not manager.has_session("s")
         creation = asyncio.create_task(manager.get_client("s"))
@@ -72,7 +71,7 @@ async def test_a_session_is_known_from_its_first_call_until_its_close() -> None:
 
 
 async def test_the_requests_of_a_session_are_one_create_and_one_delete() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+    async with LoopTimeApi(auto_ready=1.0) as api:
         async with managed(api, max_sessions=50) as manager:
             await asyncio.gather(*(manager.get_client(f"s{i}") for i in range(50)))
             for i in range(50):
@@ -83,7 +82,7 @@ async def test_the_requests_of_a_session_are_one_create_and_one_delete() -> None
 
 
 async def test_many_callers_make_one_sandbox() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api) as manager:
         asked: list[Any] = [manager.get_client("s") for _ in range(10)]
         asked += [manager.on_session_initialized("s") for _ in range(10)]
         results = await asyncio.gather(*asked)
@@ -94,7 +93,7 @@ async def test_many_callers_make_one_sandbox() -> None:
 
 
 async def test_cancelling_the_first_caller_does_not_reach_the_others() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api) as manager:
         first = asyncio.create_task(manager.get_client("s"))
         await settle()
         second = asyncio.create_task(manager.get_client("s"))
@@ -107,7 +106,7 @@ async def test_cancelling_the_first_caller_does_not_reach_the_others() -> None:
 
 
 async def test_a_creation_goes_on_when_all_callers_have_left() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api) as manager:
         caller = asyncio.create_task(manager.get_client("s"))
         await settle()
         caller.cancel()
@@ -119,7 +118,7 @@ async def test_a_creation_goes_on_when_all_callers_have_left() -> None:
 
 async def test_initialising_again_while_under_way_joins() -> None:
     # The original answered the second with a 409 and forgot the first.
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api) as manager:
         first = asyncio.create_task(manager.on_session_initialized("s"))
         await settle()
         await manager.on_session_initialized("s")
@@ -131,7 +130,7 @@ async def test_initialising_again_while_under_way_joins() -> None:
 
 async def test_the_cap_holds_however_many_initialise_at_once() -> None:
     # The original made 30 Sandboxes of 30 initialisations with a cap of 10.
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api, max_sessions=10) as manager:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api, max_sessions=10) as manager:
         most = 0
 
         def count(*_: object) -> None:
@@ -151,7 +150,7 @@ async def test_the_cap_holds_however_many_initialise_at_once() -> None:
 
 async def test_a_new_session_queues_for_a_slot_first_come_first_served() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=1, capacity_timeout=10.0) as manager,
     ):
         await manager.get_client("a")
@@ -174,7 +173,7 @@ async def test_a_new_session_queues_for_a_slot_first_come_first_served() -> None
 
 async def test_queueing_ends_with_capacity_timeout() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=1, capacity_timeout=10.0) as manager,
     ):
         await manager.get_client("a")
@@ -186,7 +185,7 @@ async def test_queueing_ends_with_capacity_timeout() -> None:
 
 async def test_a_queued_session_whose_callers_have_left_takes_no_slot() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=1, capacity_timeout=10.0) as manager,
     ):
         await manager.get_client("a")
@@ -209,7 +208,7 @@ async def test_a_failed_creation_deletes_its_sandbox_and_gives_its_slot_back_onc
         return conditions("PodFailed", "OOM")
 
     async with (
-        FakeCustomObjectsApi(auto_ready=fails_at_first) as api,
+        LoopTimeApi(auto_ready=fails_at_first) as api,
         managed(api, max_sessions=1, capacity_timeout=5.0) as manager,
     ):
         first = asyncio.create_task(manager.get_client("a"))
@@ -225,7 +224,7 @@ async def test_a_failed_creation_deletes_its_sandbox_and_gives_its_slot_back_onc
 
 
 async def test_every_waiter_gets_an_error_of_its_own_with_the_cause() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         api.faults.add("create", error=422)
         results = await asyncio.gather(*(manager.get_client("s") for _ in range(3)), return_exceptions=True)
         assert all(isinstance(result, SandboxFailedError) for result in results)
@@ -245,7 +244,7 @@ async def test_every_waiter_gets_an_error_of_its_own_with_the_cause() -> None:
     ],
 )
 async def test_what_will_never_be_ready_is_not_waited_for(status: dict[str, Any], text: str) -> None:
-    async with FakeCustomObjectsApi(auto_ready=lambda _: status) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=lambda _: status) as api, managed(api) as manager:
         with pytest.raises(SandboxFailedError, match=text):
             await manager.get_client("s")
         assert now() < 0.5
@@ -254,7 +253,7 @@ async def test_what_will_never_be_ready_is_not_waited_for(status: dict[str, Any]
 
 
 async def test_a_sandbox_deleted_by_others_while_it_is_made_is_not_waited_for() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await api.until(lambda: api.objects)
         await asyncio.sleep(3)
@@ -269,7 +268,7 @@ async def test_a_service_without_a_ready_pod_is_not_ready() -> None:
     def service_only(sandbox: dict[str, Any]) -> dict[str, Any]:
         return {"serviceFQDN": "x.svc.cluster.local", **conditions("DependenciesNotReady")}
 
-    async with FakeCustomObjectsApi(auto_ready=service_only) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=service_only) as api, managed(api) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(20)
         assert not waiting.done()
@@ -279,7 +278,7 @@ async def test_a_service_without_a_ready_pod_is_not_ready() -> None:
 
 
 async def test_creation_readiness_and_health_share_one_deadline() -> None:
-    async with FakeCustomObjectsApi(auto_ready=30.0) as api:
+    async with LoopTimeApi(auto_ready=30.0) as api:
         api.faults.add("create", latency=5.0)
         clients = Clients(lambda target: StubClient(target, healthy=False))
         async with managed(api, clients, ready_timeout=60.0) as manager:
@@ -294,7 +293,7 @@ async def test_creation_readiness_and_health_share_one_deadline() -> None:
 async def test_a_timeout_says_the_last_state_seen() -> None:
     status = conditions("DependenciesNotReady", "Pod is Pending: no node has room")
     async with (
-        FakeCustomObjectsApi(auto_ready=lambda _: status) as api,
+        LoopTimeApi(auto_ready=lambda _: status) as api,
         managed(api, ready_timeout=10.0) as manager,
     ):
         with pytest.raises(
@@ -305,7 +304,7 @@ async def test_a_timeout_says_the_last_state_seen() -> None:
 
 
 async def test_closing_twice_is_fine_and_frees_the_slot() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
         client = await manager.get_client("s")
         assert isinstance(client, StubClient)
         await manager.on_session_closed("s")
@@ -319,7 +318,7 @@ async def test_closing_twice_is_fine_and_frees_the_slot() -> None:
 
 async def test_closing_beats_creating() -> None:
     # The original left the Sandbox, and the session, behind.
-    async with FakeCustomObjectsApi(auto_ready=10.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=10.0) as api, managed(api) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(1)
         assert alive(api)
@@ -331,7 +330,7 @@ async def test_closing_beats_creating() -> None:
 
 
 async def test_closing_while_the_create_request_is_on_its_way_deletes_what_it_makes() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         with api.faults.add("create", hold=True) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
@@ -346,7 +345,7 @@ async def test_closing_while_the_create_request_is_on_its_way_deletes_what_it_ma
 
 
 async def test_closing_while_the_answer_of_the_create_is_lost_deletes_what_it_made() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         with api.faults.add("create", lost=True, hold=True, times=1) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
@@ -361,7 +360,7 @@ async def test_closing_while_the_answer_of_the_create_is_lost_deletes_what_it_ma
 
 
 async def test_get_client_during_a_close_waits_for_it_and_reuses_the_slot() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
         old = await manager.get_client("s")
         with api.faults.add("delete", hold=True) as gate:
             closing = asyncio.create_task(manager.on_session_closed("s"))
@@ -378,7 +377,7 @@ async def test_get_client_during_a_close_waits_for_it_and_reuses_the_slot() -> N
 
 
 async def test_cancelling_a_close_does_not_undo_it() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         with api.faults.add("delete", hold=True) as gate:
             closing = asyncio.create_task(manager.on_session_closed("s"))
@@ -390,7 +389,7 @@ async def test_cancelling_a_close_does_not_undo_it() -> None:
 
 
 async def test_the_idle_are_reaped_and_come_back() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         first = await manager.get_client("s")
         await asyncio.sleep(599)
         assert await manager.get_client("s") is first, "asking is using"
@@ -408,7 +407,7 @@ async def test_the_idle_are_reaped_and_come_back() -> None:
 
 async def test_a_busy_session_is_not_reaped() -> None:
     # The original deleted a Sandbox with a call running in it.
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await manager.get_client("s")
         assert isinstance(client, StubClient)
         client.calls = 1
@@ -422,7 +421,7 @@ async def test_a_busy_session_is_not_reaped() -> None:
 
 
 async def test_a_pinned_session_is_not_reaped_and_its_idle_time_runs_from_the_end() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         async with manager.session("s") as client:
             assert client is await manager.get_client("s")
             await asyncio.sleep(10_000)
@@ -437,7 +436,7 @@ async def test_a_pinned_session_is_not_reaped_and_its_idle_time_runs_from_the_en
 
 async def test_a_caller_that_is_about_to_get_its_client_is_not_reaped_under() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, session_idle_timeout=0.001, idle_check_interval=0.0005) as manager,
     ):
         api.faults.add("create", latency=0.01)
@@ -448,7 +447,7 @@ async def test_a_caller_that_is_about_to_get_its_client_is_not_reaped_under() ->
 
 
 async def test_a_context_is_entered_once() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         context = manager.session("s")
         async with context:
             with pytest.raises(RuntimeError, match="twice"):
@@ -458,7 +457,7 @@ async def test_a_context_is_entered_once() -> None:
 
 
 async def test_shutdown_closes_all_at_once_and_refuses_new_work() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         clients = Clients()
         config = SandboxManagerConfig(mode="multi", max_sessions=10)
         manager = SandboxManager(config, custom_objects_api=api, client_factory=clients)
@@ -482,7 +481,7 @@ async def test_shutdown_closes_all_at_once_and_refuses_new_work() -> None:
 
 
 async def test_shutdown_during_creations_leaves_nothing() -> None:
-    async with FakeCustomObjectsApi(auto_ready=10.0) as api:
+    async with LoopTimeApi(auto_ready=10.0) as api:
         config = SandboxManagerConfig(mode="multi", max_sessions=2, capacity_timeout=5.0)
         manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
         waiting = [asyncio.create_task(manager.get_client(f"s{i}")) for i in range(4)]
@@ -496,14 +495,14 @@ async def test_shutdown_during_creations_leaves_nothing() -> None:
 
 
 async def test_a_manager_that_was_never_used_shuts_down() -> None:
-    manager = SandboxManager(SandboxManagerConfig(mode="multi"), custom_objects_api=FakeCustomObjectsApi())
+    manager = SandboxManager(SandboxManagerConfig(mode="multi"), custom_objects_api=LoopTimeApi())
     await manager.shutdown()
     with pytest.raises(SandboxManagerClosedError):
         await manager.get_client("s")
 
 
 async def test_leaving_the_context_waits_for_the_shutdown_even_if_cancelled_again_and_again() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         api.faults.add("delete", latency=2.0)
 
         async def serve() -> None:
@@ -522,7 +521,7 @@ async def test_leaving_the_context_waits_for_the_shutdown_even_if_cancelled_agai
 
 
 async def test_shutdown_is_bounded_and_names_what_it_leaves(caplog: pytest.LogCaptureFixture) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         config = SandboxManagerConfig(mode="multi", shutdown_timeout=7.0)
         manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
         await manager.get_client("s")
@@ -535,7 +534,7 @@ async def test_shutdown_is_bounded_and_names_what_it_leaves(caplog: pytest.LogCa
 
 
 async def test_shutdown_does_not_wait_for_what_the_server_refuses_for_good() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         config = SandboxManagerConfig(mode="multi", shutdown_timeout=30.0)
         manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
         await manager.get_client("s")
@@ -547,7 +546,7 @@ async def test_shutdown_does_not_wait_for_what_the_server_refuses_for_good() -> 
 
 @pytest.mark.parametrize("session_id", [None, "", 7, b"s", ["s"]])
 async def test_multi_mode_needs_a_session_id(session_id: Any) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         for call in (manager.get_client, manager.on_session_initialized, manager.on_session_closed):
             with pytest.raises(ValueError, match="session_id is"):
                 await call(session_id)
@@ -599,7 +598,7 @@ def test_the_api_of_the_synchronous_client_is_refused() -> None:
 
 
 def test_another_event_loop_gets_an_error_and_no_hang() -> None:
-    api = FakeCustomObjectsApi(auto_ready=True)
+    api = LoopTimeApi(auto_ready=True)
     manager = SandboxManager(
         SandboxManagerConfig(mode="multi"), custom_objects_api=api, client_factory=Clients()
     )
@@ -625,7 +624,7 @@ async def test_the_constructor_checks_its_settings() -> None:
 
 async def test_a_queued_session_keeps_its_place_while_one_of_its_callers_stays() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=1, capacity_timeout=10.0) as manager,
     ):
         await manager.get_client("a")
@@ -652,7 +651,7 @@ async def test_a_session_that_is_closed_as_it_becomes_ready_is_not_handed_out() 
             healthy.set()  # Whoever waits for this wakes up before those who wait for the session.
             return True
 
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, Clients(Telling)) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, Clients(Telling)) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await healthy.wait()
         await manager.on_session_closed("s")
@@ -663,7 +662,7 @@ async def test_a_session_that_is_closed_as_it_becomes_ready_is_not_handed_out() 
 
 async def test_who_waited_for_a_check_and_left_has_used_the_session() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, session_idle_timeout=50.0, idle_check_interval=1.0) as manager,
     ):
         client = await manager.get_client("s")
@@ -681,7 +680,7 @@ async def test_who_waited_for_a_check_and_left_has_used_the_session() -> None:
 
 async def test_who_may_queue_for_longer_than_a_creation_may_take_waits_for_a_close_as_long() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, ready_timeout=10.0, capacity_timeout=100.0) as manager,
     ):
         old = await manager.get_client("s")
@@ -694,7 +693,7 @@ async def test_who_may_queue_for_longer_than_a_creation_may_take_waits_for_a_clo
 
 async def test_a_session_that_has_got_its_slot_outlives_the_patience_of_its_queueing() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=5.0) as api,
+        LoopTimeApi(auto_ready=5.0) as api,
         managed(api, max_sessions=1, capacity_timeout=10.0) as manager,
     ):
         await manager.get_client("a")
@@ -709,7 +708,7 @@ async def test_a_session_that_has_got_its_slot_outlives_the_patience_of_its_queu
 
 
 async def test_a_recreation_is_counted_once() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         api.delete_now(manager.sandbox_name("s"))
         await settle()
@@ -722,7 +721,7 @@ async def test_a_recreation_is_counted_once() -> None:
 
 async def test_the_time_in_the_queue_is_no_part_of_ready_timeout() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=5.0) as api,
+        LoopTimeApi(auto_ready=5.0) as api,
         managed(api, max_sessions=1, capacity_timeout=10.0, ready_timeout=7.0) as manager,
     ):
         await manager.get_client("a")
@@ -737,18 +736,18 @@ async def test_errors_of_a_creation_keep_their_cause() -> None:
     def factory(target: str) -> StubClient:
         raise ZeroDivisionError
 
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, factory) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, factory) as manager:
         with pytest.raises(SandboxError, match="ZeroDivisionError") as caught:
             await manager.get_client("s")
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=5.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_timeout=5.0) as manager:
         with pytest.raises(SandboxTimeoutError) as late:
             await manager.get_client("s")
         assert isinstance(late.value.__cause__, TimeoutError)
 
 
 async def test_a_close_that_shutdown_cuts_off_returns() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, shutdown_timeout=5.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, shutdown_timeout=5.0) as manager:
         await manager.get_client("s")
         api.faults.add("delete", latency=math.inf)
         closing = asyncio.create_task(manager.on_session_closed("s"))
@@ -761,7 +760,7 @@ async def test_a_close_that_shutdown_cuts_off_returns() -> None:
 
 async def test_only_so_many_ended_sessions_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prodisco_sandbox._sessions.past.REMEMBERED", 2)
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         for session_id in "abc":
             await manager.get_client(session_id)
             api.delete_now(manager.sandbox_name(session_id))
@@ -772,14 +771,14 @@ async def test_only_so_many_ended_sessions_are_remembered(monkeypatch: pytest.Mo
 
 
 async def test_a_ready_session_keeps_nothing_of_its_creation_in_memory() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         session = manager._ready["s"]
         assert (session.known.object, session.request) == (None, None)
 
 
 async def test_a_session_is_pinned_until_the_last_of_its_users_leaves() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         async with manager.session("s") as client:
             async with manager.session("s"):
                 pass
@@ -790,7 +789,7 @@ async def test_a_session_is_pinned_until_the_last_of_its_users_leaves() -> None:
 
 def test_a_shutdown_that_is_over_may_be_asked_for_in_another_event_loop() -> None:
     config = SandboxManagerConfig(mode="multi")
-    api = FakeCustomObjectsApi(auto_ready=True)
+    api = LoopTimeApi(auto_ready=True)
     manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
 
     async def use() -> None:
@@ -803,7 +802,7 @@ def test_a_shutdown_that_is_over_may_be_asked_for_in_another_event_loop() -> Non
 
 
 async def test_many_that_become_ready_at_once_share_the_event_loop() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=2) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=2) as manager:
         clients = [await manager.get_client(session_id) for session_id in "ab"]
         assert manager._engine is not None
         assert [client._connection.pace for client in clients] == [manager._engine._parts.pace] * 2

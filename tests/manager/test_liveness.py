@@ -20,7 +20,7 @@ from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
 from prodisco_sandbox._cluster.metadata import name
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import Clients, PlainApi, StubClient, alive, conditions, managed, now, settle
+from .support import Clients, LoopTimeApi, PlainApi, StubClient, alive, conditions, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -39,7 +39,7 @@ async def delete_as_others(api: FakeCustomObjectsApi, taken: str) -> None:
 
 
 async def test_a_sandbox_that_others_have_deleted_is_noticed_and_made_again() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         old = await stub(manager.get_client("s"))
         api.delete_now(manager.sandbox_name("s"))
         await settle()
@@ -56,7 +56,7 @@ async def test_a_sandbox_that_others_have_deleted_is_noticed_and_made_again() ->
     "status", [conditions("PodFailed"), conditions("PodSucceeded", kind="Finished", status="True")]
 )
 async def test_a_sandbox_whose_pod_has_ended_is_replaced_by_its_next_use(status: Any) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         old = await stub(manager.get_client("s"))
         api.set_status(manager.sandbox_name("s"), status)
         await settle()
@@ -70,7 +70,7 @@ async def test_a_sandbox_whose_pod_has_ended_is_replaced_by_its_next_use(status:
 
 
 async def test_a_sandbox_that_others_are_deleting_is_left_to_them() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.linger_deletes = True
         old = await stub(manager.get_client("s"))
         await delete_as_others(api, manager.sandbox_name("s"))
@@ -86,7 +86,7 @@ async def test_a_sandbox_that_others_are_deleting_is_left_to_them() -> None:
 
 @pytest.mark.parametrize("watched", [True, False])
 async def test_a_creation_whose_sandbox_others_are_deleting_is_left_to_them(watched: bool) -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         if not watched:
             api.forbid("watch")
         api.linger_deletes = True
@@ -110,7 +110,7 @@ async def test_a_sandbox_that_fails_each_time_before_it_can_be_used_is_an_error(
             return True
 
     clients = Clients(Failing)
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         with pytest.raises(SandboxFailedError, match="died 3 times"):
             await manager.get_client("s")
         assert clients.made[0].health_checks == 3
@@ -120,7 +120,7 @@ async def test_a_sandbox_that_fails_each_time_before_it_can_be_used_is_an_error(
 
 
 async def test_a_blip_is_not_a_death() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         client.fail()
         assert await manager.get_client("s") is client
@@ -131,7 +131,7 @@ async def test_a_blip_is_not_a_death() -> None:
 
 
 async def test_however_many_ask_there_is_one_check() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         client.fail()
         api.faults.add("get", latency=2.0)
@@ -142,7 +142,7 @@ async def test_however_many_ask_there_is_one_check() -> None:
 
 
 async def test_a_client_is_never_handed_out_unchecked_after_a_failure() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         api.silence_watches()
         api.delete_now(manager.sandbox_name("s"))
@@ -156,7 +156,7 @@ async def test_a_client_is_never_handed_out_unchecked_after_a_failure() -> None:
 
 
 async def test_a_sandbox_found_to_be_at_its_end_is_deleted_and_made_again() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         api.silence_watches()
         api.set_status(manager.sandbox_name("s"), conditions("PodFailed"))
@@ -168,7 +168,7 @@ async def test_a_sandbox_found_to_be_at_its_end_is_deleted_and_made_again() -> N
 
 @pytest.mark.parametrize("error", [503, ConnectionResetError, RuntimeError])
 async def test_while_the_api_server_cannot_be_asked_the_session_is_kept(error: Any) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         with api.faults.add("get", error=error):
             client.fail()
@@ -187,7 +187,7 @@ async def test_while_the_api_server_cannot_be_asked_the_session_is_kept(error: A
 
 
 async def test_a_get_that_hangs_holds_a_check_for_ten_seconds() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         api.faults.add("get", latency=math.inf)
         client.fail()
@@ -198,7 +198,7 @@ async def test_a_get_that_hangs_holds_a_check_for_ten_seconds() -> None:
 
 
 async def test_health_that_never_comes_back_ends_the_session_at_the_deadline() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=40.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=40.0) as manager:
         client = await stub(manager.get_client("s"))
         client.healthy = False
         client.fail()
@@ -213,7 +213,7 @@ async def test_health_that_never_comes_back_ends_the_session_at_the_deadline() -
 
 
 async def test_health_that_comes_back_keeps_the_client() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         client.healthy = False
         client.fail()
@@ -224,7 +224,7 @@ async def test_health_that_comes_back_keeps_the_client() -> None:
 
 
 async def test_a_death_during_the_check_is_noticed_at_once() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         client.healthy = False
         client.fail()
@@ -236,7 +236,7 @@ async def test_a_death_during_the_check_is_noticed_at_once() -> None:
 
 async def test_a_session_that_is_being_checked_for_somebody_is_not_idle() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, session_idle_timeout=5.0, idle_check_interval=1.0) as manager,
     ):
         client = await stub(manager.get_client("s"))
@@ -249,7 +249,7 @@ async def test_a_session_that_is_being_checked_for_somebody_is_not_idle() -> Non
 
 async def test_a_doubted_session_that_nobody_asks_for_is_reaped_like_any_other() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, session_idle_timeout=5.0, idle_check_interval=1.0) as manager,
     ):
         client = await stub(manager.get_client("s"))
@@ -260,7 +260,7 @@ async def test_a_doubted_session_that_nobody_asks_for_is_reaped_like_any_other()
 
 
 async def test_a_check_goes_on_when_its_caller_is_cancelled() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         client.fail()
         with api.faults.add("get", hold=True) as gate:
@@ -275,7 +275,7 @@ async def test_a_check_goes_on_when_its_caller_is_cancelled() -> None:
 
 
 async def test_closing_ends_a_check() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         client.healthy = False
         client.fail()
@@ -292,7 +292,7 @@ async def test_closing_ends_a_check() -> None:
 
 
 async def test_readiness_that_goes_and_comes_back_keeps_the_client() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await manager.get_client("s")
         taken = manager.sandbox_name("s")
         api.set_condition(taken, "Ready", "False", "DependenciesNotReady")
@@ -307,7 +307,7 @@ async def test_readiness_that_goes_and_comes_back_keeps_the_client() -> None:
 
 
 async def test_readiness_that_was_gone_for_a_moment_is_checked() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         for status in ("False", "True"):
             api.set_condition(manager.sandbox_name("s"), "Ready", status)
@@ -318,7 +318,7 @@ async def test_readiness_that_was_gone_for_a_moment_is_checked() -> None:
 
 async def test_a_replaced_pod_is_a_new_machine() -> None:
     clients = Clients()
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         old = await stub(manager.get_client("s"))
         [sandbox] = api.objects
         taken, uid = name(sandbox), sandbox["metadata"]["uid"]
@@ -336,7 +336,7 @@ async def test_a_replaced_pod_is_a_new_machine() -> None:
 async def test_a_pod_replaced_behind_a_service_is_a_new_machine_too() -> None:
     clients = Clients()
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, clients, endpoint="service") as manager,
     ):
         old = await manager.get_client("s")
@@ -348,7 +348,7 @@ async def test_a_pod_replaced_behind_a_service_is_a_new_machine_too() -> None:
 
 async def test_a_pod_replaced_while_the_first_is_waited_for_gets_the_client() -> None:
     clients = Clients(lambda target: StubClient(target, healthy=target.startswith("10.9.")))
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(5)
         api.set_ready(manager.sandbox_name("s"), podIPs=["10.9.9.9"])
@@ -359,7 +359,7 @@ async def test_a_pod_replaced_while_the_first_is_waited_for_gets_the_client() ->
 
 
 async def test_what_a_client_of_the_past_says_counts_no_more() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         old = await stub(manager.get_client("s"))
         api.set_ready(manager.sandbox_name("s"), podIPs=["10.9.9.9"])
         await settle()
@@ -374,7 +374,7 @@ async def test_an_endpoint_function_that_fails_harms_nobody_else() -> None:
     def endpoint(sandbox: dict[str, Any]) -> str:
         return f"{sandbox['status']['podIPs'][0]}:50051"
 
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, endpoint=endpoint) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, endpoint=endpoint) as manager:
         clients = {s: await manager.get_client(s) for s in "ab"}
         api.set_status(SANDBOX.name("a"), {"podIPs": []})
         await settle()
@@ -399,7 +399,7 @@ async def test_an_endpoint_function_that_fails_harms_nobody_else() -> None:
 async def test_what_a_function_of_the_users_gives_wrong_is_blamed_on_it(
     settings: dict[str, Any], text: str
 ) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **settings) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **settings) as manager:
         with pytest.raises(SandboxError, match=text):
             await manager.get_client("s")
         await settle()
@@ -410,7 +410,7 @@ async def test_what_a_function_of_the_users_gives_wrong_is_blamed_on_it(
 
 
 async def test_who_closes_a_client_leaves_the_others_their_sandbox() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         async with await manager.get_client("s") as closed:
             sandbox = closed.sandbox
         again, other = await asyncio.gather(manager.get_client("s"), manager.get_client("s"))
@@ -424,7 +424,7 @@ async def test_who_closes_a_client_leaves_the_others_their_sandbox() -> None:
 
 async def test_a_client_that_is_closed_while_it_is_doubted_is_replaced_too() -> None:
     clients = Clients()
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         first = await stub(manager.get_client("s"))
         first.healthy = False
         first.fail()
@@ -441,7 +441,7 @@ async def test_a_client_that_is_closed_while_it_is_doubted_is_replaced_too() -> 
 
 
 async def test_who_only_polls_notices_a_death_at_the_reapers_tick() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("watch", error=405)
         api.faults.add("list", error=403, when=lambda r: now() < 59)  # The watch's own lists.
         for session_id in "abc":
@@ -467,7 +467,7 @@ async def test_who_only_polls_notices_a_death_of_what_has_no_uid() -> None:
 @pytest.mark.unmeasured
 async def test_an_api_server_that_does_not_answer_costs_no_session() -> None:
     """However many ask it at once: who gets no turn within ready_timeout has not been told of a death."""
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         clients = Clients()
         async with managed(api, clients, ready_timeout=20.0, max_sessions=200) as manager:
             ids = [f"s{i}" for i in range(200)]
@@ -481,7 +481,7 @@ async def test_an_api_server_that_does_not_answer_costs_no_session() -> None:
 
 
 async def test_what_the_watch_said_is_not_overwritten_by_an_older_read() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         client.fail()
         api.faults.add("get", latency=3.0, after=True, times=1)
@@ -492,7 +492,7 @@ async def test_what_the_watch_said_is_not_overwritten_by_an_older_read() -> None
 
 
 async def test_what_a_check_finds_at_its_end_is_deleted_although_nobody_comes_back() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await stub(manager.get_client("s"))
         api.silence_watches()
         api.set_status(manager.sandbox_name("s"), conditions("PodFailed"))
@@ -507,7 +507,7 @@ async def test_what_a_check_finds_at_its_end_is_deleted_although_nobody_comes_ba
 
 
 async def test_sweeps_do_not_overlap() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, idle_check_interval=1.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, idle_check_interval=1.0) as manager:
         api.forbid("watch")
         await manager.get_client("s")
         await asyncio.sleep(0.5)
@@ -519,7 +519,7 @@ async def test_sweeps_do_not_overlap() -> None:
 async def test_a_pod_that_is_replaced_after_a_time_without_address_is_a_new_machine_too() -> None:
     clients = Clients()
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, clients, endpoint="service") as manager,
     ):
         old = await stub(manager.get_client("s"))
@@ -543,7 +543,7 @@ async def test_the_error_of_an_earlier_check_is_not_told_again() -> None:
             return True
 
     clients = Clients(Stumbling)
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         client = await stub(manager.get_client("s"))
         client.fail()
         with api.faults.add("get", error=503), pytest.raises(SandboxUnavailableError):
@@ -554,7 +554,7 @@ async def test_the_error_of_an_earlier_check_is_not_told_again() -> None:
 
 async def test_news_that_come_while_it_is_read_cut_only_that_one_reading_short() -> None:
     async with (
-        FakeCustomObjectsApi() as api,
+        LoopTimeApi() as api,
         managed(api, idle_check_interval=2.5, ready_poll_interval=1.0) as manager,
     ):
         api.forbid("watch")

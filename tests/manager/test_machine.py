@@ -34,10 +34,10 @@ from prodisco_sandbox._cluster.metadata import (
     uid,
 )
 from prodisco_sandbox._sessions.table import Session
-from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
+from prodisco_sandbox.testing import api_error
 
 from .spinning import run_bounded
-from .support import StubClient, conditions
+from .support import LoopTimeApi, StubClient, conditions
 
 SUSPENDED = 2
 IDS = st.sampled_from(["a", "b", "c", "d", "e"])
@@ -68,7 +68,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self, seed: int, polling: bool, leases: bool) -> None:
         random.seed(seed)
         self.loop = looptime.new_event_loop(start=1000.0)
-        self.api = FakeCustomObjectsApi(auto_ready=self.readiness, now=self.loop.time)
+        self.api = LoopTimeApi(auto_ready=self.readiness, now=self.loop.time)
         if self.pool is not None:
             self.api.add_warm_pool(self.pool, 2)
         if polling:

@@ -17,13 +17,13 @@ from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
 from prodisco_sandbox._cluster.metadata import name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request, api_error
 
-from .support import PlainApi, alive, left_behind, managed, now, settle
+from .support import LoopTimeApi, PlainApi, alive, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
 
 async def test_managers_with_another_value_of_managed_by_see_nothing_of_each_other() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api, managed_by="ours") as ours, managed(api, instance_id="they") as theirs:
             await ours.get_client("a")
             await theirs.get_client("b")
@@ -36,7 +36,7 @@ async def test_managers_with_another_value_of_managed_by_see_nothing_of_each_oth
 
 
 async def test_managed_by_goes_with_every_selector_and_recognises_its_own() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with (
             managed(api, managed_by="ours") as first,
             managed(api, instance_id="two", managed_by="ours") as second,
@@ -56,7 +56,7 @@ async def test_managed_by_goes_with_every_selector_and_recognises_its_own() -> N
 
 
 async def test_what_an_earlier_life_of_this_manager_left_is_deleted() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await left_behind(api, "a", lease=3600)
         await left_behind(api, "b", ready=False)
         await manager.get_client("mine")
@@ -67,7 +67,7 @@ async def test_what_an_earlier_life_of_this_manager_left_is_deleted() -> None:
 
 async def test_siblings_that_live_are_spared_and_those_whose_lease_has_lapsed_are_not() -> None:
     # The original deleted the live Sandboxes of a sibling server.
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         await left_behind(api, "live", instance="sibling", lease=now() + 60)
         await left_behind(api, "without a lease", instance="sibling")
         await left_behind(api, "lapsed", instance="sibling", lease=now() - 60)
@@ -79,7 +79,7 @@ async def test_siblings_that_live_are_spared_and_those_whose_lease_has_lapsed_ar
 
 
 async def test_all_instances_spares_only_what_is_in_the_table() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await left_behind(api, "live", instance="sibling", lease=now() + 60)
         await left_behind(api, "unlabelled", instance=None)
         body = {
@@ -96,7 +96,7 @@ async def test_all_instances_spares_only_what_is_in_the_table() -> None:
 
 async def test_sessions_in_any_state_are_spared() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=lambda o: name(o) != SANDBOX.name("creating")) as api,
+        LoopTimeApi(auto_ready=lambda o: name(o) != SANDBOX.name("creating")) as api,
         managed(api) as manager,
     ):
         ready = await manager.get_client("ready")
@@ -115,7 +115,7 @@ async def test_sessions_in_any_state_are_spared() -> None:
 
 
 async def test_what_is_being_deleted_already_is_not_counted() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         api.linger_deletes = True
         await left_behind(api, "a")
         assert await manager.cleanup_orphaned_sandboxes() == 1
@@ -125,7 +125,7 @@ async def test_what_is_being_deleted_already_is_not_counted() -> None:
 
 
 async def test_a_session_that_is_created_during_the_clean_up_is_spared() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         with api.faults.add("list", hold=True, times=1) as gate:
             cleaning = asyncio.create_task(manager.cleanup_orphaned_sandboxes(all_instances=True))
             await gate.reached()
@@ -136,7 +136,7 @@ async def test_a_session_that_is_created_during_the_clean_up_is_spared() -> None
 
 
 async def test_an_orphan_that_a_session_adopts_during_the_clean_up_is_spared() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         orphan = await left_behind(api, "s")
         with api.faults.add("list", hold=True, after=True, times=1) as gate:
             cleaning = asyncio.create_task(manager.cleanup_orphaned_sandboxes())
@@ -149,7 +149,7 @@ async def test_an_orphan_that_a_session_adopts_during_the_clean_up_is_spared() -
 
 
 async def test_an_orphan_that_a_session_adopts_while_its_delete_is_on_its_way_is_spared() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         await left_behind(api, "s")
         with api.faults.add("delete", hold=True, times=1) as gate:
             cleaning = asyncio.create_task(manager.cleanup_orphaned_sandboxes())
@@ -162,7 +162,7 @@ async def test_an_orphan_that_a_session_adopts_while_its_delete_is_on_its_way_is
 
 
 async def test_a_lease_that_is_renewed_during_the_clean_up_saves_its_sandbox() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         lapsed = await left_behind(api, "s", instance="sibling", lease=now() - 60)
         with api.faults.add("list", hold=True, after=True, times=1) as gate:
             cleaning = asyncio.create_task(manager.cleanup_orphaned_sandboxes())
@@ -177,7 +177,7 @@ async def test_a_lease_that_is_renewed_during_the_clean_up_saves_its_sandbox() -
 
 
 async def test_an_orphan_whose_status_changes_meanwhile_is_deleted_all_the_same() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         orphan = await left_behind(api, "s")
         with api.faults.add("list", hold=True, after=True, times=1) as gate:
             cleaning = asyncio.create_task(manager.cleanup_orphaned_sandboxes())
@@ -188,7 +188,7 @@ async def test_an_orphan_whose_status_changes_meanwhile_is_deleted_all_the_same(
 
 
 async def test_lists_are_read_page_by_page() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         for i in range(7):
             await left_behind(api, f"s{i}", ready=False)
         with pytest.MonkeyPatch.context() as patch:
@@ -213,7 +213,7 @@ def expire_once(api: FakeCustomObjectsApi) -> Any:
 
 async def test_a_continue_token_that_expires_begins_the_list_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prodisco_sandbox._cluster.requests.PAGE", 2)
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         for i in range(5):
             await left_behind(api, f"s{i}", ready=False)
         expire_once(api)
@@ -223,7 +223,7 @@ async def test_a_continue_token_that_expires_begins_the_list_anew(monkeypatch: p
 
 async def test_a_list_that_never_comes_to_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prodisco_sandbox._cluster.requests.PAGE", 2)
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         for i in range(3):
             await left_behind(api, f"s{i}", ready=False)
         api.faults.add("list", error=410, when=lambda r: "_continue" in r.options)
@@ -233,7 +233,7 @@ async def test_a_list_that_never_comes_to_its_end_is_given_up(monkeypatch: pytes
 
 
 async def test_transient_errors_are_retried_until_ready_timeout() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=20.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_timeout=20.0) as manager:
         for i in range(3):
             await left_behind(api, f"s{i}", ready=False)
         api.faults.add("*", error=503, times=6)
@@ -249,7 +249,7 @@ async def test_transient_errors_are_retried_until_ready_timeout() -> None:
 
 
 async def test_a_clean_up_that_hangs_ends_all_the_same() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=15.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_timeout=15.0) as manager:
         for i in range(70):
             await left_behind(api, f"s{i}", ready=False)
         api.faults.add("delete", latency=float("inf"))
@@ -259,7 +259,7 @@ async def test_a_clean_up_that_hangs_ends_all_the_same() -> None:
 
 
 async def test_missing_permissions_are_named_and_the_rest_is_deleted() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         await left_behind(api, "a", ready=False)
         await left_behind(api, "b", ready=False)
         api.faults.add("delete", error=403, name=SANDBOX.name("a"))
@@ -268,14 +268,14 @@ async def test_missing_permissions_are_named_and_the_rest_is_deleted() -> None:
         assert alive(api) == [SANDBOX.name("a")]
         api.forbid("list")
         await asyncio.sleep(0)
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         api.forbid("list")
         with pytest.raises(SandboxPermissionError, match=r'verbs \["list"\]'):
             await manager.cleanup_orphaned_sandboxes()
 
 
 async def test_twenty_are_deleted_at_a_time() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         for i in range(50):
             await left_behind(api, f"s{i}", ready=False)
         api.faults.add("delete", latency=1.0)
@@ -284,7 +284,7 @@ async def test_twenty_are_deleted_at_a_time() -> None:
 
 
 async def test_the_end_of_a_session_does_not_wait_for_a_clean_up_that_hangs() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("mine")
         for i in range(30):
             await left_behind(api, f"s{i}", ready=False)
@@ -298,7 +298,7 @@ async def test_the_end_of_a_session_does_not_wait_for_a_clean_up_that_hangs() ->
 
 
 async def test_a_clean_up_that_is_cancelled_stops() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         for i in range(30):
             await left_behind(api, f"s{i}", ready=False)
         with api.faults.add("delete", hold=True) as gate:
@@ -314,7 +314,7 @@ async def test_a_clean_up_that_is_cancelled_stops() -> None:
 
 
 async def test_shutdown_ends_a_clean_up() -> None:
-    async with FakeCustomObjectsApi() as api:
+    async with LoopTimeApi() as api:
         async with managed(api) as manager:
             await left_behind(api, "a")
             gate = api.faults.add("delete", hold=True)
@@ -339,7 +339,7 @@ async def test_objects_without_uids_are_deleted_too() -> None:
 
 
 async def test_an_orphan_that_changes_each_time_is_left() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         await left_behind(api, "s")
         # Bounded, since a clean-up that goes on for ever would not let the test end either.
         api.faults.add("delete", error=409, times=10)

@@ -18,9 +18,9 @@ from _patience import PATIENCE, put_forward, until
 from prodisco_sandbox import SandboxCapacityError, SandboxClient, SandboxError, SandboxUnavailableError
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.results import ExecutionChunk
-from prodisco_sandbox.testing import NEVER, FakeCustomObjectsApi, FakeSandboxServer, api_error
+from prodisco_sandbox.testing import NEVER, FakeSandboxServer, api_error
 
-from .support import alive, managed, now, settle
+from .support import LoopTimeApi, alive, managed, now, settle
 
 SLOTS = 50
 CALLERS = pytest.mark.parametrize(
@@ -38,7 +38,7 @@ async def test_many_callers_share_fifty_slots(callers: int) -> None:
     waits: list[float] = []
 
     async with (
-        FakeCustomObjectsApi(auto_ready=True, history=100) as api,
+        LoopTimeApi(auto_ready=True, history=100) as api,
         managed(api, max_sessions=SLOTS, capacity_timeout=300.0) as manager,
     ):
 
@@ -78,7 +78,7 @@ async def test_many_callers_share_fifty_slots(callers: int) -> None:
 async def test_who_is_refused_is_refused_at_once_or_in_time_and_leaves_nothing_in_memory(
     callers: int,
 ) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True, history=100) as api:
+    async with LoopTimeApi(auto_ready=True, history=100) as api:
 
         async def storm(manager: Any, first: int) -> None:
             begun = now()
@@ -116,7 +116,7 @@ async def test_who_is_refused_is_refused_at_once_or_in_time_and_leaves_nothing_i
 @pytest.mark.looptime
 async def test_nobody_starves_behind_one_that_comes_again_and_again() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=1, capacity_timeout=60.0) as manager,
     ):
         await manager.get_client("greedy")
@@ -137,7 +137,7 @@ async def test_nobody_starves_behind_one_that_comes_again_and_again() -> None:
 
 @pytest.mark.looptime
 async def test_deletes_that_hang_leave_others_their_turns() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=200) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=200) as manager:
         await asyncio.gather(*(manager.get_client(f"session-{number}") for number in range(100)))
         with api.faults.add("delete", hold=True):
             closing = [
@@ -155,7 +155,7 @@ async def test_deletes_that_hang_leave_others_their_turns() -> None:
 async def test_an_api_server_that_has_enough_is_left_alone_until_it_says() -> None:
     """429 with Retry-After for thirty seconds: everybody gets a sandbox, and nobody presses."""
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, max_sessions=SLOTS, ready_timeout=120.0) as manager,
     ):
         busy_until = now() + 30.0
@@ -263,7 +263,7 @@ async def test_a_server_that_accepts_and_never_answers_does_not_hold_a_session(
 
     async with (
         raw_server(accept) as target,
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, SandboxClient, ready_timeout=200.0, endpoint=lambda _: target) as manager,
     ):
         getting = asyncio.create_task(manager.get_client("s"))

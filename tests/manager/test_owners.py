@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import managed
+from .support import LoopTimeApi, managed
 
 pytestmark = pytest.mark.looptime
 
@@ -21,7 +20,7 @@ def owner(manager: SandboxManager, session_id: str) -> str | None:
 
 @pytest.mark.parametrize("ready", [False, True])
 async def test_the_first_owner_that_is_given_stays(ready: bool) -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api) as manager:
         if ready:
             await manager.get_client("a")
             assert owner(manager, "a") is None
@@ -42,7 +41,7 @@ async def test_the_first_owner_that_is_given_stays(ready: bool) -> None:
 @pytest.mark.parametrize("wrong", ["", 7, b"owner"])
 @pytest.mark.parametrize("ready", [False, True])
 async def test_an_owner_is_a_text(wrong: Any, ready: bool) -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api) as manager:
         if ready:
             await manager.get_client("a")
         with pytest.raises(ValueError, match=r"owner is .* non-empty str"):

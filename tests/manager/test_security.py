@@ -22,10 +22,9 @@ from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig,
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_SESSION, labels, session_hash
 from prodisco_sandbox._targets import grpc_address
-from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .failures import FAILURES, MARK, OTHER, SESSION, Failure, World, world
-from .support import StubClient, alive, left_behind, managed
+from .support import LoopTimeApi, StubClient, alive, left_behind, managed
 
 CONFIG = SandboxManagerConfig(mode="multi", instance_id="me")
 DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -90,7 +89,7 @@ def test_no_two_of_many_ids_meet() -> None:
 async def test_hostile_ids_get_sandboxes_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     ids = list(hostile_ids(1, tries(2_000, quick=500) // 50))
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=len(ids)) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=len(ids)) as manager:
         clients = await asyncio.gather(*map(manager.get_client, ids))
         assert len(set(clients)) == len(alive(api)) == len(ids)
         for session_id, client in zip(ids, clients, strict=True):
@@ -298,7 +297,7 @@ async def test_the_managers_own_clients_speak_tls_or_nothing(tmp_path: Any) -> N
     tls = TlsConfig(ca=tmp_path / "missing", server_name="sandbox", secret_name="keys")
     config = SandboxManagerConfig(mode="multi", tls=tls, ready_timeout=5.0)
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         SandboxManager(config, custom_objects_api=api) as manager,
     ):
         with pytest.raises(SandboxError, match=r"TlsConfig\.ca: cannot read"):

@@ -22,7 +22,7 @@ from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, LABEL_OWNER, labe
 from prodisco_sandbox._sessions.leases import PROBE
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import Clients, alive, conditions, managed, now, settle, uids
+from .support import Clients, LoopTimeApi, alive, conditions, managed, now, settle, uids
 
 pytestmark = pytest.mark.looptime
 
@@ -31,7 +31,7 @@ SHARED: dict[str, Any] = {"shared": True, "instance_id": "group"}
 
 
 def cluster(**options: Any) -> FakeCustomObjectsApi:
-    return FakeCustomObjectsApi(**{"auto_ready": True, **options})
+    return LoopTimeApi(**{"auto_ready": True, **options})
 
 
 def deadline(api: FakeCustomObjectsApi) -> float:

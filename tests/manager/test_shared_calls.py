@@ -11,6 +11,8 @@ from prodisco_sandbox._cluster.metadata import unix_time
 from prodisco_sandbox._sessions.leases import PROBE
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 
+from .support import LoopTimeApi
+
 T, SLACK = 600.0, 300.0
 
 
@@ -22,7 +24,7 @@ def moved_to(api: FakeCustomObjectsApi) -> list[float | None]:
 
 async def test_calls_of_a_client_move_the_deadline() -> None:
     ahead = 0.0
-    async with FakeSandboxServer() as server, FakeCustomObjectsApi(auto_ready=True, now=time.time) as api:
+    async with FakeSandboxServer() as server, LoopTimeApi(auto_ready=True, now=time.time) as api:
         config = SandboxManagerConfig(
             mode="multi", endpoint=lambda _: server.target, shared=True, instance_id="group"
         )

@@ -26,7 +26,7 @@ from prodisco_sandbox._cluster.metadata import LABEL_SESSION, is_deleting, label
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .spinning import run_bounded
-from .support import StubClient
+from .support import LoopTimeApi, StubClient
 
 IDLE, SKEW, READY = 120.0, 30.0, 20.0
 SLACK = IDLE / 2
@@ -83,7 +83,7 @@ class SharedMachine(RuleBasedStateMachine):
     def begin(self, seed: int, replicas: int) -> None:
         random.seed(seed)
         self.loop = looptime.new_event_loop(start=10_000.0)
-        self.api = FakeCustomObjectsApi(auto_ready=0.2, now=self.loop.time)
+        self.api = LoopTimeApi(auto_ready=0.2, now=self.loop.time)
         if self.pool is not None:
             self.api.add_warm_pool(self.pool, 1)
         self.replicas: list[Replica] = []

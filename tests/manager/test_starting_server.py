@@ -9,15 +9,15 @@ import pytest
 
 from prodisco_sandbox import SandboxFailedError, SandboxPermissionError
 from prodisco_sandbox._cluster.metadata import name
-from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
+from prodisco_sandbox.testing import api_error
 
-from .support import alive, left_behind, managed, now, settle
+from .support import LoopTimeApi, alive, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
 
 async def test_what_nobody_asked_for_before_it_was_away_is_asked_again() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api) as manager:
             await manager.get_client("s")
             api.faults.add("delete", error=aiohttp.ClientConnectionError, times=1)
@@ -27,7 +27,7 @@ async def test_what_nobody_asked_for_before_it_was_away_is_asked_again() -> None
 
 
 async def test_one_that_was_back_before_anything_was_asked_was_away_for_the_watch() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         async with managed(api) as manager:
             await manager.get_client("s")
             api.cut_watches(aiohttp.ClientPayloadError("not all of it came"))
@@ -38,7 +38,7 @@ async def test_one_that_was_back_before_anything_was_asked_was_away_for_the_watc
 
 
 async def test_one_that_takes_connections_and_does_not_answer_is_away_too() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", lost=True, times=1)
         api.faults.add("get", error=aiohttp.ClientConnectionError, times=1)
         api.faults.add("get", latency=math.inf, times=1)
@@ -50,7 +50,7 @@ async def test_one_that_takes_connections_and_does_not_answer_is_away_too() -> N
 
 
 async def test_a_lost_create_is_looked_for_until_it_may_be_read() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", lost=True, times=1)
         api.faults.add("get", error=403, times=3)
         await manager.get_client("s")
@@ -58,7 +58,7 @@ async def test_a_lost_create_is_looked_for_until_it_may_be_read() -> None:
 
 
 async def test_a_refusal_counts_once_it_has_been_back_for_a_while() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", lost=True, times=1)
         with api.faults.add("get", error=403), pytest.raises(SandboxPermissionError):
             await manager.get_client("s")
@@ -66,7 +66,7 @@ async def test_a_refusal_counts_once_it_has_been_back_for_a_while() -> None:
 
 
 async def test_without_an_absence_a_refusal_counts_at_once() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", error=403)
         with pytest.raises(SandboxPermissionError):
             await manager.get_client("s")
@@ -77,7 +77,7 @@ DENIED = 'admission webhook "validation.gatekeeper.sh" denied the request: image
 
 
 async def test_a_webhooks_refusal_counts_at_once_whatever_worked_before() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("before")
         for error in (api_error(403, DENIED), api_error(422, DENIED), api_error(400, DENIED)):
             with api.faults.add("create", error=error) as fault:
@@ -91,7 +91,7 @@ async def test_a_webhooks_refusal_counts_at_once_whatever_worked_before() -> Non
 
 async def test_a_webhook_that_could_not_be_called_is_waited_for() -> None:
     calling = 'Internal error occurred: failed calling webhook "w": Post "https://w.n.svc:443/": EOF'
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.faults.add("create", error=api_error(500, calling), times=3)
         await manager.get_client("s")
         assert (api.count("create"), api.count("get")) == (4, 0), (
@@ -100,7 +100,7 @@ async def test_a_webhook_that_could_not_be_called_is_waited_for() -> None:
 
 
 async def test_a_claim_that_a_webhook_refuses_is_an_error_and_costs_nobody_the_sandbox() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         left = await left_behind(api, "s", instance="another")
         refusal = api.faults.add("patch", error=api_error(403, DENIED), name=name(left))
         with refusal, pytest.raises(SandboxFailedError, match="image has no digest"):

@@ -20,7 +20,7 @@ from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, lease_time
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import Clients, change_spec, left_behind, managed, now, settle
+from .support import Clients, LoopTimeApi, change_spec, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -39,7 +39,7 @@ SUSPENDS: dict[str, Any] = {
 async def suspending(
     *, clients: Clients | None = None, ready: Any = 1.0, **settings: Any
 ) -> AsyncIterator[tuple[FakeCustomObjectsApi, SandboxManager]]:
-    async with FakeCustomObjectsApi(auto_ready=ready) as api:
+    async with LoopTimeApi(auto_ready=ready) as api:
         api.pod_termination = 0.7
         async with managed(api, clients, **SUSPENDS | settings) as manager:
             yield api, manager
@@ -311,7 +311,7 @@ async def test_a_shutdown_suspends_where_the_instance_will_come_back() -> None:
 
 
 async def test_a_shutdown_deletes_where_it_will_not() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+    async with LoopTimeApi(auto_ready=1.0) as api:
         config = SandboxManagerConfig(mode="multi", **SUSPENDS)
         clock = asyncio.get_running_loop().time
         async with SandboxManager(
@@ -323,7 +323,7 @@ async def test_a_shutdown_deletes_where_it_will_not() -> None:
 
 
 async def test_what_an_earlier_process_left_suspended_counts() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+    async with LoopTimeApi(auto_ready=1.0) as api:
         for i, session_id in enumerate("abc"):
             await left_behind(api, session_id, lease=500.0 + i)
             api.suspend(SANDBOX.name(session_id))

@@ -19,7 +19,7 @@ from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, lease_time
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request
 
-from .support import Clients, left_behind, managed, now, settle
+from .support import Clients, LoopTimeApi, left_behind, managed, now, settle
 from .test_suspension import (
     KEPT,
     NAME,
@@ -84,14 +84,14 @@ async def test_a_close_after_the_shutdown_asks_for_nothing() -> None:
         await manager.on_session_closed("another")
         assert len(api.requests) == before
         assert asyncio.all_tasks() == tasks
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api, managed(api, **SUSPENDS) as manager:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api, **SUSPENDS) as manager:
         await manager.shutdown()
         await manager.on_session_closed("s")
         assert api.requests == []
 
 
 async def test_a_close_of_a_manager_that_was_never_used_asks_for_nothing() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+    async with LoopTimeApi(auto_ready=1.0) as api:
         config = SandboxManagerConfig(mode="multi", instance_id="me", **SUSPENDS)
         manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients())
         await manager.shutdown()
@@ -323,7 +323,7 @@ async def test_lost_answers_to_both_patches() -> None:
 
 
 async def test_a_shutdown_deletes_what_is_being_suspended_where_nobody_comes_back() -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+    async with LoopTimeApi(auto_ready=1.0) as api:
         config = SandboxManagerConfig(mode="multi", **SUSPENDS)
         clock = asyncio.get_running_loop().time
         manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients(), wall_clock=clock)
@@ -340,7 +340,7 @@ async def test_a_shutdown_deletes_what_is_being_suspended_where_nobody_comes_bac
 async def test_a_shutdown_at_any_moment_of_the_suspension_leaves_nothing(
     steps: int,
 ) -> None:
-    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+    async with LoopTimeApi(auto_ready=1.0) as api:
         config = SandboxManagerConfig(mode="multi", **SUSPENDS)
         clock = asyncio.get_running_loop().time
         manager = SandboxManager(config, custom_objects_api=api, client_factory=Clients(), wall_clock=clock)

@@ -19,7 +19,7 @@ from prodisco_sandbox._sessions.table import SessionState
 from prodisco_sandbox.results import ExecutionState
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
-from .support import Clients, left_behind, managed, settle
+from .support import Clients, LoopTimeApi, left_behind, managed, settle
 
 __all__ = ["observed"]
 
@@ -41,7 +41,7 @@ def link(span: Any) -> int:
 
 
 async def test_the_steps_of_a_start_are_children_of_the_call_that_waits(observed: Observed) -> None:
-    async with FakeCustomObjectsApi(auto_ready=2.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=2.0) as api, managed(api) as manager:
         with observed.tracer.start_as_current_span("request") as request:
             await manager.get_client("s")
         call = observed.span("sandbox.get_client")
@@ -60,7 +60,7 @@ async def test_the_steps_of_a_start_are_children_of_the_call_that_waits(observed
 
 
 async def test_a_ready_session_has_no_span(observed: Observed) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         before = observed.spans()
         await manager.get_client("s")
@@ -71,7 +71,7 @@ async def test_a_ready_session_has_no_span(observed: Observed) -> None:
 
 
 async def test_who_joins_a_start_has_a_trace_of_its_own_that_links_to_the_first(observed: Observed) -> None:
-    async with FakeCustomObjectsApi(auto_ready=2.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=2.0) as api, managed(api) as manager:
 
         async def call(name: str) -> None:
             with observed.tracer.start_as_current_span(name):
@@ -89,7 +89,7 @@ async def test_who_joins_a_start_has_a_trace_of_its_own_that_links_to_the_first(
 
 
 async def test_the_steps_end_although_their_first_caller_leaves(observed: Observed) -> None:
-    async with FakeCustomObjectsApi(auto_ready=2.0) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=2.0) as api, managed(api) as manager:
         caller = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(1)
         caller.cancel()
@@ -103,7 +103,7 @@ async def test_the_steps_end_although_their_first_caller_leaves(observed: Observ
 
 
 async def test_a_failed_start_tells_the_class_of_its_error_and_not_its_text(observed: Observed) -> None:
-    async with FakeCustomObjectsApi() as api, managed(api) as manager:
+    async with LoopTimeApi() as api, managed(api) as manager:
         api.faults.add("create", error=api_error(403, "secret-of-the-cluster"))
         with pytest.raises(SandboxError, match="secret-of-the-cluster"):
             await manager.get_client("s")
@@ -117,7 +117,7 @@ async def test_a_failed_start_tells_the_class_of_its_error_and_not_its_text(obse
 
 
 async def test_refusals_and_timeouts_are_failures(observed: Observed) -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, max_sessions=1, ready_timeout=5.0) as manager:
+    async with LoopTimeApi() as api, managed(api, max_sessions=1, ready_timeout=5.0) as manager:
         first = asyncio.create_task(manager.get_client("s"))
         await settle()
         with pytest.raises(SandboxError):
@@ -131,7 +131,7 @@ async def test_refusals_and_timeouts_are_failures(observed: Observed) -> None:
 
 
 async def test_a_delete_belongs_to_who_closes_the_session_and_links_to_its_start(observed: Observed) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         with observed.tracer.start_as_current_span("goodbye") as goodbye:
             await manager.on_session_closed("s")
@@ -142,7 +142,7 @@ async def test_a_delete_belongs_to_who_closes_the_session_and_links_to_its_start
 
 async def test_the_reapers_delete_is_a_trace_of_its_own(observed: Observed) -> None:
     settings: dict[str, Any] = {"session_idle_timeout": 60.0, "idle_check_interval": 10.0}
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **settings) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **settings) as manager:
         await manager.get_client("s")
         await asyncio.sleep(80)
         deleted, call = observed.span("sandbox.delete"), observed.span("sandbox.get_client")
@@ -152,7 +152,7 @@ async def test_the_reapers_delete_is_a_trace_of_its_own(observed: Observed) -> N
 
 
 async def test_a_delete_that_fails_is_a_span_for_each_try(observed: Observed) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         api.faults.add("delete", error=500, times=1)
         await manager.on_session_closed("s")
@@ -164,7 +164,7 @@ async def test_a_delete_that_fails_is_a_span_for_each_try(observed: Observed) ->
 
 async def test_the_check_of_a_suspect_belongs_to_who_asks_for_it(observed: Observed) -> None:
     clients = Clients()
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, clients) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, clients) as manager:
         await manager.get_client("s")
         clients.made[0].fail()
         await manager.get_client("s")
@@ -177,7 +177,7 @@ async def test_the_check_of_a_suspect_belongs_to_who_asks_for_it(observed: Obser
 
 
 async def test_starts_are_told_apart(observed: Observed) -> None:
-    async with FakeCustomObjectsApi(auto_ready=2.0) as api:
+    async with LoopTimeApi(auto_ready=2.0) as api:
         async with managed(api) as manager:
             await manager.get_client("cold")
             await left_behind(api, "attached")
@@ -205,7 +205,7 @@ async def test_starts_are_told_apart(observed: Observed) -> None:
 
 async def test_what_another_replica_has_started_is_attached(observed: Observed) -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=1.0) as api,
+        LoopTimeApi(auto_ready=1.0) as api,
         managed(api, shared=True) as one,
         managed(api, shared=True) as other,
     ):
@@ -236,14 +236,14 @@ async def test_an_api_that_takes_no_buckets_has_its_own(
 
     create = Meter.create_histogram
     monkeypatch.setattr(Meter, "create_histogram", older)
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
     assert observed.points("start.duration")["cold"].explicit_bounds != _telemetry.BUCKETS
 
 
 async def test_sessions_are_counted_by_state(observed: Observed) -> None:
     settings: dict[str, Any] = {"max_sessions": 2, "capacity_timeout": 30.0}
-    async with FakeCustomObjectsApi(auto_ready=10.0) as api, managed(api, **settings) as manager:
+    async with LoopTimeApi(auto_ready=10.0) as api, managed(api, **settings) as manager:
         await manager.get_client("ready")
         calls = [asyncio.create_task(manager.get_client(name)) for name in ("creating", "queued")]
         await asyncio.sleep(1)
@@ -266,7 +266,7 @@ def test_the_values_of_labels_are_those_that_there_are() -> None:
 
 
 async def test_no_session_id_is_in_any_attribute(observed: Observed) -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=1) as manager:
         await manager.get_client("alices-secret")
         with pytest.raises(SandboxError):
             await manager.get_client("alices-secret-too")
@@ -277,7 +277,7 @@ async def test_no_session_id_is_in_any_attribute(observed: Observed) -> None:
 
 async def test_without_opentelemetry_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "opentelemetry.context")
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         [found] = api.objects
         assert _telemetry.ANNOTATION not in found["metadata"].get("annotations", {})

@@ -9,15 +9,14 @@ import pytest
 from prodisco_sandbox import (
     SandboxUnavailableError,
 )
-from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .support import alive, managed, now, settle
+from .support import LoopTimeApi, alive, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
 
 async def test_the_api_version_may_change_while_it_runs() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True, versions=["v1alpha1"]) as api:
+    async with LoopTimeApi(auto_ready=True, versions=["v1alpha1"]) as api:
         async with managed(api) as manager:
             await manager.get_client("a")
             assert api.objects[0]["spec"]["replicas"] == 1
@@ -35,7 +34,7 @@ async def test_the_api_version_may_change_while_it_runs() -> None:
 
 async def test_the_watch_finds_the_new_api_version_by_itself() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True, versions=["v1alpha1"]) as api,
+        LoopTimeApi(auto_ready=True, versions=["v1alpha1"]) as api,
         managed(api) as manager,
     ):
         await manager.get_client("a")
@@ -48,7 +47,7 @@ async def test_the_watch_finds_the_new_api_version_by_itself() -> None:
 
 
 async def test_a_cluster_without_agent_sandbox_gets_an_error_that_says_what_to_install() -> None:
-    async with FakeCustomObjectsApi(versions=[]) as api, managed(api) as manager:
+    async with LoopTimeApi(versions=[]) as api, managed(api) as manager:
         with pytest.raises(SandboxUnavailableError, match="install agent-sandbox"):
             await manager.get_client("s")
         assert now() == pytest.approx(0.0, abs=1e-3)
@@ -58,7 +57,7 @@ async def test_a_cluster_without_agent_sandbox_gets_an_error_that_says_what_to_i
 
 async def test_a_version_that_was_served_comes_back() -> None:
     # An API server that starts says 404 in plain text to everything.
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("a")
         versions, api.versions = api.versions, ()
         waiting = asyncio.create_task(manager.get_client("b"))
@@ -73,7 +72,7 @@ async def test_a_version_that_was_served_comes_back() -> None:
 
 
 async def test_a_create_that_met_no_such_version_leaves_nothing_to_look_for() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, ready_timeout=10.0) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, ready_timeout=10.0) as manager:
         await manager.get_client("a")
         api.versions = ()
         with pytest.raises(SandboxUnavailableError):

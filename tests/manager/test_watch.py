@@ -16,7 +16,7 @@ from prodisco_sandbox._cluster.manifest import GROUP, PLURAL, SANDBOX
 from prodisco_sandbox._cluster.metadata import name
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Watch, api_error
 
-from .support import conditions, left_behind, managed, now, settle
+from .support import LoopTimeApi, conditions, left_behind, managed, now, settle
 
 pytestmark = pytest.mark.looptime
 
@@ -42,14 +42,14 @@ async def only_watch(api: FakeCustomObjectsApi) -> Watch:
 
 
 async def test_readiness_is_heard_and_not_polled_for() -> None:
-    async with FakeCustomObjectsApi(auto_ready=12.345) as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi(auto_ready=12.345) as api, managed(api, **SLOW) as manager:
         await manager.get_client("s")
         assert now() == pytest.approx(12.345, abs=1e-6)
         assert (api.count("get"), api.count("list"), api.count("watch")) == (0, 1, 1)
 
 
 async def test_the_watch_asks_for_what_it_needs() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         [listed] = [r for r in api.requests if r.verb == "list"]
         [watched] = [r for r in api.requests if r.verb == "watch"]
@@ -67,7 +67,7 @@ async def test_the_watch_asks_for_what_it_needs() -> None:
 async def test_five_hundred_sessions_open_one_watch_and_sixteen_connections() -> None:
     number = full(500, quick=100)
     async with (
-        FakeCustomObjectsApi(auto_ready=1.0) as api,
+        LoopTimeApi(auto_ready=1.0) as api,
         managed(api, max_sessions=number, **SLOW) as manager,
     ):
         api.faults.add("create", latency=1.0)
@@ -77,7 +77,7 @@ async def test_five_hundred_sessions_open_one_watch_and_sixteen_connections() ->
 
 
 async def test_what_happens_between_the_list_and_the_watch_is_not_missed() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi() as api, managed(api, **SLOW) as manager:
         with api.faults.add("watch", hold=True) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
@@ -90,7 +90,7 @@ async def test_what_happens_between_the_list_and_the_watch_is_not_missed() -> No
 
 
 async def test_what_happens_before_the_list_is_seen_in_it() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **SLOW) as manager:
         with api.faults.add("list", hold=True) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
@@ -101,7 +101,7 @@ async def test_what_happens_before_the_list_is_seen_in_it() -> None:
 
 
 async def test_an_event_that_comes_before_the_answer_of_the_create_counts() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi() as api, managed(api, **SLOW) as manager:
         with api.faults.add("create", hold=True, after=True) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
@@ -112,7 +112,7 @@ async def test_an_event_that_comes_before_the_answer_of_the_create_counts() -> N
 
 
 async def test_a_death_that_comes_before_the_answer_of_the_create_counts() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api, **SLOW) as manager:
         with api.faults.add("create", hold=True, after=True) as gate:
             waiting = asyncio.create_task(manager.get_client("s"))
             await gate.reached()
@@ -125,7 +125,7 @@ async def test_a_death_that_comes_before_the_answer_of_the_create_counts() -> No
 
 
 async def test_events_of_an_older_object_of_the_name_are_ignored() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         old = await left_behind(api, "s")
         api.delete_now(name(old))
         client = await manager.get_client("s")
@@ -138,7 +138,7 @@ async def test_events_of_an_older_object_of_the_name_are_ignored() -> None:
 
 
 async def test_events_of_an_older_object_do_not_end_a_creation() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi() as api, managed(api, **SLOW) as manager:
         old = await left_behind(api, "s")
         api.delete_now(name(old))
         with api.faults.add("create", hold=True, after=True, times=1) as gate:
@@ -158,7 +158,7 @@ async def test_events_of_an_older_object_do_not_end_a_creation() -> None:
 
 
 async def test_events_of_sandboxes_of_no_session_are_ignored() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         other = await left_behind(api, "other")
         api.delete_now(name(other))
@@ -167,7 +167,7 @@ async def test_events_of_sandboxes_of_no_session_are_ignored() -> None:
 
 
 async def test_a_creating_session_that_hears_nothing_for_15_seconds_is_read() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi() as api, managed(api, **SLOW) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await only_watch(api)
         api.silence_watches()
@@ -182,7 +182,7 @@ async def test_a_creating_session_that_hears_nothing_for_15_seconds_is_read() ->
 
 
 async def test_it_ends_when_there_are_no_sessions_and_starts_again_with_the_next() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.on_session_closed("nobody")
         await asyncio.sleep(10)
         assert api.requests == [], "not before there is a session"
@@ -201,7 +201,7 @@ async def test_it_ends_when_there_are_no_sessions_and_starts_again_with_the_next
 
 async def test_the_servers_end_of_a_watch_is_no_fault() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, session_idle_timeout=1e6) as manager,
     ):
         await manager.get_client("s")
@@ -215,7 +215,7 @@ async def test_the_servers_end_of_a_watch_is_no_fault() -> None:
 
 async def test_bookmarks_move_it_on_past_a_compaction() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True, bookmark_interval=30.0) as api,
+        LoopTimeApi(auto_ready=True, bookmark_interval=30.0) as api,
         managed(api, session_idle_timeout=1e6) as manager,
     ):
         await manager.get_client("s")
@@ -233,7 +233,7 @@ async def test_bookmarks_move_it_on_past_a_compaction() -> None:
     [aiohttp.ClientPayloadError("cut"), ConnectionResetError(), api_error(500), api_error(503), None],
 )
 async def test_a_watch_that_breaks_goes_on_from_where_it_was(error: BaseException | None) -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi() as api, managed(api, **SLOW) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await only_watch(api)
         await asyncio.sleep(5)
@@ -246,7 +246,7 @@ async def test_a_watch_that_breaks_goes_on_from_where_it_was(error: BaseExceptio
 
 @pytest.mark.parametrize("line", [b"Too many requests, please try again later.\n", b'{"type":\n', b"[]\n"])
 async def test_a_line_that_is_no_event_breaks_the_watch_and_nothing_else(line: bytes) -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi() as api, managed(api, **SLOW) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         (await only_watch(api)).feed(line)
         await asyncio.sleep(1)
@@ -260,7 +260,7 @@ async def test_a_line_that_is_no_event_breaks_the_watch_and_nothing_else(line: b
 async def test_pauses_grow_while_the_watch_fails_and_begin_anew_after_a_success(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=1000.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_timeout=1000.0) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         with api.faults.add("watch", error=503):
             await asyncio.sleep(20)
@@ -278,7 +278,7 @@ async def test_pauses_grow_while_the_watch_fails_and_begin_anew_after_a_success(
 
 
 async def test_a_server_that_ends_each_watch_at_once_is_not_asked_in_a_tight_loop() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=1000.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_timeout=1000.0) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
 
         async def cut() -> None:
@@ -297,7 +297,7 @@ async def test_a_server_that_ends_each_watch_at_once_is_not_asked_in_a_tight_loo
 
 
 async def test_an_expired_version_begins_with_a_fresh_list() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi() as api, managed(api, **SLOW) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await only_watch(api)
         await api.until(lambda: api.objects)
@@ -310,7 +310,7 @@ async def test_an_expired_version_begins_with_a_fresh_list() -> None:
 
 
 async def test_a_list_after_a_cut_finds_what_has_vanished() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("gone")
         kept = await manager.get_client("kept")
         api.cut_watches()
@@ -323,7 +323,7 @@ async def test_a_list_after_a_cut_finds_what_has_vanished() -> None:
 
 
 async def test_a_list_after_a_cut_finds_what_has_come_to_its_end() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         api.cut_watches()
         api.set_status(manager.sandbox_name("s"), conditions("PodFailed"))
@@ -337,7 +337,7 @@ async def test_a_list_that_may_be_older_than_a_session_makes_it_be_looked_at_onc
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("prodisco_sandbox._sessions.connect.WATCHED_INTERVAL", 1.0)
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("a")
         with api.faults.add("list", hold=True, after=True) as gate:
             api.cut_watches(api_error(410))
@@ -354,7 +354,7 @@ async def test_a_list_that_may_be_older_than_a_session_makes_it_be_looked_at_onc
 
 
 async def test_a_server_that_says_410_every_time_is_not_hammered() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_timeout=1000.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_timeout=1000.0) as manager:
         api.faults.add("watch", error=410)
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(60)
@@ -368,7 +368,7 @@ async def test_a_server_that_says_410_every_time_is_not_hammered() -> None:
 
 
 async def test_a_watch_that_has_fallen_silent_is_cut_and_nothing_is_missed() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         begun = now()
         api.silence_watches()
@@ -381,7 +381,7 @@ async def test_a_watch_that_has_fallen_silent_is_cut_and_nothing_is_missed() -> 
 
 
 async def test_a_watch_request_that_is_never_answered_is_given_up() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, **SLOW) as manager:
+    async with LoopTimeApi() as api, managed(api, **SLOW) as manager:
         api.faults.add("watch", latency=math.inf, times=1)
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(11)
@@ -399,7 +399,7 @@ async def test_a_refused_watch_is_said_once_and_tried_again_after_10_seconds_dou
 ) -> None:
     caplog.set_level("INFO", "prodisco_sandbox.watch")
     async with (
-        FakeCustomObjectsApi(auto_ready=2.5) as api,
+        LoopTimeApi(auto_ready=2.5) as api,
         managed(api, session_idle_timeout=1e6) as manager,
     ):
         api.forbid("watch")
@@ -424,7 +424,7 @@ async def test_a_refused_watch_is_said_once_and_tried_again_after_10_seconds_dou
 
 async def test_a_refusal_after_a_restoration_begins_with_10_seconds_again() -> None:
     async with (
-        FakeCustomObjectsApi(auto_ready=True) as api,
+        LoopTimeApi(auto_ready=True) as api,
         managed(api, session_idle_timeout=1e6) as manager,
     ):
         api.forbid("watch")
@@ -445,7 +445,7 @@ async def test_a_refusal_after_a_restoration_begins_with_10_seconds_again() -> N
 
 
 async def test_a_session_under_way_is_polled_from_the_refusal_on() -> None:
-    async with FakeCustomObjectsApi(auto_ready=12.2) as api, managed(api, ready_poll_interval=0.5) as manager:
+    async with LoopTimeApi(auto_ready=12.2) as api, managed(api, ready_poll_interval=0.5) as manager:
         await manager.get_client("first")
         await only_watch(api)
         api.forbid("watch")
@@ -459,7 +459,7 @@ async def test_a_session_under_way_is_polled_from_the_refusal_on() -> None:
 
 
 async def test_a_refused_list_is_a_refusal_too() -> None:
-    async with FakeCustomObjectsApi(auto_ready=2.5) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=2.5) as api, managed(api) as manager:
         api.forbid("list")
         await manager.get_client("s")
         assert now() == pytest.approx(3.0, abs=1e-3)
@@ -467,14 +467,14 @@ async def test_a_refused_list_is_a_refusal_too() -> None:
 
 
 async def test_an_endless_failure_of_the_list_leaves_creations_to_their_reads() -> None:
-    async with FakeCustomObjectsApi(auto_ready=2.5) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=2.5) as api, managed(api) as manager:
         api.faults.add("list", error=500)
         await manager.get_client("s")
         assert now() == pytest.approx(15.0, abs=1e-3)
 
 
 async def test_while_the_watch_is_broken_a_death_is_noticed_at_the_reapers_tick() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         client = await manager.get_client("s")
         api.faults.add("watch", error=504)
         api.cut_watches()
@@ -485,7 +485,7 @@ async def test_while_the_watch_is_broken_a_death_is_noticed_at_the_reapers_tick(
 
 
 async def test_an_adopted_sandbox_that_vanishes_before_the_first_list_is_missed() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api:
+    async with LoopTimeApi(auto_ready=True) as api:
         await left_behind(api, "s")
         async with managed(api) as manager:
 
@@ -502,7 +502,7 @@ async def test_an_adopted_sandbox_that_vanishes_before_the_first_list_is_missed(
 
 
 async def test_a_list_after_a_cut_finds_that_another_object_has_the_name() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
         [ours] = api.objects
         api.cut_watches()
@@ -517,7 +517,7 @@ async def test_a_list_after_a_cut_finds_that_another_object_has_the_name() -> No
 
 
 async def test_a_refused_watch_keeps_its_pauses_while_sessions_come_and_go() -> None:
-    async with FakeCustomObjectsApi(auto_ready=True) as api, managed(api) as manager:
+    async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         api.forbid("watch")
         for _ in range(3):
             await manager.get_client("s")
@@ -527,7 +527,7 @@ async def test_a_refused_watch_keeps_its_pauses_while_sessions_come_and_go() -> 
 
 
 async def test_a_creating_session_that_hears_something_is_not_read_for_another_15_seconds() -> None:
-    async with FakeCustomObjectsApi() as api, managed(api, ready_poll_interval=30.0) as manager:
+    async with LoopTimeApi() as api, managed(api, ready_poll_interval=30.0) as manager:
         waiting = asyncio.create_task(manager.get_client("s"))
         await asyncio.sleep(10)
         api.set_condition(manager.sandbox_name("s"), "Ready", "False", "DependenciesNotReady")
