@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from . import at_once, calls, imports, lookups, memory, readiness, reaping, shared, telemetry, warm
+from . import at_once, calls, files, imports, lookups, memory, readiness, reaping, shared, telemetry, warm
 from .clusters import Cluster, FakeCluster, real_cluster
 from .measure import Figure, new_loop
 from .sandboxes import sandboxes
@@ -21,7 +21,8 @@ from .scale import FULL, QUICK, SMOKE, Scale, Setting
 
 SCENARIOS = dict(
     enumerate(
-        (lookups, readiness, at_once, memory, calls, reaping, imports, warm, telemetry, shared), start=1
+        (lookups, readiness, at_once, memory, calls, reaping, imports, warm, telemetry, shared, files),
+        start=1,
     )
 )
 VERDICTS = {True: "yes", False: "NO", None: ""}

@@ -41,6 +41,9 @@ class Scale:
     """Sessions of a group, none in use here."""
     hours: int = 12
     """Virtual ones, in which a session is used."""
+    mebibytes: int = 1_024
+    """Of the file that is written and read."""
+    file_rounds: int = 5
 
 
 FULL = Scale()
@@ -59,6 +62,8 @@ QUICK = Scale(
     starts=3,
     warm=10,
     hours=4,
+    mebibytes=128,
+    file_rounds=3,
 )
 SMOKE = Scale(
     rounds=1,
@@ -79,6 +84,8 @@ SMOKE = Scale(
     warm_at_once=2,
     known=20,
     hours=1,
+    mebibytes=2,
+    file_rounds=1,
 )
 
 

@@ -25,7 +25,7 @@ from prodisco_sandbox.proto import files_pb2_grpc, metadata
 from prodisco_sandbox.server import _beneath, _files
 from prodisco_sandbox.server._beneath import Beneath, Upload
 from prodisco_sandbox.server._fence import Fence
-from prodisco_sandbox.server._files import FileService
+from prodisco_sandbox.server._files import FileService, add_to_server
 from prodisco_sandbox.server._usage import disk_usage
 
 from .support import Server, running
@@ -54,7 +54,7 @@ class Here:
             self.workspace, self.limit, lambda enough: disk_usage([self.workspace], enough), lambda _: None
         )
         server = grpc.aio.server(interceptors=[Fence("boot", None, [metadata.FILES])])
-        files_pb2_grpc.add_FileServiceServicer_to_server(service, server)
+        add_to_server(service, server)
         address = f"unix:{self.workspace.parent}/socket"
         server.add_insecure_port(address)
         await server.start()

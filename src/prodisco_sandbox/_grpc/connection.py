@@ -16,10 +16,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from .. import _telemetry
 from ..config import TlsConfig
 from ..errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
-from ..proto import files_pb2_grpc
+from ..proto import files_pb2, files_pb2_grpc
 from ..proto import metadata as names
 from ..proto import sandbox_pb2 as pb
 from ..proto import sandbox_pb2_grpc as pb_grpc
+from ..proto.pieces import data_of
 from ..results import HealthStatus
 from .channel import Channel, within
 from .execution_call import ExecutionCall
@@ -46,12 +47,25 @@ def _makers(stub: Callable[[Any], object], kind: str | None = None) -> dict[str,
     return vars(stub(Recorder()))
 
 
+def _read_file(channel: Any) -> Any:
+    """Reading a file; its pieces come without the copies that protobuf would make of them."""
+    method = files_pb2.DESCRIPTOR.services_by_name["FileService"].methods_by_name["Read"]
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    return channel.unary_stream(path, files_pb2.ReadRequest.SerializeToString, _decode_piece)
+
+
+def _decode_piece(message: bytes) -> Any:
+    data = data_of(message)
+    return files_pb2.ReadResponse.FromString(message) if data is None else bytes(data)
+
+
 _HEALTH = frozenset({"Check", "HealthCheck"})
 _METHODS = (
     _makers(pb_grpc.SandboxServiceStub)
     | _makers(health_pb2_grpc.HealthStub)
     | _makers(files_pb2_grpc.FileServiceStub)
 )
+_METHODS["Read"] = _read_file
 # On the wire one answer is a stream of one. gRPC gives the initial metadata ahead of the answer
 # only of a stream.
 _STREAMS = _makers(pb_grpc.SandboxServiceStub, "unary_stream")

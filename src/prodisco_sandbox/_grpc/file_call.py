@@ -52,8 +52,8 @@ class FileCall:
             return None
         return message
 
-    async def write(self, message: Any) -> None:
-        """Sends a message. Raises as `read` does."""
+    async def write(self, message: bytes) -> None:
+        """Sends a message, as it is on the wire. Raises as `read` does."""
         await self._step(lambda call: _send(call, message))
 
     async def answer(self) -> Any:
@@ -125,13 +125,13 @@ class FileCall:
             self._connection.verify(self.rpc, metadata)
 
 
-async def _send(call: Any, message: Any) -> None:
+async def _send(call: Any, message: bytes) -> None:
     await call.wait_for_connection()
     try:
         if not call.done():
             # `write` would do the same, but replace the status of a server that ends the call
             # meanwhile by INTERNAL.
-            await call._cython_call.send_serialized_message(message.SerializeToString())
+            await call._cython_call.send_serialized_message(message)
             return
     except grpc.aio.InternalError:
         pass

@@ -12,6 +12,7 @@ from ..errors import SandboxError
 from ..proto import files_pb2 as pb
 from ..proto import metadata as names
 from ..proto.paths import names_of
+from ..proto.pieces import encoded
 from ..results import FileInfo, FileKind, FileList
 from .codec import text
 from .connection import Connection, StreamCall
@@ -112,12 +113,12 @@ class SandboxFiles:
         with _explained(self._connection, "Write"):
             call = await self._connection.start_transfer("Write", self._timeout)
             try:
-                await call.write(request)
+                await call.write(request.SerializeToString())
                 size = 0
                 async for piece in _pieces(content):
                     size += len(piece)
-                    await call.write(pb.WriteRequest(data=piece))
-                await call.write(pb.WriteRequest(size=size))
+                    await call.write(encoded(piece))
+                await call.write(pb.WriteRequest(size=size).SerializeToString())
                 return _info(await call.answer())
             finally:
                 call.end()
@@ -197,7 +198,9 @@ class FileStream(CallStream[bytes]):
         with _explained(self._connection, "Read"):
             return await self._connection.start_transfer("Read", self._timeout, self._request)
 
-    def _take(self, message: pb.ReadResponse) -> bytes | None:
+    def _take(self, message: pb.ReadResponse | bytes) -> bytes | None:
+        if isinstance(message, bytes):
+            return message or None
         if message.WhichOneof("part") == "info":
             self.info = _info(message.info)
         return message.data or None
@@ -235,15 +238,15 @@ def _bytes(data: object) -> memoryview:
     raise wrong("data", type(data), "bytes or str, or an async iterable of nothing else")
 
 
-async def _pieces(data: memoryview | AsyncIterable[Data]) -> AsyncIterator[bytes]:
+async def _pieces(data: memoryview | AsyncIterable[Data]) -> AsyncIterator[memoryview]:
     if isinstance(data, memoryview):
         for begin in range(0, len(data), CHUNK):
-            yield bytes(data[begin : begin + CHUNK])
+            yield data[begin : begin + CHUNK]
     else:
         async for item in data:
             view = _bytes(item)
             for begin in range(0, len(view), CHUNK):
-                yield bytes(view[begin : begin + CHUNK])
+                yield view[begin : begin + CHUNK]
 
 
 def _info(message: pb.FileInfo) -> FileInfo:

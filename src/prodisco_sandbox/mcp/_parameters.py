@@ -45,7 +45,7 @@ ModeParameter = Annotated[Mode, _field("What to do; see the tool's description")
 Code = Annotated[str, _field("What to run (execute, stream, async), or the code under test (test)"), _AS_SENT]
 Cached = Annotated[
     str,
-    _field("Instead of `code`: the name of a script that the sandbox has cached", max_length=MAX_NAME),
+    _field("Instead of `code`: the name of a script that the sandbox has cached"),
     _AS_SENT,
 ]
 TimeoutMs = Annotated[
@@ -57,7 +57,7 @@ TimeoutMs = Annotated[
     ),
     _AS_SENT,
 ]
-ExecutionId = Annotated[str, _field("Which execution (status, cancel)", max_length=MAX_NAME), _AS_SENT]
+ExecutionId = Annotated[str, _field("Which execution (status, cancel)"), _AS_SENT]
 Wait = Annotated[bool, _field("status: answer when the execution has ended, or after `timeout_ms`"), _AS_SENT]
 OutputOffset = Annotated[
     int, _field("status: skip so many characters of `output`; from an earlier result", ge=0), _AS_SENT

@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from prodisco_sandbox.proto import files_pb2, files_pb2_grpc, metadata, sandbox_pb2, sandbox_pb2_grpc
+from prodisco_sandbox.proto import files_pb2, metadata, sandbox_pb2, sandbox_pb2_grpc
 
 from . import _transport
 from ._cache import ScriptCache
@@ -27,7 +27,7 @@ from ._confine import identity
 from ._containment import Containment
 from ._executions import Executions
 from ._fence import Fence
-from ._files import FileService
+from ._files import FileService, add_to_server
 from ._interpreter import Processes
 from ._options import Options, OptionsError
 from ._removal import remove_tree
@@ -190,7 +190,7 @@ async def _server(service: SandboxService, files: FileService, fence: Fence) -> 
     standard_health = health.aio.HealthServicer()  # type: ignore[attr-defined]
     server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[*tracing(), fence, Undecodable()])
     sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
-    files_pb2_grpc.add_FileServiceServicer_to_server(files, server)
+    add_to_server(files, server)
     health_pb2_grpc.add_HealthServicer_to_server(standard_health, server)
     services = sandbox_pb2.DESCRIPTOR.services_by_name, files_pb2.DESCRIPTOR.services_by_name
     names = [service.full_name for by_name in services for service in by_name.values()]

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message_factory import GetMessageClass
 
 from prodisco_sandbox.proto import files_pb2 as pb
-from prodisco_sandbox.proto import files_pb2_grpc
+from prodisco_sandbox.proto import pieces
 from prodisco_sandbox.proto.paths import names_of
 
 from ._beneath import Beneath, Entry, Upload, outlast
@@ -33,6 +34,8 @@ MOST_LISTED = 10_000
 """Entries of one answer: the longest paths still fit into a message."""
 MOST_TRANSFERS = 16
 """Files that are read or written at the same time: each takes a descriptor and some MiB."""
+_HEAD = 8
+"""Bytes that are left free before a piece, for the head of its message."""
 _ENTRY = 4096
 """Bytes that count for a file or directory as such."""
 
@@ -53,8 +56,8 @@ _STATUSES = {
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
-class FileService(files_pb2_grpc.FileServiceServicer):
-    """FileService over the files below one directory.
+class FileService:
+    """FileService over the files below one directory; `add_to_server` has it served.
 
     Args:
         workspace: The directory.
@@ -83,11 +86,12 @@ class FileService(files_pb2_grpc.FileServiceServicer):
     def close(self) -> None:
         self._beneath.close()
 
-    async def Read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadResponse]:
+    async def Read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadResponse | bytes]:
         names = await _names(request.path, context)
         if request.offset < 0 or request.length < 0:
             await context.abort(_Code.INVALID_ARGUMENT, "offset and length must not be negative")
         opened: list[int] = []
+        buffer = memoryview(bytearray(_HEAD + CHUNK))
         async with self._transfer(context), _failures(context, request.path):
             try:
                 await _in_thread(lambda: opened.append(self._beneath.open(names)))
@@ -98,39 +102,49 @@ class FileService(files_pb2_grpc.FileServiceServicer):
                 if request.HasField("length"):
                     end = min(end, at + request.length)
                 while at < end:
-                    data = await _in_thread(lambda: os.pread(opened[0], min(CHUNK, end - at), at))  # noqa: B023
-                    if not data:
+                    size = await _read(opened[0], buffer[_HEAD : _HEAD + end - at], at)
+                    if not size:
                         raise OSError(errno.ESTALE, "it became shorter while it was read")
-                    at += len(data)
-                    yield pb.ReadResponse(data=data)
+                    at += size
+                    head = pieces.head(size)
+                    buffer[_HEAD - len(head) : _HEAD] = head
+                    yield bytes(buffer[_HEAD - len(head) : _HEAD + size])
             finally:
                 for descriptor in opened:
                     os.close(descriptor)
 
-    async def Write(self, requests: AsyncIterator[pb.WriteRequest], context: Context) -> pb.FileInfo:
+    async def Write(
+        self, requests: AsyncIterator[pb.WriteRequest | memoryview], context: Context
+    ) -> pb.FileInfo:
         first = await anext(aiter(requests), None)
-        if first is None or first.WhichOneof("part") != "path":
+        if not isinstance(first, pb.WriteRequest) or first.WhichOneof("part") != "path":
             await context.abort(_Code.INVALID_ARGUMENT, "the first message must hold the path")
         names = await _names(first.path, context)
         upload = Upload(self._beneath, names)
         size = 0
+        writing: asyncio.Future[None] | None = None  # While the next piece comes.
         async with self._transfer(context), _failures(context, first.path):
             try:
                 await _in_thread(upload.begin)
                 await self._count()
                 await self._check_room(_ENTRY, context)
                 async for request in requests:
-                    if request.WhichOneof("part") != "data":
+                    data = _data(request)
+                    if data is None:
                         break
-                    size += len(request.data)
-                    self._unfinished += len(request.data)
+                    size += len(data)
+                    self._unfinished += len(data)
                     await self._check_room(_ENTRY, context)
-                    await _in_thread(lambda: upload.write(request.data))  # noqa: B023
+                    if writing is not None:
+                        await _done(writing)
+                    writing = asyncio.get_running_loop().run_in_executor(None, upload.write, data)
                 else:
                     await context.abort(
                         _Code.INVALID_ARGUMENT, "it ended without its size: nothing was written"
                     )
-                if request.WhichOneof("part") != "size" or request.size != size:
+                if writing is not None:
+                    await _done(writing)
+                if _size(request) != size:
                     text = f"the last message must hold the size, of {size:,} bytes: nothing was written"
                     await context.abort(_Code.INVALID_ARGUMENT, text)
                 async with self._counting:
@@ -138,6 +152,8 @@ class FileService(files_pb2_grpc.FileServiceServicer):
                     self._used += size + _ENTRY
             finally:
                 self._unfinished -= size
+                if writing is not None and not writing.done():
+                    await asyncio.wait([writing])
                 await _in_thread(upload.close)
         # No execution that begins from now on takes the file for one of its own.
         await _in_thread(lambda: outlast(entry))
@@ -229,8 +245,12 @@ async def _abort(context: Context, path: str, error: OSError) -> NoReturn:
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:
-    """Runs blocking work; a cancelled caller goes on only when it is done, so that it can clean up."""
-    future = asyncio.get_running_loop().run_in_executor(None, work)
+    """Runs blocking work."""
+    return await _done(asyncio.get_running_loop().run_in_executor(None, work))
+
+
+async def _done(future: asyncio.Future[_T]) -> _T:
+    """Waits for blocking work; a cancelled caller goes on only when it is done, so that it can clean up."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
@@ -241,6 +261,52 @@ async def _in_thread(work: Callable[[], _T]) -> _T:
         future.exception()
         raise cancelled
     return future.result()
+
+
+async def _read(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Reads into a buffer: at once what is in memory, in a thread what is not."""
+    try:
+        return os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+    except (BlockingIOError, OSError) as error:
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+    return await _in_thread(lambda: os.preadv(descriptor, [buffer], offset))
+
+
+def _data(request: pb.WriteRequest | memoryview) -> bytes | memoryview | None:
+    if isinstance(request, memoryview):
+        return request
+    return request.data if request.WhichOneof("part") == "data" else None
+
+
+def _size(request: pb.WriteRequest | memoryview) -> int | None:
+    if isinstance(request, memoryview) or request.WhichOneof("part") != "size":
+        return None
+    return request.size
+
+
+def add_to_server(service: FileService, server: grpc.aio.Server) -> None:
+    """As the generated function does, but pieces of files go through without protobuf's copies."""
+    methods = {}
+    for method in pb.DESCRIPTOR.services_by_name["FileService"].methods:
+        kinds = ["stream" if many else "unary" for many in (method.client_streaming, method.server_streaming)]
+        make = getattr(grpc, f"{'_'.join(kinds)}_rpc_method_handler")
+        decode: Any = GetMessageClass(method.input_type).FromString
+        if method.name == "Write":
+            decode = _decode_write
+        methods[method.name] = make(getattr(service, method.name), decode, _serialized)
+    name = pb.DESCRIPTOR.services_by_name["FileService"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
+
+
+def _decode_write(message: bytes) -> pb.WriteRequest | memoryview:
+    data = pieces.data_of(message)
+    return pb.WriteRequest.FromString(message) if data is None else data
+
+
+def _serialized(message: Any) -> bytes:
+    found: bytes = message if isinstance(message, bytes) else message.SerializeToString()
+    return found
 
 
 def _info(entry: Entry) -> pb.FileInfo:

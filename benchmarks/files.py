@@ -1,0 +1,147 @@
+"""Scenario 11: files. A gibibyte through `client.files`, beside a bare gRPC stream of as many bytes.
+
+Both servers are processes of their own on loopback, and the messages have the same size. The bare stream
+has neither files nor messages of the protocol: its bytes are sent as they are. The workspace is in memory
+where that can be had (/dev/shm), since the disk's speed is not what is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from prodisco_sandbox import SandboxClient
+
+from .measure import Figure, compared, interleaved
+from .scale import Setting
+
+SHARED_MEMORY = "/dev/shm"
+TARGET = 0.7
+MIB = 1 << 20
+_OPTIONS = [("grpc.max_receive_message_length", 64 * MIB)]
+_READ, _WRITE = "/bare/Read", "/bare/Write"
+
+
+class _Bare(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """Sends as many mebibytes as the request says, and takes as many as come."""
+
+    def service(self, details: Any) -> Any:
+        async def read(request: bytes, _: Any) -> AsyncIterator[bytes]:
+            block = bytes(MIB)
+            for _ in range(int(request)):
+                yield block
+
+        async def write(requests: AsyncIterator[bytes], _: Any) -> bytes:
+            return str(sum([len(block) async for block in requests])).encode()
+
+        if details.method == _READ:
+            return grpc.unary_stream_rpc_method_handler(read)
+        return grpc.stream_unary_rpc_method_handler(write)
+
+
+async def _serve_bare() -> None:
+    server = grpc.aio.server(options=_OPTIONS, handlers=[_Bare()])
+    print(f"listening on 127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", flush=True)
+    await server.start()
+    await asyncio.to_thread(sys.stdin.read)
+
+
+@contextmanager
+def _process(*arguments: str) -> Iterator[str]:
+    """A server that ends with its standard input; gives its target."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process, process.stdin:
+        yield process.stdout.readline().decode().removeprefix("listening on ").strip()
+
+
+async def run(setting: Setting) -> list[Figure]:
+    size = setting.scale.mebibytes
+    memory = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="bench-files-", dir=memory) as directory:
+        server = (
+            *("-m", "prodisco_sandbox.server", "--exit-with-parent", "--host", "127.0.0.1", "--port", "0"),
+            *("--workspace", f"{directory}/workspace", "--cache-dir", f"{directory}/cache"),
+            *("--workspace-limit-mb", str(4 * size + 64)),
+        )
+        with _process(*server) as target, _process("-m", __name__) as bare_target:
+            bare = grpc.aio.insecure_channel(bare_target, options=_OPTIONS)
+            async with SandboxClient(target) as client, bare:
+                found = await _rounds(setting.scale.file_rounds, size, client, bare)
+    return [
+        compared(
+            11,
+            f"{what}, {size} MiB",
+            found[what],
+            found[f"bare {what}"],
+            "MiB/s",
+            against="a bare gRPC stream",
+            target=TARGET,
+            at_least=True,
+        )
+        for what in ("writing a file", "reading a file")
+    ]
+
+
+async def _rounds(rounds: int, size: int, client: SandboxClient, bare_channel: Any) -> dict[str, list[float]]:
+    block = bytes(MIB)
+
+    async def content() -> AsyncIterator[bytes]:
+        for _ in range(size):
+            yield block
+
+    async def write() -> None:
+        assert (await client.files.write("large", content())).size == size * MIB
+
+    async def read() -> None:
+        total = 0
+        async for piece in client.files.open_read("large"):
+            total += len(piece)
+        assert total == size * MIB
+
+    async def bare_write() -> None:
+        call = bare_channel.stream_unary(_WRITE)()
+        async for piece in content():
+            await call.write(piece)
+        await call.done_writing()
+        assert int(await call) == size * MIB
+
+    async def bare_read() -> None:
+        total = 0
+        async for piece in bare_channel.unary_stream(_READ)(str(size).encode()):
+            total += len(piece)
+        assert total == size * MIB
+
+    def speed(transfer: Any) -> Any:
+        async def measured() -> float:
+            begun = time.perf_counter()
+            await transfer()
+            return size / (time.perf_counter() - begun)
+
+        return measured
+
+    await write()  # There must be something to read, in whichever order they take turns.
+    contenders = {
+        "writing a file": write,
+        "bare writing a file": bare_write,
+        "reading a file": read,
+        "bare reading a file": bare_read,
+    }
+    return await interleaved(rounds, {name: speed(transfer) for name, transfer in contenders.items()})
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve_bare())
