@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test coverage slow reliability bench plot unit envtest lowest check format proto clean FORCE
+.PHONY: help venv demo test coverage slow reliability bench plot docs unit envtest lowest check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,6 +49,10 @@ bench: $(VENV)/.installed ## the benchmarks of docs/benchmarks.md (BENCH=--quick
 
 plot: .venv-plot/.tools $(VENV)/benchmarks.json ## draw docs/benchmarks.svg from what the last make bench has measured
 	@.venv-plot/bin/python tools/plot.py $(VENV)/benchmarks.json docs/benchmarks.svg
+
+docs: ## the documentation site, in .venv-docs/site/html; warnings and broken links are errors
+	@$(MAKE) --no-print-directory venv VENV=.venv-docs EXTRAS="docs mcp server"
+	@.venv-docs/bin/python tools/build_docs.py .venv-docs/site
 
 $(VENV)/benchmarks.json:
 	@$(MAKE) --no-print-directory bench

@@ -120,7 +120,7 @@ def run(part: Part, scale: float) -> tuple[Counter[str], float]:
         # One test may be most of a part, and the machine slow: what hangs is still ended.
         options = ("-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={TIMEOUT}")
         command = [sys.executable, "-m", "pytest", *options, *part.arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
         if path.exists():
             for line in path.read_text().splitlines():
                 what, number = line.split("\t")

@@ -107,6 +107,7 @@ class FakeCustomObjectsApi(FakeCluster):
     async def create_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, body: Any, **kwargs: Any
     ) -> Any:
+        """Creates an object, as kubernetes_asyncio's method does."""
         body = plain(body)
         call = Call("create", group, version, namespace, plural, name_in(body), body)
 
@@ -120,12 +121,14 @@ class FakeCustomObjectsApi(FakeCluster):
     async def get_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, name: str, **kwargs: Any
     ) -> Any:
+        """Returns an object, as kubernetes_asyncio's method does."""
         call = Call("get", group, version, namespace, plural, name)
         return await self._call(call, kwargs, COMMON, lambda: self._store_of(call).find(namespace, name))
 
     async def get_namespaced_custom_object_status(
         self, group: str, version: str, namespace: str, plural: str, name: str, **kwargs: Any
     ) -> Any:
+        """The same: an object's status is part of it."""
         call = Call("get", group, version, namespace, plural, name)
         return await self._call(call, kwargs, COMMON, lambda: self._store_of(call).find(namespace, name))
 
@@ -161,12 +164,14 @@ class FakeCustomObjectsApi(FakeCluster):
     async def replace_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, name: str, body: Any, **kwargs: Any
     ) -> Any:
+        """Replaces an object but for its status, as kubernetes_asyncio's method does."""
         call = Call("replace", group, version, namespace, plural, name, plain(body))
         return await self._replace(call, kwargs)
 
     async def replace_namespaced_custom_object_status(
         self, group: str, version: str, namespace: str, plural: str, name: str, body: Any, **kwargs: Any
     ) -> Any:
+        """Replaces an object's status, as kubernetes_asyncio's method does."""
         call = Call("replace_status", group, version, namespace, plural, name, plain(body))
         return await self._replace(call, kwargs)
 

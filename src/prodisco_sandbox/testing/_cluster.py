@@ -164,6 +164,7 @@ class FakeCluster:
 
     @property
     def linger_deletes(self) -> bool:
+        """Whether deleted objects stay, with a deletionTimestamp, until `finish_deletes`."""
         return self._store.lingers
 
     @linger_deletes.setter
@@ -173,6 +174,7 @@ class FakeCluster:
 
     @property
     def quota(self) -> int | None:
+        """How many Sandboxes there may be; None: any number."""
         return self._store.quota
 
     @quota.setter
@@ -181,6 +183,7 @@ class FakeCluster:
 
     @property
     def claim_quota(self) -> int | None:
+        """How many SandboxClaims there may be; None: any number."""
         return self._stores[CLAIM].quota
 
     @claim_quota.setter
@@ -346,6 +349,7 @@ class FakeCluster:
 
     @property
     def pod_termination(self) -> float:
+        """Seconds that a pod takes to end."""
         return self._controller.termination
 
     @pod_termination.setter
@@ -354,6 +358,7 @@ class FakeCluster:
 
     @property
     def pod_refusal(self) -> str:
+        """Why the API server refuses pods; "": it does not."""
         return self._controller.pod_refusal
 
     @pod_refusal.setter

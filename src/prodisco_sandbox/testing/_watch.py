@@ -124,20 +124,25 @@ class Response:
         return response
 
     async def read(self) -> bytes:
+        """The body, to its end."""
         return await self.content.read()
 
     async def text(self) -> str:
+        """The body as text."""
         return (await self.read()).decode()
 
     async def json(self) -> Any:
+        """The body, read as JSON."""
         return json.loads(await self.read())
 
     def close(self) -> None:
+        """Ends the connection."""
         if not self.closed:
             self.closed = True
             self.content.end(aiohttp("ClientConnectionError")("Connection closed"))
 
     def release(self) -> None:
+        """As `close`."""
         self.close()
 
     async def __aenter__(self) -> Self:
@@ -229,6 +234,7 @@ class Watch(Response):
         self._stop_timers()
 
     def close(self) -> None:
+        """Ends the watch."""
         self._stop()
         super().close()
 
