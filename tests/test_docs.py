@@ -20,7 +20,7 @@ import yaml
 
 import prodisco_sandbox
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig, errors
-from prodisco_sandbox.mcp.__main__ import _parser
+from prodisco_sandbox.mcp._options import make_parser, with_file
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 
 ROOT = Path(__file__).parents[1]
@@ -175,17 +175,25 @@ def test_json_is_a_configuration_that_the_program_takes(page: Path) -> None:
     for text in blocks(page, "json"):
         server = json.loads(text)["mcpServers"]["sandbox"]
         assert server["command"] in PROJECT["project"]["scripts"]
-        _parser().parse_args(server["args"])
+        make_parser().parse_args(server["args"])
 
 
-ELSEWHERE = {"kind", "docker", "openssl", "sed", "git", "curl", "helm"}
+@pytest.mark.parametrize("page", with_blocks("toml"))
+def test_toml_is_a_configuration_that_the_program_takes(page: Path, tmp_path: Path) -> None:
+    for text in blocks(page, "toml"):
+        (file := tmp_path / "mcp.toml").write_text(text)
+        parser = make_parser()
+        parser.parse_args(with_file(["--config", str(file)], {}, parser))
+
+
+ELSEWHERE = {"kind", "docker", "openssl", "umask", "opentelemetry-bootstrap", "opentelemetry-instrument"}
 """Programs of others, whose options are theirs."""
 
 
 def commands(text: str) -> Iterator[list[str]]:
     shown = [line for line in text.splitlines() if line.startswith("$ ")]
     for line in shown or text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.removeprefix("$ "), comments=True)
+        words = shlex.split(line.removeprefix("$ ").removeprefix("("), comments=True)
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words.pop(0)
         if words:
@@ -207,7 +215,7 @@ def test_commands_are_there(page: Path) -> None:
                     extras = re.findall(r"prodisco-sandbox\[(.*)\]", " ".join(arguments))
                     assert all(extra in PROJECT["project"]["optional-dependencies"] for extra in extras)
                 case "prodisco-sandbox-mcp":
-                    _parser().parse_args(arguments)
+                    make_parser().parse_args(arguments)
                 case "python":
                     if arguments[0] == "-m":
                         assert importlib.util.find_spec(arguments[1]) or (ROOT / arguments[1]).is_dir()
@@ -216,7 +224,7 @@ def test_commands_are_there(page: Path) -> None:
 
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
-    checked = {"python", "yaml", "json", "console", "mermaid", "dockerfile", "text", "{toctree}"}
+    checked = {"python", "yaml", "json", "console", "toml", "mermaid", "dockerfile", "text", "{toctree}"}
     for page in PAGES:
         assert {language for _, language, _ in BLOCK.findall(page.read_text())} <= checked, page
 
