@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,13 +23,14 @@ from prodisco_sandbox import (
     SandboxTimeoutError,
     SandboxUnavailableError,
 )
-from prodisco_sandbox.mcp import _progress, _texts
+from prodisco_sandbox.mcp import _environment, _progress, _serve, _texts
 from prodisco_sandbox.results import (
     CacheEntry,
     CancelResult,
     ExecutionChunk,
     ExecutionInfo,
     ExecutionOutcome,
+    ExecutionResult,
     ExecutionState,
     ExecutionStatus,
     StartedExecution,
@@ -38,7 +40,7 @@ from prodisco_sandbox.results import (
 )
 from prodisco_sandbox.testing import NEVER, FakeStatus
 
-from .support import Rig, call, in_one_task, refused, rig, run, text_of
+from .support import Rig, call, connect, in_one_task, over_http, refused, rig, run, text_of
 
 DONE = ExecutionOutcome(success=True, state=ExecutionState.COMPLETED, execution_time_ms=7)
 
@@ -102,8 +104,86 @@ async def test_the_schema_says_what_there_is(client: Client) -> None:
     assert tool.output_schema is not None
     assert tool.output_schema["properties"]["output"]["type"] == "string"
     assert tool.description is not None
-    for word in ("Python", "variables and imports do not stay", "as long as the sandbox lives", "10 minutes"):
+    for word in (
+        *("Python", "variables and imports do not stay", "as long as the sandbox lives", "10 minutes"),
+        "Only what is printed comes back, and there is no input",
+    ):
         assert word in tool.description
+    assert tool.annotations is not None
+    assert tool.annotations.destructive_hint
+    assert not tool.annotations.read_only_hint
+
+
+@pytest.mark.parametrize("era", ["legacy", "auto"])
+async def test_the_program_offers_tools_alone_and_says_what_they_are_for(era: str) -> None:
+    async with (
+        rig() as r,
+        over_http(_serve.make_server(r.manager, file_tools=False)[0]) as url,
+        connect(url, era) as client,
+    ):
+        assert client.server_capabilities.tools is not None
+        assert client.server_capabilities.prompts is None
+        assert client.server_capabilities.resources is None
+        assert "run_sandbox runs code" in (client.instructions or "")
+
+
+async def test_advice_is_in_structured_content_too(client: Client) -> None:
+    result = await call(client, mode="status", frob=1)
+    assert result.is_error
+    assert result.structured_content == {"note": text_of(result)}
+    assert "no such parameter: `frob`" in text_of(result)
+
+
+async def test_a_timeout_above_the_limit_is_taken_as_the_limit_with_a_note(r: Rig, client: Client) -> None:
+    r.sandbox.script("ExecuteStream", [end()])
+    assert "`timeout_ms` was taken as 120000" in (await run(client, "1", timeout_ms=600_000))["note"]
+    assert (await r.sandbox.wait_for_call("ExecuteStream")).request.timeout_ms == 120_000
+
+
+async def test_what_a_script_is_called_comes_without_an_empty_description(r: Rig, client: Client) -> None:
+    r.sandbox.script("ExecuteStream", [end(ExecutionOutcome(True, cached=CacheEntry("script-1", "")))])
+    assert (await run(client, "1"))["cached"] == {"name": "script-1"}
+
+
+# What a sandbox has
+
+FOUND = {"python": "3.12.1", "packages": ["numpy", "pandas"], "network": True, "pip": True}
+
+
+@pytest.mark.parametrize(
+    ("found", "end_of_it"),
+    [
+        ({}, "installs a package for later executions."),
+        ({"network": False}, "They have no network, so nothing can be installed."),
+        ({"pip": False, "network": None}, "Nothing can be installed with pip."),
+    ],
+)
+async def test_the_model_is_told_what_a_sandbox_has(found: dict[str, Any], end_of_it: str) -> None:
+    async with rig(learn_environment=True) as r, Client(r.server, mode="legacy") as client:
+        r.sandbox.script("ExecuteStream", [end()])
+        r.sandbox.script("Execute", ExecutionResult(True, json.dumps(FOUND | found)))
+        own = ExecutionInfo("e1", ExecutionState.COMPLETED, code_preview=f"{_environment.MARK}\nimport json")
+        r.sandbox.script("ListExecutions", [own])
+        note = (await run(client, ""))["note"]
+        assert note.startswith("Sandboxes have Python 3.12.1 with numpy, pandas; importlib.metadata lists")
+        assert note.endswith(end_of_it)
+        assert "note" not in await run(client, ""), "said once"
+        tool = (await client.list_tools()).tools[0]
+        assert (tool.description or "").endswith(note)
+        assert (await run(client, mode="list"))["executions"] == [], "the model has not asked for it"
+        assert [call.rpc for call in r.sandbox.calls].count("Execute") == 1
+
+
+@pytest.mark.parametrize(
+    "answer", [FakeStatus("INTERNAL"), ExecutionResult(True, "{}"), ExecutionResult(False)]
+)
+async def test_a_sandbox_that_does_not_say_what_it_has_is_asked_a_few_times_only(answer: object) -> None:
+    async with rig(learn_environment=True) as r, Client(r.server, mode="legacy") as client:
+        r.sandbox.script("ExecuteStream", [end()])
+        r.sandbox.script("Execute", answer)
+        for _ in range(5):
+            assert "note" not in await run(client, "")
+        assert [call.rpc for call in r.sandbox.calls].count("Execute") == 3
 
 
 # execute and stream
@@ -314,7 +394,7 @@ async def test_a_report_is_no_longer_than_other_results(r: Rig, client: Client) 
         ({"mode": "status"}, "needs `execution_id`"),
         ({"mode": "cancel", "execution_id": ""}, "needs `execution_id`"),
         ({"mode": "test", "code": "1"}, "needs `tests`"),
-        ({"code": "1", "timeout_ms": 120_001}, "less than or equal to 120000"),
+        ({"code": "1", "timeout_ms": 2**53}, "less than or equal to 120000"),
         ({"mode": "run"}, "'execute', 'stream'"),
         ({"mode": "list", "states": ["GONE"]}, "'PENDING', 'RUNNING'"),
         ({"mode": "status", "execution_id": "e1", "output_offset": -1}, "greater than or equal to 0"),
@@ -368,7 +448,7 @@ async def test_what_the_client_refuses_to_send_is_explained(r: Rig) -> None:
         assert result.is_error
         assert "code" in text_of(result)
         assert result.structured_content is not None
-        assert result.structured_content.keys() == {"sandbox"}, "it is there, and can be used"
+        assert result.structured_content.keys() == {"sandbox", "note"}, "it is there, and can be used"
 
 
 @pytest.mark.parametrize(

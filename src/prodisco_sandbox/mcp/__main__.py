@@ -72,6 +72,7 @@ async def _run(args: argparse.Namespace) -> None:
             if auth:
                 stack.push_async_callback(auth["token_verifier"].aclose)
             manager = await stack.enter_async_context(_manager(args, found))
+            language = args.language or ("Python" if args.local else "TypeScript")
             server, tools = make_server(
                 manager,
                 auth=auth,
@@ -81,7 +82,8 @@ async def _run(args: argparse.Namespace) -> None:
                     for name in ("max-output", "max-per-principal")
                     if name in found
                 },
-                language=args.language or ("Python" if args.local else "TypeScript"),
+                language=language,
+                learn_environment=language.lower().startswith("python"),
                 sandbox_header=args.sandbox_header,
                 handle_secret=os.environ.get(HANDLE_SECRET) or None,
             )

@@ -10,6 +10,7 @@ from mcp_types import CallToolResult, ContentBlock, TextContent
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema
 
 from ..results import CacheEntry, ExecutionInfo, ExecutionOutcome, TestReport
+from ._environment import MARK
 
 MOST_ERROR = 8_000
 """Characters of an error's text that are returned."""
@@ -35,7 +36,7 @@ class _Output(BaseModel):
 
 class CachedScript(_Output):
     name: str = Field(description="What `cached` takes")
-    description: str = ""
+    description: str | None = None
 
 
 class Execution(_Output):
@@ -163,6 +164,8 @@ def result_of(output: SandboxOutput | FileOutput, problem: str | None = None) ->
     if data:
         # For clients that do not look at structured content.
         texts.append(json.dumps(data, ensure_ascii=False))
+    if problem is not None:  # For clients that look at nothing else.
+        data["note"] = "\n\n".join(filter(None, (problem, data.get("note"))))
     return CallToolResult(
         content=[*(TextContent(type="text", text=text) for text in texts), *output.blocks],
         structured_content=data or None,
@@ -206,12 +209,13 @@ def shorten(text: str, most: int = MOST_ERROR) -> str:
 
 
 def read_cached(entry: CacheEntry | None) -> CachedScript | None:
-    return None if entry is None else CachedScript(name=entry.name, description=entry.description)
+    return None if entry is None else CachedScript(name=entry.name, description=entry.description or None)
 
 
 def read_executions(found: Iterable[ExecutionInfo], limit: int) -> list[Execution]:
     """The newest executions, whatever order the server has."""
-    newest = sorted(found, key=lambda info: info.started_at_ms, reverse=True)[:limit]
+    asked = (info for info in found if not info.code_preview.startswith(MARK))
+    newest = sorted(asked, key=lambda info: info.started_at_ms, reverse=True)[:limit]
     return [
         Execution(
             execution_id=info.execution_id,

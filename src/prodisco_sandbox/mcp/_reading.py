@@ -149,7 +149,7 @@ def read_call(sent: Mapping[str, Any], language: Language) -> Call:
             mode=mode,
             code=code,
             cached=cached or None,
-            timeout_ms=_whole("timeout_ms", used, 1, p.MAX_TIMEOUT_MS, " in milliseconds"),
+            timeout_ms=_whole("timeout_ms", used, 1, p.MAX_TIMEOUT_MS, " in milliseconds", notes),
             execution_id=read_name("execution_id", used.get("execution_id")),
             wait=_boolean("wait", used.get("wait")),
             output_offset=_whole("output_offset", used, 0, _MOST_OFFSET) or 0,
@@ -269,8 +269,13 @@ def _mode(value: object) -> p.Mode:
     raise WrongCallError(f"`mode` is {_shown(value)}: it must be one of {_choices(p.MODES)}.")
 
 
-def _whole(name: str, used: Mapping[str, Any], least: int, most: int, unit: str = "") -> int | None:
-    """A whole number; None where nothing, or a zero that can only mean nothing, was sent."""
+def _whole(
+    name: str, used: Mapping[str, Any], least: int, most: int, unit: str = "", notes: list[str] | None = None
+) -> int | None:
+    """A whole number; None where nothing, or a zero that can only mean nothing, was sent.
+
+    With ``notes`` one above the limit is taken as the limit, and a note says so.
+    """
     value = used.get(name)
     if is_blank(value):
         return None
@@ -284,6 +289,9 @@ def _whole(name: str, used: Mapping[str, Any], least: int, most: int, unit: str 
             return None
         if least <= number <= most:
             return number
+        if notes is not None and most < number <= _MOST_OFFSET:
+            notes.append(f"`{name}` was taken as {most}, the most there is: do what takes longer in steps.")
+            return most
     upper = "" if most == _MOST_OFFSET else f" and less than or equal to {most}"
     raise WrongCallError(
         f"`{name}` is {_shown(value)}: it must be a whole number{unit}, greater than or equal to"

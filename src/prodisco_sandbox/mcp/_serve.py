@@ -34,6 +34,10 @@ cannot."""
 CLOSE_TIMEOUT = 3
 """Seconds that connections get to close after that."""
 
+INSTRUCTIONS = """\
+run_sandbox runs code in a sandbox of your own: use it to compute, to analyse data, and to check code before \
+you rely on it. Print what you want to see. A result's `note` says what to do next."""
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -44,10 +48,17 @@ def make_server(
     server = MCPServer(
         "prodisco-sandbox",
         version=version("prodisco-sandbox"),
+        instructions=INSTRUCTIONS,
         lifespan=sandbox_lifespan(manager),
         **(auth or {}),
     )
-    return server, add_sandbox_tools(server, manager, **options)
+    tools = add_sandbox_tools(server, manager, **options)
+    empty = ["prompts/list"]
+    if not server._resource_manager.list_templates():
+        empty.append("resources/list")
+    for method in empty:  # Else the SDK advertises that there might be some.
+        server._lowlevel_server._request_handlers.pop(method, None)
+    return server, tools
 
 
 async def serve_stdio(server: MCPServer[Any], tools: SandboxTools, *, drain_timeout: float) -> None:

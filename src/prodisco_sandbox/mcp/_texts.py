@@ -152,7 +152,9 @@ Modes:
 - test: run `tests` against `code`.{tests}
 - close: end the sandbox; do so when you need it no more.
 
-{language.state} The sandbox is {end} after {duration(idle)} without use{sooner}{files}.
+{language.state} Only what is printed comes back, and there is no input.
+
+The sandbox is {end} after {duration(idle)} without use{sooner}{files}.
 
 If a result has a `sandbox` handle, pass that in every further call: without it, a call gets another \
 one. If a result has a `note`, act on it."""

@@ -22,6 +22,7 @@ from ..results import ExecutionState
 from . import _parameters as p
 from . import _texts as texts
 from ._audit import CallRecord, audited
+from ._environment import Environment
 from ._files import add_file_tools, name_files
 from ._identity import Handles, Policy
 from ._identity import principal as default_principal
@@ -62,6 +63,7 @@ def add_sandbox_tools(
     handle_secret: str | bytes | None = None,
     sandbox_header: bool = False,
     file_tools: bool = True,
+    learn_environment: bool = False,
 ) -> SandboxTools:
     """Adds the tool that runs code in sandboxes to a server.
 
@@ -89,6 +91,9 @@ def add_sandbox_tools(
             such gateways must not log it.
         file_tools: Also add read_file, write_file and list_files, and resources with the files that
             runs make, unless sandboxes of the language have no files.
+        learn_environment: The first call runs a few more lines of Python in its sandbox, to tell the
+            model which Python and packages there are: in a note, and in the tool's description from
+            then on.
 
     Returns:
         The tools, for a graceful shutdown.
@@ -119,16 +124,21 @@ def add_sandbox_tools(
         name=name,
         title="Run code in a sandbox",
         description=_description(spoken, manager.config),
-        annotations=ToolAnnotations(read_only_hint=False, idempotent_hint=False, open_world_hint=True),
+        annotations=ToolAnnotations(
+            read_only_hint=False, destructive_hint=True, idempotent_hint=False, open_world_hint=True
+        ),
         structured_output=True,
     )
     names = [name]
     if file_tools and spoken.has_files:
         names += add_file_tools(server, tools)
-    for each in names if sandbox_header else ():
-        # The SDK makes the schema of annotations only, which cannot depend on an argument.
-        tool = server._tool_manager.get_tool(each)
-        assert tool is not None  # noqa: S101
+    # The SDK takes schema and description once, which here depend on an argument and on what is learnt.
+    added = [tool for each in names if (tool := server._tool_manager.get_tool(each)) is not None]
+    if learn_environment:
+        tools.environment = Environment(
+            lambda text: setattr(added[0], "description", f"{added[0].description}\n\n{text}")
+        )
+    for tool in added if sandbox_header else ():
         tool.parameters["properties"]["sandbox"]["x-mcp-header"] = "Sandbox"
     return tools
 
@@ -144,6 +154,7 @@ class SandboxTools:
     """The tool that `add_sandbox_tools` has added."""
 
     def __init__(self, sandboxes: Sandboxes, name: str, language: Language, max_output: int) -> None:
+        self.environment: Environment | None = None
         self._sandboxes = sandboxes
         self._name = name
         self.language = language
@@ -285,6 +296,10 @@ class SandboxTools:
             )
             if output.state in FINAL and call.mode in ("execute", "stream", "status"):
                 await name_files(use.client, output, use.handle)
+            if self.environment is not None and call.mode in NEED_NO_SANDBOX:
+                learnt = await self.environment.learn(use.client)
+                if learnt is not None:
+                    output.add_note(learnt)
             if output.state == ExecutionState.TIMEOUT.name and call.mode in ("execute", "stream"):
                 problem = texts.timed_out(call.limit_ms, p.MAX_TIMEOUT_MS, self.language)
         except ValueError as error:  # A wrong argument; the message names it.
