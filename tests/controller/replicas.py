@@ -39,11 +39,14 @@ class Replica:
                 env=environment,
                 stderr=log,
             )
-        await until(lambda: self.process.returncode is not None or "listening on " in self._log.read_text())
+        await until(self._has_begun, 3 * PATIENCE)
         found = re.search(r"listening on http://127\.0\.0\.1:(\d+)/", self._log.read_text())
         assert found is not None, self._log.read_text()
         self.port = int(found[1])
         await until(self.is_ready)
+
+    def _has_begun(self) -> bool:
+        return self.process.returncode is not None or "listening on " in self._log.read_text()
 
     async def is_ready(self) -> bool:
         async with httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:

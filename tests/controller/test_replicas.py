@@ -34,6 +34,7 @@ class Rig:
     environment: dict[str, str]
     started: list[Replica] = field(default_factory=list)
     talks: list[Talk] = field(default_factory=list)
+    starting: int = 0
     answered: int = 0
     over: bool = False
     """Whether all that is done to the replicas is done."""
@@ -48,7 +49,9 @@ class Rig:
     async def add(self) -> Replica:
         replica = Replica(self.directory / f"replica-{len(self.started)}.log")
         self.started.append(replica)
+        self.starting += 1
         await replica.start(self.environment)
+        self.starting -= 1
         self.proxy.replicas.append(replica)
         return replica
 
@@ -56,6 +59,10 @@ class Rig:
         """As Kubernetes does: it gets no more requests, and then SIGTERM."""
         self.proxy.replicas.remove(replica)
         await until(lambda: not replica.arriving)
+        for _ in range(
+            10
+        ):  # What it was sent before, it has begun then: that is what preStop hooks wait for.
+            await replica.is_ready()
         await replica.stop()
 
     async def kill(self, replica: Replica) -> None:
@@ -71,8 +78,8 @@ class Rig:
 
 
 @asynccontextmanager
-async def replicated(cluster: ControlledNamespace, directory: Path) -> AsyncIterator[Rig]:
-    """Three replicas with the settings of deploy/overlays/mcp-server."""
+async def replicated(cluster: ControlledNamespace, directory: Path, *, warm: bool) -> AsyncIterator[Rig]:
+    """Three replicas with the settings of deploy/overlays/mcp-server, on a warm pool or not."""
     environment = {
         "KUBECONFIG": str(cluster.server.directory / "admin.kubeconfig"),
         "TMPDIR": str(cluster.server.directory),  # Some are killed, and leave files.
@@ -82,6 +89,9 @@ async def replicated(cluster: ControlledNamespace, directory: Path) -> AsyncIter
         "SANDBOX_INSTANCE_ID": "mcp-server",
         "SANDBOX_HANDLE_SECRET": secrets.token_hex(32),
     }
+    if warm:
+        environment["SANDBOX_WARM_POOL"] = "python"
+        await cluster.make_pool(CLIENTS * len(ERAS))
     rig = Rig(directory, environment)
     async with rig.proxy.serving():
         try:
@@ -91,8 +101,8 @@ async def replicated(cluster: ControlledNamespace, directory: Path) -> AsyncIter
             for replica in rig.started:
                 if replica.process.returncode is None:
                     await replica.kill()
-            for name in await cluster.names():
-                await cluster.delete(name)
+            kinds = "sandboxwarmpools,sandboxclaims,sandboxes"
+            await cluster.kubectl("delete", kinds, "--all", "--wait=false")
 
 
 async def disturb(rig: Rig) -> None:
@@ -137,6 +147,8 @@ class Talk:
                 async with connect(self._rig.proxy.url, self._era, X_Client=str(self._number)) as client:
                     while not self._is_over():
                         await self._call(client)
+                        if self._rig.starting:  # Which takes much of the processor.
+                            await asyncio.sleep(1.0)
             except* AssertionError:
                 raise
             except* Exception:  # A request that was cut off ends the connection.
@@ -183,8 +195,11 @@ print(open("kept").read(), end="")
         self._kept.append(call)
 
 
-async def test_replicas_come_and_go_under_their_clients(cluster: ControlledNamespace, tmp_path: Path) -> None:
-    async with replicated(cluster, tmp_path) as rig:
+@pytest.mark.parametrize("warm", [False, True], ids=["sandboxes", "claims"])
+async def test_replicas_come_and_go_under_their_clients(
+    cluster: ControlledNamespace, tmp_path: Path, warm: bool
+) -> None:
+    async with replicated(cluster, tmp_path, warm=warm) as rig:
         rig.talks = [Talk(rig, number, ERAS[number % 2]) for number in range(CLIENTS * len(ERAS))]
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(disturb(rig), name="disturb")
@@ -196,6 +211,7 @@ async def test_replicas_come_and_go_under_their_clients(cluster: ControlledNames
         assert [talk.notes for talk in rig.talks] == [[] for _ in rig.talks], "no sandbox was replaced"
         # A client whose first call was lost has lost the handle, too.
         unreachable = sum(call.endswith("-1") for call in lost)
-        assert len(rig.talks) <= len(await cluster.list()) <= len(rig.talks) + unreachable
+        objects = await (cluster.claims() if warm else cluster.list())
+        assert len(rig.talks) <= len(objects) <= len(rig.talks) + unreachable
         for replica in rig.started:
             assert replica.warnings() == []
