@@ -144,6 +144,9 @@ class _Connecting:
     async def run(self, stage: Callable[[str], object]) -> SandboxClient:
         session = self._session
         session.machine.misplaced = False
+        known = session.known
+        if known.object is None and known.reading is not None and known.reading.phase != "running":
+            await refresh(self._parts, session, self._deadline)  # How it is started, the object tells.
         while True:
             session.inbox.take(News.SEEN)  # What comes from here on is heard, also during a health check.
             reading = self._read()
