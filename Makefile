@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test coverage slow reliability bench plot docs unit envtest lowest check format proto clean FORCE
+.PHONY: help venv demo test coverage slow reliability bench plot docs typing unit envtest lowest check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -53,6 +53,11 @@ plot: .venv-plot/.tools $(VENV)/benchmarks.json ## draw docs/benchmarks.svg from
 docs: ## the documentation site, in .venv-docs/site/html; warnings and broken links are errors
 	@$(MAKE) --no-print-directory venv VENV=.venv-docs EXTRAS="docs mcp server"
 	@.venv-docs/bin/python tools/build_docs.py .venv-docs/site
+
+typing: ## a user's program under mypy and pyright, both strict, against the wheel
+	@$(MAKE) --no-print-directory venv VENV=.venv-typing EXTRAS="typing mcp"
+	@cd tests/user && ../../.venv-typing/bin/python -m mypy --strict --config-file= --cache-dir=/dev/null .
+	@cd tests/user && ../../.venv-typing/bin/python -m pyright --pythonpath ../../.venv-typing/bin/python .
 
 $(VENV)/benchmarks.json:
 	@$(MAKE) --no-print-directory bench

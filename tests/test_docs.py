@@ -212,8 +212,8 @@ def test_commands_are_there(page: Path) -> None:
                     for flag, value in itertools.pairwise(arguments):
                         assert flag not in ("-k", "-f") or "://" in value or (ROOT / value).exists(), value
                 case "pip":
-                    extras = re.findall(r"prodisco-sandbox\[(.*)\]", " ".join(arguments))
-                    assert all(extra in PROJECT["project"]["optional-dependencies"] for extra in extras)
+                    for extras in re.findall(r"prodisco-sandbox\[(.*)\]", " ".join(arguments)):
+                        assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"])
                 case "prodisco-sandbox-mcp":
                     make_parser().parse_args(arguments)
                 case "python":

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .._aio.tasks import outlast
 from .._checks import integer, seconds
@@ -21,8 +21,9 @@ from ..config import SandboxManagerConfig
 from ..errors import SandboxError
 from ..testing import FakeCustomObjectsApi
 from ._claims import POOL
-from ._controller import Controller, Pod
-from ._processes import Keeper
+
+if TYPE_CHECKING:  # These can be imported on Linux only.
+    from ._controller import Controller, Pod
 
 __all__ = ["LocalCluster"]
 
@@ -95,6 +96,7 @@ class LocalCluster:
 
     Raises:
         ValueError: An argument is wrong; the message names it.
+        SandboxError: This is not Linux.
     """
 
     def __init__(
@@ -111,6 +113,13 @@ class LocalCluster:
         poll_interval: float = 1.0,
         warm: int = 0,
     ) -> None:
+        if sys.platform != "linux":
+            raise SandboxError(
+                f"a local cluster needs Linux (/proc, child subreapers), not {sys.platform}:"
+                " run it in a container, or use a cluster"
+            )
+        from ._processes import Keeper
+
         integer("max_starting", max_starting, least=1, most=None)
         integer("warm", warm, least=0, most=None)
         self._warm = warm
@@ -216,13 +225,13 @@ class LocalCluster:
         """Starts the controller. If this fails or is cancelled, the cluster is closed.
 
         Raises:
-            SandboxError: It was started or closed before, is closed meanwhile, or this is not Linux.
+            SandboxError: It was started or closed before, or is closed meanwhile.
             SandboxUnavailableError: The system refuses a process.
         """
-        if sys.platform != "linux":
-            raise SandboxError(f"a local cluster needs Linux (/proc, child subreapers), not {sys.platform}")
         if self._controller is not None or self._closing is not None:
             raise SandboxError("a cluster is started once: make a new one")
+        from ._controller import Controller
+
         self._controller = Controller(
             self._config,
             self._api,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import select
@@ -27,9 +26,11 @@ class Stdio(io.RawIOBase):
     """
 
     def __init__(self) -> None:
+        import fcntl  # Windows has none: the program serves HTTP there.
+
         self._input = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
         self._output = LineWriter(fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3))
-        self._ended, self._end = os.pipe2(os.O_CLOEXEC)
+        self._ended, self._end = os.pipe()
         self._news = select.poll()
         self._news.register(self._input, select.POLLIN)
         self._news.register(self._ended, select.POLLIN)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from urllib.parse import quote
 
 import grpc
@@ -36,7 +36,9 @@ from ..results import (
     StartedExecution,
 )
 from ..server._fence import Fence
-from ..server._files import FileService
+
+if TYPE_CHECKING:
+    from ..server._files import FileService
 
 Health = Literal["standard", "own"]
 """Which health service a server has: ``grpc.health.v1``, or only its own HealthCheck."""
@@ -240,6 +242,8 @@ class FakeSandboxServer:
         interceptors = [] if self.boot_id is None else [Fence(self.boot_id, self.pod_name, self._features)]
         server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         if self._workspace is not None:
+            from ..server._files import FileService  # It needs Linux.
+
             self._file_service = FileService(self._workspace, 1 << 40, lambda _: 0, lambda _: None)
         server.add_generic_rpc_handlers(tuple(self._handlers()))
         if self._socket_path is None:
