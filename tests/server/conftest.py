@@ -13,9 +13,22 @@ from .support import Server, Stub, running
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def warm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that forks executions from its zygote."""
+    with running(tmp_path_factory.mktemp("server"), "--max-output", "20000", zygote=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cold_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that starts an interpreter for each execution."""
     with running(tmp_path_factory.mktemp("server"), "--max-output", "20000") as server:
         yield server
+
+
+@pytest.fixture
+def server(warm_server: Server) -> Server:
+    return warm_server
 
 
 @pytest_asyncio.fixture

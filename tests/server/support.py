@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from _patience import PATIENCE
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.proto import sandbox_pb2_grpc
-from prodisco_sandbox.server import _confine
+from prodisco_sandbox.server import _confine, _tree
 from prodisco_sandbox.server._cgroup import find_pids_cgroups
 from prodisco_sandbox.server._options import MAX_TIMEOUT_MS
 
@@ -33,7 +35,10 @@ END_TIMEOUT = PATIENCE
 
 
 class Server:
-    """``python -m prodisco_sandbox.server`` with everything of its own below one directory."""
+    """``python -m prodisco_sandbox.server`` with everything of its own below one directory.
+
+    With `zygote` it is there once it forks executions; else it starts an interpreter for each.
+    """
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class Server:
         env: Mapping[str, str] | None = None,
         command: Sequence[str] = (sys.executable, "-m", "prodisco_sandbox.server"),
         address: Sequence[str] | None = None,
+        zygote: bool = False,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -49,6 +55,7 @@ class Server:
         if address is None:
             address = ["--socket", str(directory / "run" / "s")]
         arguments = [*command, *address, "--cache-dir", str(directory / "cache"), *options]
+        arguments += [] if zygote else ["--no-zygote"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 arguments,
@@ -59,6 +66,8 @@ class Server:
             )
         try:
             self.target = self._target()
+            if zygote:
+                self.wait_for_zygote()
         except BaseException:
             self.kill()
             raise
@@ -70,6 +79,31 @@ class Server:
         if not line.startswith("listening on "):
             raise AssertionError(f"the server did not start: {line!r}, log: {self.log()}")
         return line.removeprefix("listening on ").strip()
+
+    def wait_for_zygote(self, but: int | None = None) -> int:
+        """The process that executions are forked from, which is not to be a certain one."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while (pid := self.zygote) is None or pid == but:
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.02)
+        return pid
+
+    @property
+    def zygote(self) -> int | None:
+        """The process that executions are, or were last, forked from."""
+        zygotes = self.zygotes
+        return zygotes[-1] if zygotes else None
+
+    @property
+    def zygotes(self) -> list[int]:
+        """All such processes, of earlier times too."""
+        return [int(pid) for pid in re.findall(r"forked from process (\d+)", self.log())]
+
+    def supervisors(self) -> dict[int, list[int]]:
+        """The processes that supervise an execution, or wait for one, and the children of each."""
+        table, zygotes = _tree.children_by_parent(), self.zygotes
+        own = [pid for parent in (self.pid, *zygotes) for pid in table.get(parent, ())]
+        return {pid: table.get(pid, []) for pid in own if pid not in zygotes}
 
     @property
     def pid(self) -> int:

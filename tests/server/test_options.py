@@ -48,6 +48,7 @@ def test_a_host_or_port_selects_tcp_and_options_beat_the_environment(
 
 def test_every_setting_is_read_from_both_places() -> None:
     values = {"transport-mode": ("insecure", "insecure"), "isolation": ("bwrap", "process")}
+    values["preload"] = ("json", "json,email.message")
     for setting in SETTINGS:
         other, given = values.get(setting.name, ("33", "34"))
         field = setting.name.replace("-", "_").removesuffix("_mb")

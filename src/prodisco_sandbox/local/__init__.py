@@ -84,7 +84,8 @@ class LocalCluster:
         namespace: The namespace whose Sandboxes are run.
         api_version: "auto", "v1alpha1" or "v1beta1", as in `SandboxManagerConfig`.
         server_args: Further arguments of the servers, such as
-            ``["--memory-limit-mb", "512"]``.
+            ``["--memory-limit-mb", "512"]``. By default they have no zygote; ``["--zygote"]``
+            gives each one of its own.
         python: The interpreter that runs the servers; None: the one that runs this.
         pass_env: Names of variables that the servers inherit; they get no others.
         max_starting: How many servers may be starting at the same time.
@@ -291,7 +292,8 @@ class LocalCluster:
         # -P: a file in its working directory must not pass for a module.
         argv = [self._python, "-P", "-m", "prodisco_sandbox.server", "--exit-with-parent"]
         argv += ["--socket", str(directory / "socket"), "--workspace", str(workspace)]
-        argv += ["--cache-dir", str(directory / "cache-dir")]
+        # Many servers share this machine, and a zygote takes memory of its own in each.
+        argv += ["--cache-dir", str(directory / "cache-dir"), "--no-zygote"]
         return argv + self._server_args, {**self._env, "TMPDIR": str(directory / "tmp")}
 
 

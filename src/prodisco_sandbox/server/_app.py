@@ -151,7 +151,7 @@ async def serve(options: Options) -> None:
 async def _serve(options: Options, directories: Directories, stop: _Stop) -> None:
     containment = Containment(options, directories.workspace, directories.temporary)
     try:
-        processes = Processes(containment, options.spare_interpreters)
+        processes = Processes(containment, options)
         cache = ScriptCache(options.cache_dir, options.cache_limit)
         executions = Executions(options, processes, cache)
         service = SandboxService(options, executions, cache)
@@ -169,6 +169,7 @@ async def _serve(options: Options, directories: Directories, stop: _Stop) -> Non
             print(f"listening on {target}", flush=True)  # noqa: T201
             log.info("listening on %s, workspace %s", target, directories.workspace)
             processes.start_spares_soon(_FIRST_SPARES)
+            asyncio.get_running_loop().call_later(_FIRST_SPARES, processes.start_zygotes)
             await stop.asked.wait()
             service.healthy = False
             await standard_health.enter_graceful_shutdown()

@@ -72,6 +72,16 @@ def hide_from_same_user() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
+def let_be_seen() -> None:
+    """Undoes `hide_from_same_user`, which children inherit."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
+def flush_c_streams() -> None:
+    """Writes what C code has printed and not flushed."""
+    _libc.fflush(None)
+
+
 def die_with(parent: int) -> None:
     """Has the kernel kill this process as soon as its parent is gone."""
     _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))

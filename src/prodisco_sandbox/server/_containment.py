@@ -71,8 +71,18 @@ class Containment:
         ]:
             log.warning("%s lies where executions may write and so read: keep it elsewhere", hidden[0])
 
-    def job(self) -> dict[str, Any]:
-        """The fields of a job that confine it."""
+    @property
+    def can_fork(self) -> bool:
+        """Whether executions may be forks of a warm interpreter."""
+        return not self.prefix and not self._reads_environment
+
+    @property
+    def writable_by_code(self) -> list[str] | None:
+        """The directories that executions may write to; None: wherever this user may."""
+        return [str(path) for path in self._writable()] if self._landlock else None
+
+    def job(self, inherited: int = 0) -> dict[str, Any]:
+        """The fields of a job that confine it; `inherited` bytes of writable memory are not its own."""
         options = self._options
         temporary = str(self.temporary), str(self._code_temporary)
         return {
@@ -83,7 +93,7 @@ class Containment:
             "shared_memory": self.memory.each if self.shared_memory.private else 0,
             "limits": {
                 # The memory watch lowers and raises it while the code runs.
-                "RLIMIT_DATA": (self.memory.each, sys.maxsize),
+                "RLIMIT_DATA": (self.memory.each + inherited, sys.maxsize),
                 # The second one later is SIGKILL, for code that ignores SIGXCPU.
                 "RLIMIT_CPU": (options.cpu_limit, options.cpu_limit + 1),
                 "RLIMIT_FSIZE": (options.file_size_limit, options.file_size_limit),

@@ -14,7 +14,7 @@ from typing import Any
 
 from ._beneath import file_time
 from ._cache import CacheEntry, ScriptCache
-from ._interpreter import Job, Outcome, Processes
+from ._interpreter import Job, NotStartedError, Outcome, Processes
 from ._options import Options
 from ._output import Output
 
@@ -333,7 +333,8 @@ class _Run:
         self._cache = cache
         self._processes = processes
         self._check_full_workspace = check_full_workspace
-        self._interpreter = processes.take()
+        self._job = Job(execution.source, execution.tests, execution.merge)
+        self._interpreter = processes.take(self._job)
         self._verdict: tuple[State, str] | None = None
         self.task = asyncio.create_task(self._run(), name=f"execution-{execution.id}")
 
@@ -346,13 +347,12 @@ class _Run:
 
     async def _run(self) -> tuple[State, str | None]:
         execution = self.execution
-        job = Job(execution.source, execution.tests, execution.merge)
         text = f"timed out after {execution.timeout_ms} ms"
         timer = asyncio.get_running_loop().call_later(
             execution.timeout_ms / 1000, self.stop, State.TIMEOUT, text
         )
         try:
-            outcome = await self._interpreter.run(job, self._on_output, self._on_error_output)
+            outcome = await self._run_job()
         finally:
             timer.cancel()
             await self._interpreter.close()
@@ -370,6 +370,17 @@ class _Run:
             except OSError as refusal:
                 log.warning("could not cache a script: %s", refusal)
         return state, error
+
+    async def _run_job(self) -> Outcome:
+        try:
+            return await self._interpreter.run(self._job, self._on_output, self._on_error_output)
+        except NotStartedError as failure:
+            log.warning("an execution is not forked: %s", failure)
+            await self._interpreter.close()
+        self._interpreter = self._processes.take(self._job, warm=False)
+        if self._verdict is not None:
+            self._interpreter.kill()
+        return await self._interpreter.run(self._job, self._on_output, self._on_error_output)
 
     def _on_output(self, data: bytes) -> None:
         self.execution.output.feed(data)

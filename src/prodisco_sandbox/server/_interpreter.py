@@ -7,18 +7,26 @@ import contextlib
 import logging
 import marshal
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from . import _confine, _script, _supervisor, _testing, _tree, _usage
 from ._cgroup import Cgroup
 from ._containment import Containment
-from ._memory import MemoryWatch
+from ._memory import Inherited, MemoryWatch
+from ._options import Options
+from ._pipes import PipeReader, PipeWriter, pipe
+
+if TYPE_CHECKING:
+    from ._warm import Supervisor, Warm
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +35,8 @@ OnOutput = Callable[[bytes], None]
 _END_TIMEOUT = _supervisor.KILL_TIMEOUT + 2.0
 _PIPE_TIMEOUT = 0.5
 _REFILL_DELAY = 0.005
-_READ = 1 << 18
+_LEAST_FOR_LARGE = 1 << 30
+"""Bytes of a container's memory from which on large modules are preloaded unasked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,10 @@ class Outcome:
     killed_for: str | None = None
 
 
+class NotStartedError(Exception):
+    """A supervisor could not be forked; no code has run."""
+
+
 class Processes:
     """All child processes of this server: starts, reaps and finally kills them.
 
@@ -70,15 +83,43 @@ class Processes:
     loop's thread.
     """
 
-    def __init__(self, containment: Containment, spares: int) -> None:
+    def __init__(self, containment: Containment, options: Options) -> None:
         self.containment = containment
         own = containment.shared_memory.private or bool(containment.prefix)
         self.memory = MemoryWatch(containment.memory, own_shared_memory=own)
-        self._prelude = _prelude()
+        self._prelude = _prelude(_tree, _confine, _testing, _script, _supervisor)
         self._spares: deque[Interpreter] = deque()
-        self._most_spares = spares
+        self._most_spares = options.spare_interpreters
         self._exits: dict[int, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._options = options
+        self._zygotes: list[Warm] = []
+        """One with small modules, and one that has large ones besides, if there are any."""
+        self._large_names: list[str] = []
+
+    def _make_warm(self, modules: list[str], prelude: bytes) -> Warm:
+        from ._warm import Warm
+
+        return Warm(
+            spawn=self._spawn,
+            make_cgroup=self._make_cgroup,
+            prelude=prelude,
+            modules=modules,
+            home=self.containment.temporary.parent,
+            writable=self.containment.writable_by_code,
+            most=self._options.max_concurrent if self._options.spare_interpreters else 0,
+            on_ready=self._use_zygote,
+        )
+
+    def _zygotes_for(self, job: Job) -> list[Warm]:
+        """The zygotes that can fork the job's interpreter, the best one first."""
+        text = job.source + (job.tests or "")
+        # A module of the workspace may import large ones.
+        wants_large = any(name in text for name in self._large_names) or not all(
+            map(_is_small, _IMPORTED.findall(text))
+        )
+        ready = [warm for warm in self._zygotes if warm.ready]
+        return ready[::-1] if wants_large else ready
 
     def install(self) -> None:
         """Adopts orphans of killed supervisors, and reaps every child."""
@@ -86,12 +127,22 @@ class Processes:
         _confine.hide_from_same_user()
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
 
-    def take(self) -> Interpreter:
-        """An interpreter that has run nothing yet and waits for its job.
+    def take(self, job: Job, *, warm: bool = True) -> Interpreter:
+        """An interpreter that has run nothing yet and waits for the job.
+
+        Args:
+            job: What it is for.
+            warm: Forked by a zygote, if there is one.
 
         Raises:
             OSError: The system refuses another process or descriptor.
         """
+        for zygote in self._zygotes_for(job) if warm else ():
+            while (supervisor := zygote.take()) is not None:
+                try:
+                    return self._given_to(supervisor)
+                except ConnectionError:  # It has ended, which its socket will say.
+                    supervisor.close()
         while self._spares:
             spare = self._spares.popleft()
             if spare.alive:
@@ -99,12 +150,50 @@ class Processes:
             spare.discard()
         return self._start()
 
+    def start_zygotes(self) -> None:
+        """Starts the zygotes, if there are to be any.
+
+        A fork takes time for each page of its parent's memory, so code that names no large module
+        is forked from another one than code that does.
+        """
+        options = self._options
+        if not options.zygote or not self.containment.can_fork:
+            return
+        # Only now, since it is not needed to serve.
+        from . import _preloaded, _warm, _zygote
+
+        names = options.preload
+        if names is None:
+            container = self.containment.memory.container
+            enough = container is None or container.limit >= _LEAST_FOR_LARGE
+            more = (*_warm.TEST_MODULES, *(_warm.LARGE_MODULES if enough else ()))
+            names = (*_warm.STANDARD_MODULES, *(name for name in more if find_spec(name.partition(".")[0])))
+        small = [name for name in names if _is_small(name)]
+        self._large_names = [name.partition(".")[0] for name in names if not _is_small(name)]
+        prelude = _prelude(_tree, _confine, _testing, _script, _supervisor, _preloaded, _zygote)
+        self._zygotes = [self._make_warm(small, prelude)]
+        if self._large_names:
+            self._zygotes.append(self._make_warm(list(names), prelude))
+        for zygote in self._zygotes:
+            zygote.start()
+
+    def _use_zygote(self) -> None:
+        """Starts no more interpreters in advance: forks are faster."""
+        while self._spares:
+            self._keep(self._spares.popleft().close(), "end-spare")
+        self.start_spares()
+
     def start_spares_soon(self, delay: float = _REFILL_DELAY) -> None:
         """Starts spares, but lets answers go out first."""
         asyncio.get_running_loop().call_later(delay, self.start_spares)
 
     def start_spares(self) -> None:
         """Starts interpreters in advance, as many as were asked for."""
+        ready = [zygote for zygote in self._zygotes if zygote.ready]
+        for zygote in ready:
+            zygote.fill(self._most_spares)
+        if ready:
+            return
         while len(self._spares) < self._most_spares:
             try:
                 self._spares.append(self._start())
@@ -115,56 +204,80 @@ class Processes:
     def usage(self, enough: int) -> int:
         """Bytes in the workspace, and in what executions hold open. Blocking, in any thread."""
         places = (self.containment.workspace, self.containment.temporary)
-        held = _usage.held_open(_tree.descendants(list(self._exits)))
+        held = _usage.held_open(_tree.descendants(self._own()))
         return held + _usage.disk_usage(places, enough)
+
+    def _own(self) -> set[int]:
+        """The children that are to be: also supervisors whose zygote has ended."""
+        return {*self._exits, *(pid for zygote in self._zygotes for pid in zygote.pids)}
 
     async def close(self) -> None:
         """Ends the spares, and whatever else is still a child of this process."""
         self._most_spares = 0
+        await asyncio.gather(*(zygote.close() for zygote in self._zygotes))
+        self._zygotes.clear()
         spares = list(self._spares)
         self._spares.clear()
         await asyncio.gather(*(spare.close() for spare in spares))
+        self._exits.clear()
         await self.kill_orphans()
 
-    def _start(self) -> Interpreter:
+    def _given_to(self, supervisor: Supervisor) -> Interpreter:
+        """An interpreter that the supervisor forks."""
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
-            cgroup = self._make_cgroup(undo)
-            ends = [_pipe(undo, theirs, ours) for ours in ("write", "read", "read", "read")]
-            (control, status, out, err), (child_control, child_status, child_out, child_err) = zip(
-                *ends, strict=True
-            )
-            process = subprocess.Popen(  # noqa: S603
-                self._command(child_status, cgroup),
-                stdin=child_control,
-                stdout=child_out,
-                stderr=child_err,
-                pass_fds=(child_status, *self.containment.descriptors),
-                env=self.containment.environ,
-                cwd="/",
-                start_new_session=True,
-            )
+            ours, given = _pipes(undo, theirs)
+            supervisor.supervise(given)
             undo.pop_all()
-        exited = asyncio.get_running_loop().create_future()
-        self._exits[process.pid] = exited
-        # `_reap` reaps it; this object must not.
-        process.returncode = 0
-        interpreter = Interpreter(self, process.pid, exited, self._prelude, control, status, out, err)
+        return Interpreter(self, *ours, supervisor=supervisor)
+
+    def _start(self) -> Interpreter:
+        """An interpreter of its own."""
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+            cgroup = self._make_cgroup()
+            if cgroup is not None:
+                undo.callback(cgroup.remove)
+            ours, (control, status, out, err) = _pipes(undo, theirs)
+            pid, exited = self._spawn("main", control, out, err, status, cgroup)
+            undo.pop_all()
+        interpreter = Interpreter(self, *ours, pid=pid, exited=exited, prelude=self._prelude)
         if cgroup is not None:
             exited.add_done_callback(lambda _: self._remove_cgroup(cgroup))
             if not self.containment.prefix:
                 interpreter.join(cgroup)
         return interpreter
 
-    def _make_cgroup(self, undo: contextlib.ExitStack) -> Cgroup | None:
+    def _spawn(
+        self, entry: str, stdin: int, stdout: int, stderr: int, status: int, cgroup: Cgroup | None = None
+    ) -> tuple[int, asyncio.Future[None]]:
+        """Starts an interpreter that reads its code from standard input.
+
+        Returns:
+            Its process id, and what is done when it has ended.
+        """
+        process = subprocess.Popen(  # noqa: S603
+            self._command(entry, status, cgroup),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=(status, *self.containment.descriptors),
+            env=self.containment.environ,
+            cwd="/",
+            start_new_session=True,
+        )
+        exited = asyncio.get_running_loop().create_future()
+        self._exits[process.pid] = exited
+        # `_reap` reaps it; this object must not.
+        process.returncode = 0
+        return process.pid, exited
+
+    def _make_cgroup(self) -> Cgroup | None:
         if self.containment.cgroups is None:
             return None
-        cgroup = self.containment.cgroups.make(self.containment.max_processes)
-        undo.callback(cgroup.remove)
-        return cgroup
+        return self.containment.cgroups.make(self.containment.max_processes)
 
-    def _command(self, status: int, cgroup: Cgroup | None) -> list[str]:
+    def _command(self, entry: str, status: int, cgroup: Cgroup | None) -> list[str]:
         # -B, since -I ignores PYTHONDONTWRITEBYTECODE. multiprocessing passes both options on.
-        bootstrap = ["-I", "-B", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, "0", "main", str(status)]
+        bootstrap = ["-I", "-B", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, "0", entry, str(status)]
         command = [*self.containment.prefix, sys.executable, *bootstrap]
         if cgroup is not None and self.containment.prefix:
             # Bubblewrap forks at once, and must be in its cgroup before.
@@ -182,14 +295,17 @@ class Processes:
             if (exited := self._exits.pop(pid, None)) and not exited.done():
                 exited.set_result(None)
 
-    def kill_tree_soon(self, pid: int) -> None:
+    def kill_tree_soon(self, pid: int, exited: asyncio.Future[None]) -> None:
         """Kills a supervisor that does not end, and everything below it."""
-        task = asyncio.get_running_loop().create_task(self._kill_tree(pid), name=f"kill-tree-{pid}")
+        self._keep(self._kill_tree(pid, exited), f"kill-tree-{pid}")
+
+    def _keep(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _kill_tree(self, pid: int) -> None:
-        if pid not in self._exits:
+    async def _kill_tree(self, pid: int, exited: asyncio.Future[None]) -> None:
+        if exited.done():
             return
         log.warning("supervisor %d does not answer; killing it and everything below it", pid)
         _tree.kill_tree(pid)
@@ -200,34 +316,47 @@ class Processes:
         left: list[int] = []
         for _ in range(100):
             self._reap()
-            left = _tree.kill_children(self._exits)
+            left = _tree.kill_children(self._own())
             if not left:
                 return
             await asyncio.sleep(0.02)
         log.error("processes that SIGKILL does not end: %s", left)
 
 
+_IMPORTED = re.compile(r"^[ \t]*(?:import|from)[ \t]+(\w+)", re.MULTILINE)
+
+
+def _is_small(name: str) -> bool:
+    """Whether a module is small enough to slow no fork."""
+    top = name.partition(".")[0]
+    return top in sys.stdlib_module_names or top in ("pytest", "_pytest")
+
+
 class Interpreter:
-    """A fresh interpreter, to be used once."""
+    """A fresh interpreter, to be used once: started for it, or forked by a supervisor."""
 
     def __init__(
         self,
         processes: Processes,
-        pid: int,
-        exited: asyncio.Future[None],
-        prelude: bytes,
         control: int,
         status: int,
         out: int,
         err: int,
+        *,
+        pid: int = 0,
+        exited: asyncio.Future[None] | None = None,
+        prelude: bytes = b"",
+        supervisor: Supervisor | None = None,
     ) -> None:
-        self.pid = pid
         self._processes = processes
-        self._exited = exited
-        self._control = _PipeWriter(control)
+        self._pid = pid
+        self._supervisor = supervisor
+        self._control = PipeWriter(control)
         self._control.write(prelude)
         self._status = bytearray()
-        self._status_pipe = _PipeReader(status, self._status.extend)
+        self._status_pipe = PipeReader(status, self._status.extend)
+        # A supervisor that goes on closes the pipe when everything is gone.
+        self._exited = exited or self._status_pipe.closed
         self._out, self._err = out, err
         self._joining: asyncio.Task[None] | None = None
         self._guard: asyncio.TimerHandle | None = None
@@ -241,18 +370,26 @@ class Interpreter:
 
         In a thread: the kernel may take 10 ms over it, while the interpreter starts.
         """
-        self._joining = asyncio.create_task(asyncio.to_thread(cgroup.add, self.pid), name="join-cgroup")
+        self._joining = asyncio.create_task(asyncio.to_thread(cgroup.add, self._pid), name="join-cgroup")
 
     async def run(self, job: Job, on_output: OnOutput, on_error_output: OnOutput) -> Outcome:
-        """Runs the job to its end, or to `kill`, and until nothing of it is left."""
-        pipes = [_PipeReader(self._out, on_output), _PipeReader(self._err, on_error_output)]
+        """Runs the job to its end, or to `kill`, and until nothing of it is left.
+
+        Raises:
+            NotStartedError: There is no process to run it; another interpreter may.
+        """
+        pipes = [PipeReader(self._out, on_output), PipeReader(self._err, on_error_output)]
         self._out = self._err = -1
+        inherited = Inherited()
         try:
             if self._joining is not None:
                 await self._joining
-            fields = asdict(job) | self._processes.containment.job()
+            if self._supervisor is not None:
+                self._pid = await self._supervisor.begun()
+                inherited = self._supervisor.zygote.inherited
+            fields = asdict(job) | self._processes.containment.job(inherited.data)
             self._control.write(_supervisor.pack(fields))
-            with self._processes.memory.watching(self.pid) as watched:
+            with self._processes.memory.watching(self._pid, inherited) as watched:
                 await self._exited
             # The pipes hold all output by now. A process that still has them open is no
             # descendant: it got them over a socket.
@@ -272,15 +409,22 @@ class Interpreter:
         answer: dict[str, Any] = marshal.loads(self._status[8:])  # noqa: S302
         if answer["left"]:
             log.error("processes that SIGKILL does not end: %s", answer["left"])
+        elif self._supervisor is not None:
+            self._supervisor.give_back()
+            self._supervisor = None
         return Outcome(answer["exit"], answer["report"])
 
     def kill(self) -> None:
         """Has the supervisor kill the code and all its descendants, and end itself."""
         if self._guard is None and not self._exited.done():
             self._control.close()
-            loop = asyncio.get_running_loop()
-            self._guard = loop.call_later(_END_TIMEOUT, self._processes.kill_tree_soon, self.pid)
+            self._guard = asyncio.get_running_loop().call_later(_END_TIMEOUT, self._kill_tree)
             self._exited.add_done_callback(lambda _: self._cancel_guard())
+
+    def _kill_tree(self) -> None:
+        pid = self._pid if self._supervisor is None else self._supervisor.pid
+        if pid:
+            self._processes.kill_tree_soon(pid, self._exited)
 
     def _cancel_guard(self) -> None:
         if self._guard is not None:
@@ -296,93 +440,26 @@ class Interpreter:
         """Closes the pipes. Idempotent."""
         self._control.close()
         self._status_pipe.close()
+        if self._supervisor is not None:
+            self._supervisor.close()
         for descriptor in (self._out, self._err):
             if descriptor >= 0:
                 os.close(descriptor)
         self._out = self._err = -1
 
 
-class _PipeReader:
-    """Hands what arrives in a pipe to a callback."""
-
-    def __init__(self, descriptor: int, on_data: Callable[[bytes], Any]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._descriptor = descriptor
-        self._on_data = on_data
-        self.closed: asyncio.Future[None] = self._loop.create_future()
-        os.set_blocking(descriptor, False)
-        self._loop.add_reader(descriptor, self._read)
-
-    def _read(self) -> None:
-        try:
-            data = os.read(self._descriptor, _READ)
-        except BlockingIOError:
-            return
-        if data:
-            self._on_data(data)
-        else:
-            self.close()
-
-    def close(self) -> None:
-        if not self.closed.done():
-            self._loop.remove_reader(self._descriptor)
-            os.close(self._descriptor)
-            self.closed.set_result(None)
+def _pipes(
+    undo: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The pipes of an execution, control, status, output and error output: our ends, and the others."""
+    ends = [pipe(undo, theirs, ours) for ours in ("write", "read", "read", "read")]
+    return tuple(ours for ours, _ in ends), tuple(given for _, given in ends)
 
 
-class _PipeWriter:
-    """Writes to a pipe without blocking. Its reader may vanish at any time."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._descriptor = descriptor
-        self._queue: deque[memoryview] = deque()
-        self._closed = False
-        os.set_blocking(descriptor, False)
-
-    def write(self, data: bytes) -> None:
-        if self._closed:
-            return
-        self._queue.append(memoryview(data))
-        if len(self._queue) == 1:
-            self._loop.add_writer(self._descriptor, self._flush)
-            self._flush()
-
-    def _flush(self) -> None:
-        try:
-            while self._queue:
-                written = os.write(self._descriptor, self._queue[0])
-                rest = self._queue[0][written:]
-                if rest:
-                    self._queue[0] = rest
-                else:
-                    self._queue.popleft()
-        except BlockingIOError:
-            return
-        except BrokenPipeError:
-            self._queue.clear()
-        self._loop.remove_writer(self._descriptor)
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._loop.remove_writer(self._descriptor)
-            os.close(self._descriptor)
-
-
-def _pipe(undo: contextlib.ExitStack, theirs: contextlib.ExitStack, ours: str) -> tuple[int, int]:
-    """A pipe: our end, which `undo` closes, and the child's, which `theirs` closes."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    mine, its = (read, write) if ours == "read" else (write, read)
-    undo.callback(os.close, mine)
-    theirs.callback(os.close, its)
-    return mine, its
-
-
-def _prelude() -> bytes:
-    """The supervisor's code, compiled once, as its bootstrap expects it."""
+def _prelude(*modules: ModuleType) -> bytes:
+    """The modules' code, compiled once, as `BOOTSTRAP` expects it."""
     codes = []
-    for module in (_tree, _confine, _testing, _script, _supervisor):
+    for module in modules:
         loader: Any = module.__spec__ and module.__spec__.loader
         # From its bytecode, if there is any.
         codes.append((module.__name__.rpartition(".")[2], loader.get_code(module.__name__)))

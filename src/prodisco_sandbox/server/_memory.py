@@ -133,17 +133,35 @@ def _limits(directory: Path) -> Iterator[int]:
             yield int((directory / name).read_text())
 
 
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """What an execution has from the zygote that it was forked from.
+
+    Attributes:
+        data: Bytes of writable memory.
+        anonymous: Bytes of it in use.
+    """
+
+    data: int = 0
+    anonymous: int = 0
+
+
+_NOTHING = Inherited()
+
+
 class Watched:
     """An execution that the watch looks at.
 
     Attributes:
         supervisor: Its root process, which is not counted.
         killed_for: Why it was killed; None as long as it was not.
+        inherited: Bytes in use that are its zygote's, not its own.
     """
 
-    def __init__(self, supervisor: int, limit: int) -> None:
+    def __init__(self, supervisor: int, limit: int, inherited: int) -> None:
         self.supervisor = supervisor
         self.killed_for: str | None = None
+        self.inherited = inherited
         self.limits = {limit}
         self.use = 0
         self.pids: list[int] = []
@@ -170,9 +188,9 @@ class MemoryWatch:
         self._last_kill = 0.0
 
     @contextlib.contextmanager
-    def watching(self, supervisor: int) -> Iterator[Watched]:
+    def watching(self, supervisor: int, inherited: Inherited = _NOTHING) -> Iterator[Watched]:
         """Watches what is below the supervisor."""
-        watched = Watched(supervisor, self._memory.each)
+        watched = Watched(supervisor, self._memory.each + inherited.data, inherited.anonymous)
         if self._thread is None or not self._thread.is_alive():
             # Kept only once it runs: the system may refuse it, and the next execution needs one.
             thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
@@ -250,12 +268,16 @@ class MemoryWatch:
         anonymous = sum(status["RssAnon"] for status in processes.values())
         shared = sum(status["RssShmem"] for status in processes.values())
         in_files = self._shared_memory_files(one.pids)
+        inherited = one.inherited
         if anonymous + max(shared, in_files) > min(self._memory.each, self._memory.total // 2):
             # Shared pages count in each process here; exact figures take the kernel longer.
-            exact = [figures for pid in processes if (figures := _proportional(pid) or _status(pid))]
+            proportional = {pid: _proportional(pid) for pid in processes}
+            if all(proportional.values()):
+                inherited = 0
+            exact = [figures for pid, known in proportional.items() if (figures := known or _status(pid))]
             anonymous = sum(figures["RssAnon"] for figures in exact)
             shared = sum(figures["RssShmem"] for figures in exact)
-        one.use = anonymous + max(shared, in_files)
+        one.use = max(0, anonymous - inherited) + max(shared, in_files)
         left = max(0, self._memory.each - one.use)
         for pid, status in processes.items():
             if "VmData" in status:

@@ -60,6 +60,9 @@ class Options:
     retain_for: float
     retain_limit: int
     spare_interpreters: int
+    preload: tuple[str, ...] | None
+    """None: common modules of the standard library, and large ones that are installed."""
+    zygote: bool
 
     @property
     def socket_target(self) -> str:
@@ -93,6 +96,14 @@ def _paths(text: str) -> tuple[Path, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    names = _names(text)
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"{name!r} is not the name of a module")
+    return names
 
 
 def _pod_name(text: str) -> str:
@@ -164,6 +175,7 @@ SETTINGS = (
     _Setting("retain-for", "SANDBOX_RETAIN_FOR", _seconds, "600", "seconds that a finished execution can be asked about"),
     _Setting("retain-limit-mb", "SANDBOX_RETAIN_LIMIT_MB", _integer(0, _BIG, _MIB), "64", "MiB of finished executions; the oldest go"),
     _Setting("spare-interpreters", "SANDBOX_SPARE_INTERPRETERS", _integer(0, 64), "2", "interpreters started in advance"),
+    _Setting("preload", "SANDBOX_PRELOAD", _modules, None, "modules, separated by commas, that executions import in no time; default: common ones of the standard library, and numpy, pandas, matplotlib.pyplot and pytest where they are installed"),
 )
 # fmt: on
 
@@ -177,7 +189,7 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     """
     env = os.environ if environ is None else environ
     given = vars(_parser().parse_args(argv))
-    values: dict[str, Any] = {name: given.pop(name) for name in ("exit_with_parent", "check")}
+    values: dict[str, Any] = {name: given.pop(name) for name in ("exit_with_parent", "check", "zygote")}
     explicit = {name for name, text in given.items() if text is not None}
     for setting in SETTINGS:
         field = setting.name.replace("-", "_")
@@ -216,6 +228,12 @@ def _parser() -> argparse.ArgumentParser:
         "--exit-with-parent",
         action="store_true",
         help="end at once, leaving nothing behind, when standard input ends: the parent is gone",
+    )
+    parser.add_argument(
+        "--zygote",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fork executions from a warm interpreter; --no-zygote starts each from scratch",
     )
     parser.add_argument(
         "--check",

@@ -7,6 +7,11 @@ execution's latency.
 from __future__ import annotations
 
 import _frozen_importlib_external as importlib_external
+import _io
+import _thread
+import _weakref
+import atexit
+import gc
 import os
 import sys
 
@@ -47,6 +52,7 @@ def run(job: dict[str, Any]) -> object:
         stream.reconfigure(**encoding, **settings)  # type: ignore[union-attr]
     sys.path.append(job["cwd"])
     source, tests, temporary = job["source"], job["tests"], job["temporary"][1]
+    job["loaded"] = sys.modules.keys() - {"__main__"}
     script = f"{temporary}/{job['script']}"
     _import_what_is_on_disk([temporary, *(path for path, _ in job["writable"])])
     _save_what_matplotlib_shows(job["cwd"])
@@ -106,6 +112,75 @@ def _run(source: str, file: str | None) -> object:
     return 0
 
 
+def end(result: object, job: dict[str, Any], flush_c_streams: Callable[[], None]) -> None:
+    """Ends the process with what code can notice of an interpreter's end.
+
+    Threads are waited for, exit handlers run, the code's own objects are destroyed, and files are
+    flushed. The rest of it frees memory, which takes longer than most code runs.
+    """
+    status = _status_of(result)
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        try:
+            threading._shutdown()
+        except BaseException as error:  # noqa: BLE001
+            sys.excepthook(type(error), error, error.__traceback__)
+    atexit._run_exitfuncs()
+    flushed = _flush(sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    if not _thread._count():  # Threads that go on running need their objects.
+        _destroy_modules_of_the_code(job)
+    left = [object_ for object_ in gc.get_objects() if issubclass(type(object_), _WRITERS)]
+    _flush(*left)
+    flush_c_streams()
+    os._exit(status if flushed else 120)
+
+
+_WRITERS = (_io.TextIOWrapper, _io.BufferedWriter, _io.BufferedRandom)
+
+
+def _status_of(result: object) -> int:
+    """The exit status that `sys.exit` gives a value."""
+    if result is None:
+        return 0
+    if isinstance(result, int):
+        return result & 0xFF if -sys.maxsize <= result <= sys.maxsize else 0xFF
+    print(result, file=sys.stderr)  # noqa: T201
+    return 1
+
+
+def _flush(*streams: Any) -> bool:
+    flushed = True
+    for stream in streams:
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except Exception:  # noqa: BLE001
+            flushed = False
+    return flushed
+
+
+def _destroy_modules_of_the_code(job: dict[str, Any]) -> None:
+    below = _below([job["cwd"], job["temporary"][1]])
+    own = [
+        name
+        for name, module in sys.modules.items()
+        if name not in job["loaded"]
+        and isinstance(module, type(sys))
+        and (name in ("__main__", "sandbox") or str(vars(module).get("__file__")).startswith(below))
+    ]
+    modules = [_weakref.ref(sys.modules.pop(name)) for name in own]
+    gc.collect()
+    for module in modules:
+        if (alive := module()) is not None:
+            names = vars(alive)
+            # Names with an underscore first, as the interpreter does it.
+            for name in sorted(names, key=lambda name: not str(name).startswith("_")):
+                if name != "__builtins__":
+                    names[name] = None
+    gc.collect()
+
+
 class _Source:
     """Gives tracebacks, and inspect, the lines of the code."""
 
@@ -139,7 +214,7 @@ def _import_what_is_on_disk(writable: list[str]) -> None:
     environment of its own, and Python takes bytecode for current whose source has the same
     size and second of change.
     """
-    below = tuple(path.rstrip("/") + "/" for path in {*writable, *map(os.path.realpath, writable)})
+    below = _below(writable)
     loaders = [
         (loader, suffixes)
         for loader, suffixes in importlib_external._get_supported_file_loaders()  # type: ignore[attr-defined]
@@ -158,6 +233,14 @@ def _import_what_is_on_disk(writable: list[str]) -> None:
         return _FreshFinder(path, *loaders)
 
     sys.path_hooks.insert(0, hook)
+    for path in list(sys.path_importer_cache):
+        if f"{path}/".startswith(below):
+            del sys.path_importer_cache[path]
+
+
+def _below(directories: list[str]) -> tuple[str, ...]:
+    """What paths below the directories begin with."""
+    return tuple(path.rstrip("/") + "/" for path in {*directories, *map(os.path.realpath, directories)})
 
 
 class _FreshFinder(FileFinder):

@@ -20,6 +20,7 @@ interpreter that reads them.
 from __future__ import annotations
 
 import _signal as signal  # type: ignore[import-not-found]
+import gc
 import marshal
 import os
 import resource
@@ -62,34 +63,81 @@ KILL_TIMEOUT = 5.0
 """Seconds to look for survivors: only what sleeps in the kernel survives SIGKILL."""
 
 _READ = 65536
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 def main(load: Callable[[], dict[str, Any]], codes: list[tuple[str, CodeType]]) -> object:
+    """Supervises one execution, in an interpreter that was started for it."""
     status = int(sys.argv[3])
     # Among them may be bubblewrap's, of directories outside: ``..`` of these leads out of its namespace.
     os.closerange(3, status)
     os.closerange(status + 1, os.sysconf("SC_OPEN_MAX"))
-    _confine.become_subreaper()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    wake = _tree.signal_pipe(signal.SIGCHLD)
+    wake = become_supervisor()
+    supervise(load(), codes, wake, Ends(0, status, 1, 2))
+    os._exit(0)
 
-    job = load()
+
+class Ends:
+    """The supervisor's ends of an execution's pipes.
+
+    Attributes:
+        control: Gives the job; closed when the execution is to end.
+        status: Takes the answer.
+        out: The code's output.
+        err: Its error output.
+    """
+
+    def __init__(self, control: int, status: int, out: int, err: int) -> None:
+        self.control, self.status, self.out, self.err = control, status, out, err
+
+    def close(self) -> None:
+        for descriptor in (self.control, self.status, self.out, self.err):
+            os.close(descriptor)
+
+
+def become_supervisor() -> int:
+    """Adopts what its descendants leave behind.
+
+    Returns:
+        The descriptor to read from when children may have ended.
+    """
+    _confine.become_subreaper()
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    return _tree.signal_pipe(signal.SIGCHLD)
+
+
+def supervise(job: dict[str, Any], codes: list[tuple[str, CodeType]], wake: int, ends: Ends) -> bool:
+    """Runs the job in a child, and answers when that and everything below it is gone.
+
+    Returns:
+        Whether everything is gone, so that there can be another execution.
+    """
     report_read, report_write = os.pipe2(os.O_CLOEXEC)
     supervisor = os.getpid()
     child = _fork(job["max_processes"])
     if child == 0:
-        return _child(job, codes, supervisor, report_write)
+        try:
+            _child(job, codes, supervisor, report_write, ends)
+        except BaseException:  # noqa: BLE001
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(1)
     os.close(report_write)
+    # The output ends with the last process that writes to it.
     devnull = os.open(os.devnull, os.O_RDWR)
-    os.dup2(devnull, 1)
-    os.dup2(devnull, 2)
-    answer = _Watch(child, report_read, wake).until_all_is_over()
+    os.dup2(devnull, ends.out)
+    os.dup2(devnull, ends.err)
+    os.close(devnull)
+    answer = _Watch(child, ends.control, report_read, wake).until_all_is_over()
+    os.close(report_read)
     _remove(f"{job['temporary'][0]}/{job['script']}")
     data = pack(answer)
     while data:
-        data = data[os.write(status, data) :]
-    os._exit(0)
+        data = data[os.write(ends.status, data) :]
+    return not answer["left"]
 
 
 def _remove(path: str) -> None:
@@ -124,6 +172,18 @@ def _fork(most: int | None) -> int:
         return child
 
 
+def read_job(control: int) -> dict[str, Any] | None:
+    """Reads what `pack` has made; None where it ends early, because the execution was cancelled."""
+    data = bytearray()
+    while len(data) < 8 or len(data) < 8 + int.from_bytes(data[:8], "big"):
+        more = os.read(control, _READ)
+        if not more:
+            return None
+        data += more
+    job: dict[str, Any] = marshal.loads(memoryview(data)[8:])  # noqa: S302
+    return job
+
+
 def pack(value: Any) -> bytes:
     """The value as `BOOTSTRAP` reads it."""
     data = marshal.dumps(value)
@@ -133,8 +193,9 @@ def pack(value: Any) -> bytes:
 class _Watch:
     """Waits for the end of the child, or for the order to end it; then ends the rest."""
 
-    def __init__(self, child: int, report: int, wake: int) -> None:
+    def __init__(self, child: int, control: int, report: int, wake: int) -> None:
         self._child = child
+        self._control = control
         self._report_fd = report
         self._wake = wake
         self._report = bytearray()
@@ -142,11 +203,11 @@ class _Watch:
 
     def until_all_is_over(self) -> dict[str, Any]:
         poll = select.poll()
-        for descriptor in (0, self._wake, self._report_fd):
+        for descriptor in (self._control, self._wake, self._report_fd):
             poll.register(descriptor, select.POLLIN)
         while self._exit is None:
             ready = dict(poll.poll())
-            if 0 in ready:  # closed, which means "stop"
+            if self._control in ready:  # closed, which means "stop"
                 break
             if self._report_fd in ready and not self._read_report():
                 poll.unregister(self._report_fd)
@@ -173,15 +234,20 @@ class _Watch:
         self._exit = _tree.reap()[0].get(self._child, self._exit)
 
 
-def _child(job: dict[str, Any], codes: list[tuple[str, CodeType]], supervisor: int, report: int) -> object:
+def _child(
+    job: dict[str, Any], codes: list[tuple[str, CodeType]], supervisor: int, report: int, ends: Ends
+) -> None:
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGCHLD):
+    for number in (*_IGNORED, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
     _confine.die_with(supervisor)
+    _confine.let_be_seen()
     devnull = os.open(os.devnull, os.O_RDONLY)
     os.dup2(devnull, 0)
+    os.dup2(ends.out, 1)
+    os.dup2(ends.err, 2)
     # The report keeps a number; everything else above standard error goes.
     os.dup2(report, _script.REPORT, inheritable=False)
     os.closerange(_script.REPORT + 1, os.sysconf("SC_OPEN_MAX"))
@@ -206,7 +272,9 @@ def _child(job: dict[str, Any], codes: list[tuple[str, CodeType]], supervisor: i
         _confine.landlock(job["landlock"], writable, job["hidden"])
     if job["reads_environment"]:
         _replace(job, codes)
-    return _script.run(job)
+    gc.freeze()
+    result = _script.run(job)
+    _script.end(result, job, _confine.flush_c_streams)
 
 
 def _replace(job: dict[str, Any], codes: list[tuple[str, CodeType]]) -> None:

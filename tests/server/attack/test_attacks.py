@@ -35,9 +35,14 @@ LIMITS = [
 ]
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["zygote", "no-zygote"])
+def zygote(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("attacked"), *LIMITS) as server:
+def server(tmp_path_factory: pytest.TempPathFactory, zygote: bool) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("attacked"), *LIMITS, zygote=zygote) as server:
         yield server
 
 
@@ -47,13 +52,8 @@ async def stub(server: Server) -> AsyncIterator[Stub]:
         yield stub
         assert (await stub.HealthCheck(pb.HealthCheckRequest(), timeout=PATIENCE)).healthy
         # Spares aside, there is nothing below the server: supervisors without a child.
-        await until(lambda: not grandchildren(server.pid))
+        await until(lambda: not any(server.supervisors().values()))
         await stub.Execute(code("import os, shutil\nfor n in os.listdir(): os.path.isdir(n) or os.unlink(n)"))
-
-
-def grandchildren(pid: int) -> list[int]:
-    table = _tree.children_by_parent()
-    return [below for child in table.get(pid, ()) for below in table.get(child, ())]
 
 
 @pytest.mark.skipif(
@@ -199,7 +199,9 @@ async def test_endless_output_without_a_newline(server: Server, stub: Stub, desc
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
 async def test_signals_to_the_parents(server: Server, stub: Stub, number: signal.Signals) -> None:
     parent, group = "os.getppid()", "-os.getpgid(os.getppid())"
-    for target in (parent, group, f"{server.pid}", f"-os.getpgid({server.pid})"):
+    targets = [parent, group, f"{server.pid}", f"-os.getpgid({server.pid})"]
+    targets += [] if server.zygote is None else [f"{server.zygote}", f"-os.getpgid({server.zygote})"]
+    for target in targets:
         answer = await stub.Execute(code(f"import os\nos.kill({target}, {number:d})"))
         assert answer.error.startswith("PermissionError"), (target, answer)
     assert server.process.poll() is None
@@ -215,12 +217,12 @@ async def test_a_workspace_that_resists_its_removal(tmp_path: Path) -> None:
         assert sorted(os.listdir(tmp_path)) == ["cache", "log"]
 
 
-async def test_the_servers_environment_and_files(tmp_path: Path) -> None:
-    with running(tmp_path, env={"SECRET": "s3cret-of-the-server"}) as server:
+async def test_the_servers_environment_and_files(tmp_path: Path, zygote: bool) -> None:
+    with running(tmp_path, env={"SECRET": "s3cret-of-the-server"}, zygote=zygote) as server:
         async with server.connect() as stub:
             source = f"""
 import os
-for pid in ("{server.pid}", str(os.getppid()), "self"):
+for pid in ("{server.pid}", "{server.zygote or server.pid}", str(os.getppid()), "self"):
     for name in ("environ", "cmdline", "mem", "maps", "auxv"):
         try:
             with open(f"/proc/{{pid}}/{{name}}", "rb") as file:
@@ -238,6 +240,9 @@ for pid in ("{server.pid}", str(os.getppid()), "self"):
             if _confine.landlock_version() or os.geteuid() != 0:
                 assert f"{server.pid} environ PermissionError" in answer.output
                 assert f"{server.pid} mem PermissionError" in answer.output
+                if zygote:
+                    assert f"{server.zygote} environ PermissionError" in answer.output
+                    assert f"{server.zygote} mem PermissionError" in answer.output
 
 
 STUCK = "does not answer; killing it"
@@ -311,15 +316,14 @@ async def test_a_stopped_supervisor_does_not_hold_the_server(server: Server, stu
     chunks = aiter(stub.ExecuteStream(code("import os, time; print(os.getpid()); time.sleep(1000)")))
     first = await anext(chunks)
     pid = int(first.output)
-    table = _tree.children_by_parent()
-    supervisor = next(parent for parent in table[server.pid] if pid in table.get(parent, ()))
+    supervisor = next(parent for parent, children in server.supervisors().items() if pid in children)
     os.kill(supervisor, signal.SIGSTOP)
     stuck = server.log().count(STUCK)
     request = pb.CancelExecutionRequest(execution_id=first.execution_id)
     assert (await stub.CancelExecution(request, timeout=PATIENCE)).success
     assert server.log().count(STUCK) == stuck + 1
     assert not alive(pid)
-    assert not alive(supervisor)
+    await until(lambda: not alive(supervisor))
     last = [chunk async for chunk in chunks][-1]
     assert last.result.state == pb.EXECUTION_STATE_CANCELLED
 
