@@ -13,7 +13,20 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from . import at_once, calls, files, imports, lookups, memory, readiness, reaping, shared, telemetry, warm
+from . import (
+    at_once,
+    calls,
+    executions,
+    files,
+    imports,
+    lookups,
+    memory,
+    readiness,
+    reaping,
+    shared,
+    telemetry,
+    warm,
+)
 from .clusters import Cluster, FakeCluster, real_cluster
 from .measure import Figure, new_loop
 from .sandboxes import sandboxes
@@ -21,7 +34,20 @@ from .scale import FULL, QUICK, SMOKE, Scale, Setting
 
 SCENARIOS = dict(
     enumerate(
-        (lookups, readiness, at_once, memory, calls, reaping, imports, warm, telemetry, shared, files),
+        (
+            lookups,
+            readiness,
+            at_once,
+            memory,
+            calls,
+            reaping,
+            imports,
+            warm,
+            telemetry,
+            shared,
+            files,
+            executions,
+        ),
         start=1,
     )
 )

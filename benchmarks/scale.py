@@ -44,6 +44,8 @@ class Scale:
     mebibytes: int = 1_024
     """Of the file that is written and read."""
     file_rounds: int = 5
+    executions: int = 40
+    """Calls of the reference server by each caller."""
 
 
 FULL = Scale()
@@ -64,6 +66,7 @@ QUICK = Scale(
     hours=4,
     mebibytes=128,
     file_rounds=3,
+    executions=10,
 )
 SMOKE = Scale(
     rounds=1,
@@ -86,6 +89,7 @@ SMOKE = Scale(
     hours=1,
     mebibytes=2,
     file_rounds=1,
+    executions=1,
 )
 
 
