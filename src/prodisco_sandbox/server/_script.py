@@ -318,5 +318,8 @@ class _Matplotlib:
         setattr(module, _DIRECTORY, self._directory)
         try:
             self._execute(module)
+            if "MPLBACKEND" in os.environ:
+                # Where it was preloaded, it has read the variable before.
+                module.rcParams["backend"] = os.environ["MPLBACKEND"]
         finally:
             os.environ.pop("MPLBACKEND", None)
