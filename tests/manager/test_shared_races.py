@@ -6,12 +6,19 @@ import asyncio
 
 import pytest
 
+from prodisco_sandbox import (
+    SandboxReplacedError,
+    SandboxUnavailableError,
+)
 from prodisco_sandbox._sessions.leases import PROBE
 
-from .support import managed, now, settle
-from .test_shared import SHARED, cluster
+from .support import alive, managed, now, settle
+from .test_shared import SHARED, SKEW, SLACK, T, cluster, deadline, use, writes
 
 pytestmark = pytest.mark.looptime
+
+LATE = T + SLACK - SKEW + 1
+"""How long after its creation the deadline of an unused session is too near to trust."""
 
 
 # What holds files
@@ -47,3 +54,86 @@ async def test_a_suspended_one_is_started_by_whoever_attaches_once_its_pod_is_go
         [start] = [r for r in api.requests[asked:] if r.verb == "patch" and r.name != PROBE]
         assert start.body["spec"]["operatingMode"] == "Running"
         assert start.time >= begun + 3
+
+
+# Writes
+
+
+async def test_a_write_for_the_object_before_says_nothing_of_the_next() -> None:
+    async with cluster() as api, managed(api, **SHARED) as manager:
+        old = await manager.get_client("s")
+        await asyncio.sleep(SLACK + 10)
+        with api.faults.add("patch", hold=True, times=1) as gate:
+            using = asyncio.create_task(use(old, 30.0))
+            await gate.reached()
+            api.delete_now(alive(api)[0])
+            await settle()
+            new = await manager.get_client("s")
+            longer = asyncio.create_task(use(new, SLACK + 100))
+            await settle()
+        with pytest.raises(SandboxReplacedError):
+            await using
+        await longer
+        assert deadline(api) >= now() + SLACK + 100 + T
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["here", "elsewhere"])
+async def test_nobody_runs_before_a_late_extension_is_known_to_hold(other: bool) -> None:
+    async with cluster() as api, managed(api, **SHARED) as one, managed(api, **SHARED) as two:
+        clients = [await one.get_client("s"), await two.get_client("s")]
+        await asyncio.sleep(T - 1)
+        for client in clients:
+            await use(client, 0.0)  # Keeps the client.
+        await asyncio.sleep(LATE)
+        [name] = alive(api)
+        first = asyncio.create_task(use(clients[0], 30.0))
+        await asyncio.sleep(1)
+        second = asyncio.create_task(use(clients[other], 30.0))
+        await asyncio.sleep(0.5)
+        assert not second.done()
+        api.delete_now(name)  # By what the controller saw before.
+        for using in (first, second):
+            with pytest.raises(SandboxReplacedError):
+                await using
+
+
+async def test_a_late_extension_that_holds_lets_all_run() -> None:
+    async with cluster() as api, managed(api, **SHARED) as one, managed(api, **SHARED) as two:
+        clients = [await one.get_client("s"), await two.get_client("s")]
+        await asyncio.sleep(LATE)
+        before, begun = len(writes(api)), now()
+        await asyncio.gather(*(use(client, 30.0) for client in (*clients, *clients)))
+        assert now() - begun == pytest.approx(2.0, abs=0.5)
+        assert len(writes(api)) <= before + 2
+
+
+async def test_a_stale_answer_ends_no_session() -> None:
+    # A get that hangs shows an object that was deleted and made again meanwhile.
+    async with cluster() as api, managed(api, **SHARED) as manager:
+        old = await manager.get_client("s")
+        await asyncio.sleep(10)
+        stale = api.objects[0]
+        api.delete_now(alive(api)[0])
+        await settle()
+        new = await manager.get_client("s")
+        assert manager._engine is not None
+        assert manager._engine.shared is not None
+        manager._engine.shared.found(stale)
+        await use(new, 30.0)
+        assert (await manager.get_client("s")) is new is not old
+
+
+async def test_without_an_answer_nothing_runs_on_what_is_being_deleted() -> None:
+    async with cluster() as api, managed(api, **SHARED) as manager:
+        client = await manager.get_client("s")
+        session = manager._engine.table.current["s"]  # type: ignore[union-attr]
+        shared = manager._engine.shared  # type: ignore[union-attr]
+        assert shared is not None
+        await asyncio.sleep(SLACK + 10)
+        stale = {**api.objects[0], "metadata": {**api.objects[0]["metadata"], "uid": "another"}}
+        shared.found(stale)
+        api.faults.add("*", error=503, times=None)
+        with pytest.raises(SandboxUnavailableError):
+            await shared._extend(session, 30.0)
+        api.faults.clear()
+        assert client.sandbox is not None

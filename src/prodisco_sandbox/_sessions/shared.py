@@ -34,7 +34,7 @@ BELIEVED_FOR = 90.0
 WRITE_TIMEOUT = 10.0
 """How long a use waits for its deadline to be written."""
 SETTLE = 2.0
-"""After a late extension, how long the controller may still delete by what it saw before."""
+"""After a late extension, whoever made it, how long the controller may delete by what it saw before."""
 CONCURRENT_WRITES = 10
 TRIES = 5
 """How often an extension that met another change is tried."""
@@ -56,6 +56,7 @@ class Seen:
         generation: Of its spec when the deadline was read.
         needed: The deadline that the uses of this manager need.
         read_at: When it was read other than by the watch, on the loop's clock.
+        settles_at: Not until it has been read then is it certain that a late extension holds.
     """
 
     uid: str | None
@@ -66,6 +67,7 @@ class Seen:
     generation: int = 0
     needed: float = 0.0
     read_at: float = -math.inf
+    settles_at: float = -math.inf
 
 
 class SharedSessions(Leases):
@@ -112,7 +114,7 @@ class SharedSessions(Leases):
         self._tell_evicted = on_evicted
         self._eviction: asyncio.Task[None] | None = None
         self._seen: dict[str, Seen] = {}
-        self._writes: dict[str, asyncio.Task[None]] = {}
+        self._writes: dict[Session, asyncio.Task[None]] = {}
 
     @property
     def known(self) -> int:
@@ -188,7 +190,10 @@ class SharedSessions(Leases):
             seen = self._seen[name] = Seen(uid, metadata.labels(obj).get(metadata.LABEL_OWNER))
         seen.version, seen.reading = metadata.resource_version(obj), reading
         if generation >= seen.generation:  # else it is older than a write of ours
-            seen.until, seen.generation = self._resources.resource.deadline(obj), generation
+            until = self._resources.resource.deadline(obj)
+            if until != seen.until and self._is_late(seen):
+                seen.settles_at = asyncio.get_running_loop().time() + SETTLE
+            seen.until, seen.generation = until, generation
         return seen
 
     async def look_up(self, name: str, deadline: float, *, always: bool = False) -> Seen | None:
@@ -338,27 +343,31 @@ class SharedSessions(Leases):
 
     def covers(self, session: Session, lasts: float) -> bool:
         """Whether the session's object is known to outlive such a use by an idle timeout."""
-        seen = self._seen.get(session.name)
-        return seen is not None and self._covers(seen, session, lasts)
-
-    def _covers(self, seen: Seen, session: Session, lasts: float) -> bool:
-        needed = self._wall_clock() + lasts + self._idle
-        is_far = seen.uid == session.known.uid and seen.until is not None and needed <= seen.until
-        if not is_far or not self._is_believed(seen):
+        seen, needed = self._own(session), self._wall_clock() + lasts + self._idle
+        if seen is None or seen.until is None or seen.until < needed or not self._is_believed(seen):
+            return False
+        if seen.read_at < seen.settles_at:
             return False
         seen.needed = max(seen.needed, needed)
         return True
+
+    def _own(self, session: Session) -> Seen | None:
+        """What is known of the session's object; None: it is gone, another, or being deleted."""
+        seen = self._seen.get(session.name)
+        if seen is None or seen.uid != session.known.uid or seen.reading.phase == "ending":
+            return None
+        return seen
 
     async def _extend(self, session: Session, lasts: float) -> None:
         name = session.name
         for _ in range(TRIES):
             if self.covers(session, lasts):
                 return
-            seen, write = self._seen.get(name), self._writes.get(name)
+            write = self._writes.get(session)
             if write is None:
                 write = self._tasks.spawn(self._write(session, lasts), f"deadline:{name}")
-                self._writes[name] = write
-                write.add_done_callback(lambda _: self._writes.pop(name, None))
+                self._writes[session] = write
+                write.add_done_callback(lambda _: self._writes.pop(session, None))
             await asyncio.wait({write})
             if write.cancelled():
                 raise SandboxUnavailableError(f"the manager of sandbox {name} was shut down")
@@ -367,8 +376,8 @@ class SharedSessions(Leases):
                 if isinstance(error, LostError):
                     raise error.copy_for_waiter()
                 self._log.warning("deadline_not_moved", sandbox=name, reason=str(error))
-                until = -math.inf if seen is None else seen.until
-                if until is not None and until < self._wall_clock() + lasts + self._skew:
+                seen, ends = self._own(session), self._wall_clock() + lasts + self._skew
+                if seen is None or seen.read_at < seen.settles_at or (seen.until or math.inf) < ends:
                     raise error.copy_for_waiter()
                 return  # Its deadline is known to be far enough for this use.
             if error is not None:
@@ -377,31 +386,42 @@ class SharedSessions(Leases):
 
     async def _write(self, session: Session, lasts: float) -> None:
         """Moves a deadline, or learns what has become of the object; the caller looks again."""
-        name, uid = session.name, session.known.uid
-        deadline = asyncio.get_running_loop().time() + WRITE_TIMEOUT
-        seen = await self.look_up(name, deadline)
-        if seen is not None and seen.uid == uid and not self._covers(seen, session, lasts):
-            now = self._wall_clock()
-            # The controller deletes by name what it has seen lapse: it may not have seen a late extension.
-            late = seen.until is not None and seen.until < now + self._skew
-            until = metadata.lease_time(math.ceil(now + lasts + self._idle + self.slack), 0)
-            body: Object = {
-                "metadata": {"uid": uid} | ({"resourceVersion": seen.version} if late else {}),
-                "spec": self._resources.resource.deadline_spec(until),
-            }
-            try:
-                patched = await self._resources.patch(name, body, deadline)
-                if late:
-                    await asyncio.sleep(SETTLE)
-            except (NotFoundError, PreconditionError):
-                patched, late = None, True
-            if patched is not None and not late:
-                self.found(patched)
-            seen = await self.look_up(name, deadline, always=late or patched is None)
-        if seen is None or seen.uid != uid or seen.reading.phase == "ending":
+        name, loop = session.name, asyncio.get_running_loop()
+        deadline = loop.time() + WRITE_TIMEOUT
+        await self.look_up(name, deadline)
+        if self.covers(session, lasts):
+            return
+        if (seen := self._own(session)) is not None:
+            if seen.read_at < seen.settles_at:
+                await asyncio.sleep(seen.settles_at - loop.time())
+            elif await self._move(session, seen, lasts, deadline):
+                return
+        await self.look_up(name, deadline, always=True)
+        if self._own(session) is None:
             text = f"sandbox {name} was deleted"
             self._tell_lost(session, text)
             raise LostError(text)
+
+    async def _move(self, session: Session, seen: Seen, lasts: float, deadline: float) -> bool:
+        """Writes a deadline. Returns whether the object as it is now was noted."""
+        now = self._wall_clock()
+        until = metadata.lease_time(math.ceil(now + lasts + self._idle + self.slack), 0)
+        body: Object = {
+            "metadata": {"uid": seen.uid}
+            | ({"resourceVersion": seen.version} if self._is_late(seen) else {}),
+            "spec": self._resources.resource.deadline_spec(until),
+        }
+        try:
+            patched = await self._resources.patch(session.name, body, deadline)
+        except (NotFoundError, PreconditionError):
+            return False
+        if patched is not None:
+            self.found(patched)
+        return patched is not None
+
+    def _is_late(self, seen: Seen) -> bool:
+        """Whether the controller may have seen the deadline lapse: then it deletes by name, once."""
+        return seen.until is not None and seen.until < self._wall_clock() + self._skew
 
     async def run(self) -> None:
         """Moves the deadlines of sessions that stay in use, until it is cancelled."""
