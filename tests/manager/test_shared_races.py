@@ -7,12 +7,14 @@ import asyncio
 import pytest
 
 from prodisco_sandbox import (
+    SandboxCapacityError,
+    SandboxError,
     SandboxReplacedError,
     SandboxUnavailableError,
 )
 from prodisco_sandbox._sessions.leases import PROBE
 
-from .support import alive, managed, now, settle
+from .support import alive, managed, now, settle, uids
 from .test_shared import SHARED, SKEW, SLACK, T, cluster, deadline, use, writes
 
 pytestmark = pytest.mark.looptime
@@ -137,3 +139,61 @@ async def test_without_an_answer_nothing_runs_on_what_is_being_deleted() -> None
             await shared._extend(session, 30.0)
         api.faults.clear()
         assert client.sandbox is not None
+
+
+# Slots
+
+
+async def test_gone_before_the_create_is_answered_it_is_made_again() -> None:
+    async with cluster() as api, managed(api, **SHARED) as manager:
+        with api.faults.add("create", hold=True, after=True, times=1) as gate:
+            asking = asyncio.create_task(manager.get_client("s"))
+            await gate.reached()
+            await settle()
+            api.delete_now(alive(api)[0])
+            await settle()
+        client = await asking
+        assert client.sandbox is not None
+        assert uids(api) == {client.sandbox.uid}
+
+
+QUOTA = 'pods "x" is forbidden: exceeded quota: pods, requested: pods=1, used: pods=9, limited: pods=9'
+
+
+async def test_an_exceeded_quota_of_pods_leaves_no_object_behind() -> None:
+    async with cluster() as api, managed(api, **SHARED) as manager:
+        api.pod_refusal = QUOTA
+        with pytest.raises(SandboxCapacityError, match="exceeded quota"):
+            await manager.get_client("s")
+        await settle()
+        assert api.objects == []
+
+
+async def test_an_exceeded_quota_of_pods_queues_again() -> None:
+    async with cluster() as api, managed(api, **{**SHARED, "capacity_timeout": 60.0}) as manager:
+        await manager.get_client("a")
+        api.pod_refusal = QUOTA
+        asking = asyncio.create_task(manager.get_client("b"))
+        await asyncio.sleep(10)
+        assert manager.stats().queued == 1
+        assert len(api.objects) == 1
+        api.pod_refusal = ""
+        await manager.on_session_closed("a")
+        await asking
+        assert now() < 15
+
+
+async def test_an_exceeded_quota_of_pods_costs_no_files() -> None:
+    async with cluster() as api, managed(api, **SHARED, workspace_storage="1Gi") as manager:
+        client = await manager.get_client("s")
+        assert client.sandbox is not None
+        api.pod_refusal = QUOTA
+        api.delete_pod(client.sandbox.name, graceful=False)
+        await asyncio.sleep(1)
+        with pytest.raises(SandboxError):
+            await manager.get_client("s")
+        assert uids(api) == {client.sandbox.uid}
+        api.pod_refusal = ""
+        again = await manager.get_client("s")
+        assert again.sandbox is not None
+        assert again.sandbox.uid == client.sandbox.uid

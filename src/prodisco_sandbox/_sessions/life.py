@@ -8,10 +8,12 @@ through the session's inbox, and the end of the session interrupts whatever it d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from .. import _telemetry
+from .._cluster import manifest
 from ..errors import SandboxCapacityError, SandboxError, SandboxTimeoutError
 from ..results import SandboxRef
 from .clients import Clients
@@ -228,12 +230,13 @@ class Lives:
         except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
             if session.inbox.closed:
                 return None
-            is_quota = isinstance(e, SandboxCapacityError) and session.remains.what == "nothing"
-            in_time = parts.now() < asked_at + parts.config.capacity_timeout
-            if parts.shared is not None and is_quota and in_time:
-                self._obtain.let_go(session)
-                parts.table.requeue(session)
-                return self._connect.failure(session, e)
+            keeps_files = manifest.holds_volumes(session.known.object or {})
+            if parts.shared is not None and isinstance(e, SandboxCapacityError) and not keeps_files:
+                with contextlib.suppress(SandboxError):  # One that waits for its pod holds a slot.
+                    await self._obtain.discard(session)
+                if parts.now() < asked_at + parts.config.capacity_timeout:
+                    parts.table.requeue(session)
+                    return self._connect.failure(session, e)
             if isinstance(e, LostError):
                 parts.table.dropped(session)
             self.fail(session, self._connect.failure(session, e))
@@ -288,14 +291,15 @@ class Lives:
         """Takes or makes the session's object and connects to it, until one lives long enough."""
         was_replaced = False
         while True:
-            await self._obtain.share(session, shared, deadline)
             try:
+                await self._obtain.share(session, shared, deadline)
                 return await self._connect(session, deadline)
             except SpentError as e:
                 if was_replaced:
                     raise
-                was_replaced = True
-                await self._obtain.discard(session, str(e), deadline)
+                was_replaced = session.recreated = True
+                self._parts.log.warning("sandbox_replaced", sandbox=session.name, reason=str(e))
+                await self._obtain.discard(session, deadline)
             except LostError:
                 shared.gone(session.name, session.known.uid)
                 self._obtain.let_go(session)

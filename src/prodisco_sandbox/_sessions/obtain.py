@@ -274,14 +274,13 @@ class Obtain:
         self._parts.table.deleted(session)
         session.known = Known()
 
-    async def discard(self, session: Session, reason: str, deadline: float) -> None:
-        """Deletes the session's object, which is spent, unless it has changed since it was read."""
-        parts, known = self._parts, session.known
-        parts.log.warning("sandbox_replaced", sandbox=session.name, reason=reason)
+    async def discard(self, session: Session, deadline: float | None = None) -> None:
+        """Deletes the session's object, if it has one, unless that has changed since it was read."""
+        known = session.known
         version = metadata.resource_version(known.object or {}) or known.version
         self.let_go(session)
-        session.recreated = True
-        await parts.resources.delete(session.name, known.uid, deadline, version=version)
+        if known.uid is not None:
+            await self._parts.resources.delete(session.name, known.uid, deadline, version=version)
 
     # Adoption
 
