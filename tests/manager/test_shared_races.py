@@ -141,6 +141,31 @@ async def test_without_an_answer_nothing_runs_on_what_is_being_deleted() -> None
         assert client.sandbox is not None
 
 
+# Closing
+
+
+async def test_a_delete_that_failed_does_not_end_who_came_after_the_close() -> None:
+    async with cluster() as api, managed(api, **SHARED) as one, managed(api, **SHARED) as two:
+        await one.get_client("s")
+        await settle()
+        api.faults.add("delete", error=503, times=None)
+        await one.on_session_closed("s")
+        client = await two.get_client("s")
+        api.faults.clear()
+        await asyncio.sleep(200)
+        assert client.sandbox is not None
+        assert uids(api) == {client.sandbox.uid}
+        assert one.stats().closing == 0
+
+
+async def test_a_delete_that_fails_for_a_moment_is_repeated() -> None:
+    async with cluster() as api, managed(api, **SHARED) as one:
+        await one.get_client("s")
+        api.faults.add("delete", error=503, times=3)
+        await one.on_session_closed("s")
+        assert api.objects == []
+
+
 # Slots
 
 

@@ -62,8 +62,8 @@ class Remove:
                 return
             except SandboxError as e:
                 attempt += 1
-                if parts.shared is not None and session.known.uid is None:
-                    # What its lost create made may be in use elsewhere by the next try; it has a deadline.
+                if parts.shared is not None and (session.known.uid is None or attempt > QUICK_RETRIES):
+                    # Whoever waits for the close goes on, and may use it elsewhere; it has a deadline.
                     parts.log.warning("sandbox_kept", sandbox=session.name, reason=str(e))
                     return
                 failed = {"sandbox": session.name, "attempt": attempt, "reason": str(e)}
@@ -80,7 +80,8 @@ class Remove:
                 if self._last_chance and not isinstance(e, SandboxUnavailableError | UnexpectedError):
                     self.abandoned.append(session.name)
                     return
-            parts.table.leave_to_background(session)
+            if parts.shared is None:
+                parts.table.leave_to_background(session)
             quick = self._last_chance or attempt <= QUICK_RETRIES
             try:
                 async with asyncio.timeout(pause if quick else None):
