@@ -9,12 +9,15 @@ import pytest
 from prodisco_sandbox import (
     SandboxCapacityError,
     SandboxError,
+    SandboxManager,
+    SandboxManagerClosedError,
+    SandboxManagerConfig,
     SandboxReplacedError,
     SandboxUnavailableError,
 )
 from prodisco_sandbox._sessions.leases import PROBE
 
-from .support import alive, managed, now, settle, uids
+from .support import Clients, alive, managed, now, settle, uids
 from .test_shared import SHARED, SKEW, SLACK, T, cluster, deadline, use, writes
 
 pytestmark = pytest.mark.looptime
@@ -144,6 +147,29 @@ async def test_without_an_answer_nothing_runs_on_what_is_being_deleted() -> None
 # Closing
 
 
+async def test_a_close_while_it_attaches_deletes_what_another_has_made() -> None:
+    async with cluster() as api, managed(api, **SHARED) as one, managed(api, **SHARED) as two:
+        await one.get_client("s")
+        await settle()
+        api.silence_watches()
+        await asyncio.sleep(95)
+        with api.faults.add("get", hold=True, times=1) as gate:
+            asking = asyncio.create_task(two.get_client("s"))
+            await gate.reached()
+            closing = asyncio.create_task(two.on_session_closed("s"))
+            await settle()
+        await closing
+        await asyncio.gather(asking, return_exceptions=True)
+        assert api.objects == []
+
+
+async def test_a_close_asks_for_one_delete() -> None:
+    async with cluster() as api, managed(api, **SHARED) as manager:
+        await manager.get_client("s")
+        await manager.on_session_closed("s")
+        assert [r.verb for r in api.requests if r.verb in ("delete", "get")] == ["delete"]
+
+
 async def test_a_delete_that_failed_does_not_end_who_came_after_the_close() -> None:
     async with cluster() as api, managed(api, **SHARED) as one, managed(api, **SHARED) as two:
         await one.get_client("s")
@@ -163,6 +189,27 @@ async def test_a_delete_that_fails_for_a_moment_is_repeated() -> None:
         await one.get_client("s")
         api.faults.add("delete", error=503, times=3)
         await one.on_session_closed("s")
+        assert api.objects == []
+
+
+# Shutdown
+
+
+async def test_shutdown_ends_who_waits_for_the_first_list() -> None:
+    async with cluster() as api:
+        api.faults.add("list", latency=50.0)
+        manager = SandboxManager(
+            SandboxManagerConfig(mode="multi", **SHARED),
+            custom_objects_api=api,
+            client_factory=Clients(),
+            wall_clock=now,
+        )
+        asking = asyncio.create_task(manager.get_client("s"))
+        await asyncio.sleep(1)
+        await manager.shutdown()
+        with pytest.raises(SandboxManagerClosedError):
+            await asking
+        assert now() < 5
         assert api.objects == []
 
 

@@ -152,12 +152,12 @@ class Engine:
     async def _awaited(self, session_id: str, owner: str | None, lasts: float) -> Session:
         """The session, as soon as it is ready."""
         for _ in range(ROUNDS):
-            if self._closed:
-                raise SandboxManagerClosedError("the manager has been shut down")
             session = self.table.current.get(session_id)
             if session is None and self.shared is not None:
                 await self.shared.listed()
                 session = self.table.current.get(session_id)
+            if self._closed:
+                raise SandboxManagerClosedError("the manager has been shut down")
             session = session or self._admit(session_id, owner)
             session.owner = session.owner or owner
             if self.table.check(session):
@@ -256,19 +256,25 @@ class Engine:
         session = self.table.current.get(session_id)
         if session is not None:
             self._lives.end(session, "closed", SandboxError("the session was closed while it was waited for"))
-        closing, waited = self.table.closing.get(session_id), None
+            if self.shared is not None:
+                await self._deleted(session_id)
+        closing = self.table.closing.get(session_id)
         if closing is None and self.shared is not None and not self._lives.stopped:
-            await asyncio.wait(
-                {self._tasks.spawn(self._bury_shared(session_id, self.shared), "sandbox-bury")}
-            )
-            closing = self.table.closing.get(session_id)
-        if closing is None and self._config.on_idle == "suspend" and not self._lives.stopped:
+            # The session may have ended before it has taken the object that another manager has made.
+            if session is None or session.known.uid is None:
+                run = self._bury_shared(session_id, self.shared)
+                await asyncio.wait({self._tasks.spawn(run, "sandbox-bury")})
+        elif closing is None and self._config.on_idle == "suspend" and not self._lives.stopped:
             session_hash = metadata.session_hash(session_id)
             if (found := self._suspended.take(session_hash)) is not None:
                 self._lives.bury(session_id, session_hash, found.name, metadata.uid(found.object))
             elif not self._watch.current:
                 await asyncio.wait({self._tasks.spawn(self._bury(session_id, session_hash), "sandbox-bury")})
-            closing = self.table.closing.get(session_id)
+        await self._deleted(session_id)
+
+    async def _deleted(self, session_id: str) -> None:
+        """Waits until a closing session is gone or its deletion is left to the background."""
+        closing, waited = self.table.closing.get(session_id), None
         while closing is not None and closing is not waited:
             self.table.delete_after_all(closing)
             if closing.released is not None:
@@ -484,6 +490,7 @@ class Engine:
     async def shutdown(self) -> None:
         """Ends everything; bounded by shutdown_timeout."""
         self._closed = True
+        self._watch.settled.set()  # Nobody waits for it any more.
         begun = self._parts.now()
         deadline = begun + self._config.shutdown_timeout
         lives, remove = self._lives, self._lives.remove
