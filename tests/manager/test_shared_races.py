@@ -269,3 +269,38 @@ async def test_an_exceeded_quota_of_pods_costs_no_files() -> None:
         again = await manager.get_client("s")
         assert again.sandbox is not None
         assert again.sandbox.uid == client.sandbox.uid
+
+
+# Holding
+
+
+async def test_an_entered_session_lives_on_though_its_status_wavered() -> None:
+    async with cluster() as api, managed(api, **SHARED) as manager, manager.session("s") as client:
+        assert client.sandbox is not None
+        for status in ("False", "True"):
+            api.set_condition(client.sandbox.name, "Ready", status, "Test")
+            await asyncio.sleep(1)
+        await asyncio.sleep(T + 2 * SLACK)
+        assert deadline(api) >= now() + T
+
+
+async def test_an_entered_session_that_cannot_be_reached_is_not_extended() -> None:
+    clients = Clients()
+    async with cluster() as api, managed(api, clients, **SHARED) as manager, manager.session("s"):
+        [client] = clients.made
+        client.healthy = False
+        client.fail()
+        await asyncio.sleep(T)
+        assert writes(api) == []
+
+
+async def test_a_call_under_way_is_not_cut_by_looking_whether_its_machine_lives() -> None:
+    clients = Clients()
+    async with cluster() as api, managed(api, clients, **SHARED) as manager, manager.session("s"):
+        [client] = clients.made
+        client.healthy = False  # As while code keeps it busy.
+        client.calls = 1
+        client.fail()
+        await asyncio.sleep(T)
+        assert not client.closed
+        client.calls = 0

@@ -427,13 +427,15 @@ class SharedSessions(Leases):
         """Moves the deadlines of sessions that stay in use, until it is cancelled."""
         while True:
             await asyncio.sleep(self.slack / 2)
-            sessions = list(self._table.ready.values())
+            sessions = [each for each in self._table.current.values() if each.state in SERVING]
             for start in range(0, len(sessions), CONCURRENT_WRITES):
                 await asyncio.gather(*map(self._keep, sessions[start : start + CONCURRENT_WRITES]))
 
     async def _keep(self, session: Session) -> None:
         """Extends the use of a session that is in use, and repeats what another write has undone."""
-        seen, now = self._seen.get(session.name), self._wall_clock()
+        seen, now, client = self._seen.get(session.name), self._wall_clock(), session.client
+        if session.holds and client is not None and not client.in_flight:
+            self._table.check(session)  # Only one that can be reached is extended.
         if seen is None or session.state is not SessionState.READY:
             return
         lasts = seen.needed - now - self._idle
