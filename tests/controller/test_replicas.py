@@ -15,6 +15,8 @@ from _patience import until
 from mcp import Client
 from mcp_tool.support import ERAS, connect, run
 
+from prodisco_sandbox.mcp import _texts as texts
+
 from .replicas import Proxy, Replica
 from .support import ControlledNamespace
 
@@ -22,6 +24,8 @@ pytestmark = [pytest.mark.controller, pytest.mark.slow, pytest.mark.unmeasured]
 
 CALLS = 200
 """How many calls there are in all, at least: all that is done to the replicas falls into them."""
+ANOTHER = (texts.REPLACED, texts.RESTARTED, texts.MAYBE_REPLACED)
+"""What a result says where the sandbox is not that of the last call, or may be another."""
 CLIENTS = 2
 """How many clients of each generation of the protocol."""
 
@@ -127,7 +131,7 @@ class Talk:
     Attributes:
         cut: Whether a replica was killed that had a request of the client's last call.
         lost: The calls that failed for that.
-        notes: What the results say of the sandbox.
+        notes: What the results say of another sandbox.
     """
 
     def __init__(self, rig: Rig, number: int, era: str) -> None:
@@ -187,8 +191,7 @@ print(open("kept").read(), end="")
     def _check(self, call: str, result: dict[str, Any]) -> None:
         if "sandbox" in result:
             self._handle = {"sandbox": result["sandbox"]}
-        if "note" in result:
-            self.notes.append(result["note"])
+        self.notes += [text for text in ANOTHER if text.partition(":")[0] in result.get("note", "")]
         written = result["output"].splitlines()
         assert written[-1] == call
         assert [each for each in written if each not in self.lost] == [*self._kept, call]
