@@ -38,7 +38,10 @@ from .support import INITIALIZE, call, connect, over_http, rig, served, text_of
 @pytest.fixture(autouse=True)
 def _levels() -> Iterator[None]:
     """What the program sets for itself is not for the tests after it."""
-    loggers = [logging.getLogger(name) for name in ("prodisco_sandbox", "mcp.server.streamable_http_manager")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("prodisco_sandbox", "mcp.server.streamable_http", "mcp.server.streamable_http_manager")
+    ]
     before = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, before, strict=True):

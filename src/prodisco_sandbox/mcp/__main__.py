@@ -18,6 +18,7 @@ from ..errors import SandboxError
 from ..local import LocalCluster
 from ..manager import SandboxManager
 from ._auth import read_auth_options, server_auth
+from ._connections import BACKLOG, Escaped, raise_descriptors
 from ._identity import one_client, session_key
 from ._local import server_settings
 from ._options import HANDLE_SECRET, make_parser, manager_settings, read_settings, with_file
@@ -49,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     # To standard error; standard output belongs to the protocol.
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Escaped("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("prodisco_sandbox").setLevel(args.log_level.upper())
-    # It logs session ids, which are as good as credentials.
-    logging.getLogger("mcp.server.streamable_http_manager").setLevel(logging.ERROR)
+    for name in ("streamable_http", "streamable_http_manager"):
+        # They log session ids, which are as good as credentials.
+        logging.getLogger(f"mcp.server.{name}").setLevel(logging.ERROR)
     try:
         asyncio.run(_run(args))
     except KeyboardInterrupt:
@@ -106,8 +110,9 @@ def _listener(args: argparse.Namespace) -> Iterator[socket.socket | None]:
     if args.transport == "stdio":
         yield None
         return
+    raise_descriptors()
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
+    with socket.create_server((args.host, args.port), family=family, backlog=BACKLOG) as listener:
         yield listener
 
 

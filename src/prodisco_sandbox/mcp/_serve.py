@@ -20,6 +20,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from ..manager import SandboxManager
 from ._auth import LogRefusals
+from ._connections import BACKLOG, BoundedProtocol, Complaints, NoteDrops, SayLimit
 from ._lifespan import sandbox_lifespan
 from ._stdio import Stdio
 from ._telemetry import ContinueTrace, add_metrics
@@ -134,6 +135,8 @@ async def serve_http(
         stateless_http=stateless,
     )
     app.add_middleware(ContinueTrace)
+    app.add_middleware(NoteDrops)
+    app.add_middleware(SayLimit)
     if server.settings.auth is not None:
         app.add_middleware(LogRefusals)
     config = uvicorn.Config(
@@ -141,8 +144,11 @@ async def serve_http(
         lifespan="on",
         log_config=None,
         access_log=False,
+        http=BoundedProtocol,
+        backlog=BACKLOG,
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
     )
+    asyncio.get_running_loop().set_exception_handler(Complaints())
     log.info("listening on http://%s:%d%s", name, port, path)
     with metrics:
         await DrainingServer(config, tools, drain_timeout).serve(sockets=[listener])

@@ -43,6 +43,7 @@ MAYBE_REPLACED = (
 EVICTED = "while you did not use it, others needed its place"
 BLOCKED = "Execution blocked"
 """How the stock server's refusal to show a value of its environment begins."""
+DROPPED = "The connection was lost, so the call was ended."
 DRAINING = "The server is shutting down. Nothing was run. Call again in a minute."
 READ_FILE = (
     "Reads a file of the sandbox in which run_sandbox runs code. A picture comes as an image, text as text"

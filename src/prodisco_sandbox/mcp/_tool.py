@@ -22,6 +22,7 @@ from ..results import ExecutionState
 from . import _parameters as p
 from . import _texts as texts
 from ._audit import CallRecord, audited
+from ._connections import ends_with_connection
 from ._environment import Environment
 from ._files import add_file_tools, name_files
 from ._identity import Handles, Policy
@@ -253,7 +254,10 @@ class SandboxTools:
             self._calls += 1
             self._quiet.clear()
             try:
-                return await self._answer(ctx, sandbox, work, record, make=make)
+                result = result_of(SandboxOutput(), texts.DROPPED)
+                async with ends_with_connection(ctx.request_context.request):
+                    result = await self._answer(ctx, sandbox, work, record, make=make)
+                return result  # noqa: RET504 - the block may have been left without
             finally:
                 self._calls -= 1
                 if not self._calls:

@@ -1,0 +1,167 @@
+"""What connections over HTTP may cost, and what becomes of a call whose connection drops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import h11
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+log = logging.getLogger("prodisco_sandbox.mcp")
+
+REQUEST_TIMEOUT = 15.0
+"""Seconds that a client gets for its request, headers and body, and for the first one to begin."""
+BACKLOG = 128
+"""Connections that wait to be accepted. asyncio accepts as many at a time, and complains of each one that it
+has no descriptor for."""
+MOST_DESCRIPTORS = 65_536
+COMPLAIN_EVERY = 10.0
+"""Seconds between warnings that there are too few descriptors."""
+
+TOO_LARGE = (
+    b"The request is over the limit of 4 MiB. Pass less code and data in one call, or let the code make or"
+    b" fetch the data.\n"
+)
+
+_DROPPED = "prodisco_sandbox.dropped"
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's, which would wait for ever for the rest of a request."""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def _look(self) -> None:
+        """Starts the clock where a request is incomplete; what trickles in does not start it anew."""
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop()
+        elif self._patience is None and not self.transport.is_closing():
+            self._patience = self.loop.call_later(REQUEST_TIMEOUT, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+
+class NoteDrops:
+    """ASGI middleware that lets a call know that its connection has dropped (`ends_with_connection`)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        dropped = scope[_DROPPED] = asyncio.Event()
+
+        async def noted() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                dropped.set()
+            return message
+
+        await self._app(scope, noted, send)
+
+
+@contextlib.asynccontextmanager
+async def ends_with_connection(request: Any) -> AsyncIterator[None]:
+    """Cancels the block once the connection of a request drops, as the SDK does from 2026-07-28 on.
+
+    Before, it lets the call run on for a client that resumes the stream, which needs an event store: a server
+    with one does not have `NoteDrops`.
+    """
+    dropped = request.scope.get(_DROPPED) if isinstance(request, Request) else None
+    if dropped is None:
+        yield
+        return
+    with anyio.CancelScope() as scope:
+
+        async def watch() -> None:
+            await dropped.wait()
+            scope.cancel()
+
+        watching = asyncio.create_task(watch(), name="sandbox-connection")
+        try:
+            yield
+        finally:
+            watching.cancel()
+
+
+def raise_descriptors() -> None:
+    """Raises the soft limit of descriptors, of which each connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+class Complaints:
+    """A loop's exception handler that says in one line now and then that descriptors are too few."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "out of system resource" not in context.get("message", ""):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._next:
+            self._next = loop.time() + COMPLAIN_EVERY
+            log.warning("too few descriptors for all connections: %s", context.get("exception"))
+
+
+class Escaped(logging.Formatter):
+    """Escapes control characters: a header may hold them, and forge a line of the log."""
+
+    _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(0x7F, 0xA0), 0x2028, 0x2029)}
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        record.message = record.message.translate(self._CONTROLS)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(line.translate(self._CONTROLS) for line in lines)
+
+
+class SayLimit:
+    """ASGI middleware that says in a sentence what the SDK's answer to a body above its limit means."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        too_large = False
+
+        async def said(message: Message) -> None:
+            nonlocal too_large
+            if message.get("status") == 413:
+                too_large = True
+                headers = [
+                    (b"content-type", b"text/plain; charset=utf-8"),
+                    (b"content-length", b"%d" % len(TOO_LARGE)),
+                ]
+                message = {**message, "headers": headers}
+            elif too_large:
+                message = {**message, "body": TOO_LARGE}
+            await send(message)
+
+        await self._app(scope, receive, said)
