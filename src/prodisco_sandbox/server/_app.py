@@ -180,7 +180,6 @@ async def _serve(options: Options, directories: Directories, stop: _Stop) -> Non
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.at_once.wait(), linger)
             await server.stop(_LAST_ANSWERS)
-            files.close()
             await processes.close()
     finally:
         containment.close()
