@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -214,6 +215,25 @@ async def test_shutdown_ends_who_waits_for_the_first_list() -> None:
 
 
 # Slots
+
+
+@pytest.mark.parametrize("when_full", ["refuse", "evict"])
+async def test_who_waits_for_a_slot_takes_what_another_has_made_for_the_session(when_full: Any) -> None:
+    few = {**SHARED, "max_sessions": 1, "capacity_timeout": 60.0, "when_full": when_full}
+    async with cluster() as api, managed(api, **few) as one, managed(api, **few) as two:
+        await one.get_client("a")
+        await settle()
+        waiting = asyncio.create_task(two.get_client("b"))
+        await asyncio.sleep(5)
+        assert two.stats().queued == 1
+        async with managed(api, **{**few, "max_sessions": 2}) as roomier:  # Or faster.
+            made = await roomier.get_client("b")
+        client = await waiting
+        assert now() < 6
+        assert client.sandbox is not None
+        assert made.sandbox is not None
+        assert client.sandbox.uid == made.sandbox.uid
+        assert len(api.objects) == 2
 
 
 async def test_gone_before_the_create_is_answered_it_is_made_again() -> None:

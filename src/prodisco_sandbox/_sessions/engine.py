@@ -80,7 +80,7 @@ class Engine:
                 self._lost,
                 self._evicted,
             )
-            self.table.elsewhere = self.shared.elsewhere
+            self.table.elsewhere, self.table.has_object = self.shared.elsewhere, self.shared.has
         self._leases: Leases = self.shared or Leases(
             self._resources, config.lease_duration, wall_clock, self._look
         )
@@ -214,8 +214,7 @@ class Engine:
         )
         may_queue = self._config.capacity_timeout > 0 or self._config.when_full == "evict"
         try:
-            has_object = self.shared is not None and self.shared.has(name)
-            self.table.admit(session, may_queue=may_queue, has_object=has_object)
+            self.table.admit(session, may_queue=may_queue)
         except SandboxCapacityError as e:
             self._lives.refused(session, e)
             raise
@@ -377,6 +376,8 @@ class Engine:
             self.shared.changed(sandbox)
         session = self._session_of(sandbox)
         if session is None:
+            if self.shared is not None:
+                self.table.start_waiting()  # It may be that of a session in the queue.
             if self._config.on_idle == "suspend":
                 self._suspended.seen(sandbox, is_suspended=not self._resources.resource.is_to_run(sandbox))
             return

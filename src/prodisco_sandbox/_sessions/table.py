@@ -199,11 +199,13 @@ class SessionTable:
         closing: By session id, those that have ended and hold their slot.
         elsewhere: Tells how many slots are taken by sessions that are not in the table, and how many
             of these are about to be free.
+        has_object: Tells whether there is an object of this name already, with a slot that is its session's.
     """
 
     def __init__(self, max_sessions: int) -> None:
         self.max_sessions = max_sessions
         self.elsewhere: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self.has_object: Callable[[str], bool] = lambda _: False
         self.machines = Machines()
         self.current: dict[str, Session] = {}
         self.ready: dict[str, Session] = {}
@@ -226,7 +228,7 @@ class SessionTable:
     def is_full(self) -> bool:
         return self._slots + self.elsewhere()[0] >= self.max_sessions
 
-    def admit(self, session: Session, *, may_queue: bool, has_object: bool = False) -> bool:
+    def admit(self, session: Session, *, may_queue: bool) -> bool:
         """Registers a new session.
 
         A session whose predecessor is still closing always queues: it takes over the
@@ -235,7 +237,6 @@ class SessionTable:
         Args:
             session: Its id has no current session.
             may_queue: Whether it may wait for a slot.
-            has_object: It has an object, which holds a slot that is the session's from now on.
 
         Returns:
             Whether it has a slot and is to be created now.
@@ -244,7 +245,7 @@ class SessionTable:
             SandboxCapacityError: There is no slot, and it may not queue.
         """
         session.after = self.closing.get(session.session_id)
-        start = session.after is None and (has_object or not self.is_full)
+        start = session.after is None and (self.has_object(session.name) or not self.is_full)
         if not start and session.after is None and not may_queue:
             raise self.full()
         self.current[session.session_id] = session
@@ -289,10 +290,10 @@ class SessionTable:
             The sessions that got one and are to be created now.
         """
         started: list[Session] = []
+        full = False
         for waiting in list(self._queue):
-            if self.is_full:
-                break
-            if waiting.may_start:
+            full = full or self.is_full
+            if waiting.may_start and (not full or self.has_object(waiting.name)):
                 del self._queue[waiting]
                 self._start(waiting)
                 waiting.inbox.post(News.SLOT)
