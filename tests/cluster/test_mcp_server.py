@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
 import yaml
 from envtest.support import DEPLOY, rights
@@ -30,6 +31,9 @@ async def test_the_image_serves_a_session(pods: Pods) -> None:
         assert (await run(client, "print(open('kept').read())", sandbox=begun["sandbox"]))["output"] == "42\n"
         (pod,) = await mcp_pods(pods)
         assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
+        async with httpx2.AsyncClient(timeout=READY, verify=False) as http:
+            metrics = (await http.get(url.replace("/mcp", "/metrics"))).text
+        assert 'prodisco_sandbox_executions_total{outcome="completed"}' in metrics
 
 
 @asynccontextmanager
