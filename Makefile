@@ -22,10 +22,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test coverage slow reliability bench plot docs typing unit envtest lowest check format proto clean FORCE
+.PHONY: help venv demo test coverage slow reliability bench plot docs typing release-check unit envtest lowest check format proto clean FORCE
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 venv: $(VENV)/.installed ## set up .venv: the tools, and the package as a built wheel
 
@@ -58,6 +58,10 @@ typing: ## a user's program under mypy and pyright, both strict, against the whe
 	@$(MAKE) --no-print-directory venv VENV=.venv-typing EXTRAS="typing mcp"
 	@cd tests/user && ../../.venv-typing/bin/python -m mypy --strict --config-file= --cache-dir=/dev/null .
 	@cd tests/user && ../../.venv-typing/bin/python -m pyright --pythonpath ../../.venv-typing/bin/python .
+
+release-check: ## all of a release but the upload: sdist, wheel, changelog, and the tag if there is one
+	@$(MAKE) --no-print-directory .venv-release/.tools VENV=.venv-release EXTRAS=release
+	@.venv-release/bin/python tools/release_check.py
 
 $(VENV)/benchmarks.json:
 	@$(MAKE) --no-print-directory bench

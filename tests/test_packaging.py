@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -197,3 +198,67 @@ def test_the_sdist_builds_the_same_wheel(tmp_path: Path) -> None:
         and file.parts[0] != ".."  # the command in bin/
         and file.name not in ("INSTALLER", "REQUESTED", "direct_url.json")
     }
+
+
+# Releases
+
+
+def tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DATED = "# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2027-01-31\n\n### Added\n\n- It.\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "tag", "changelog", "wrong"),
+    [
+        ("1.2.0", "v1.2.0", DATED, []),
+        ("1.2.0", None, DATED, []),
+        (
+            "1.2.0",
+            "v1.2.1",
+            DATED,
+            ["tag v1.2.1: pyproject.toml has the version 1.2.0, so it must be v1.2.0"],
+        ),
+        ("1.2", None, "## [1.2]", ["version 1.2: it must be X.Y.Z, or X.Y.ZrcN before a release"]),
+        ("1.3.0", None, DATED, ["CHANGELOG.md has no section ## [1.3.0]"]),
+        (
+            "1.2.0",
+            "v1.2.0",
+            DATED.replace("## [1.2", "### Fixed\n\n- More.\n\n## [1.2"),
+            ["CHANGELOG.md: what is under Unreleased belongs to this release"],
+        ),
+        (
+            "1.2.0",
+            "v1.2.0",
+            DATED.replace(" - 2027-01-31", ""),
+            ["CHANGELOG.md: the first release must be ## [1.2.0] with its date"],
+        ),
+    ],
+)
+def test_a_release_is_consistent(version: str, tag: str | None, changelog: str, wrong: list[str]) -> None:
+    assert tool("release_check").check_version(version, tag, changelog) == wrong
+
+
+def test_the_workflow_runs_what_ci_run_runs() -> None:
+    import yaml
+
+    def commands(name: str) -> dict[str, set[str]]:
+        workflow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())
+        return {
+            job: {step.get("run", "") for step in found["steps"]} for job, found in workflow["jobs"].items()
+        }
+
+    steps = (ROOT / ".ci/run").read_text()
+    ours = set(re.findall(r"^(?:timeout \d+ )?(make [^#\n]*?)(?: *#.*)?$", steps, re.MULTILINE))
+    assert len(ours) > 8
+    # What needs a kube-apiserver runs where .ci/run finds one.
+    assert ours <= set().union(*commands("ci").values())
+    assert "make reliability" in commands("nightly")["campaigns"]
+    assert "make release-check" in commands("release")["build"]
