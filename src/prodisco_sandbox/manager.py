@@ -268,10 +268,10 @@ class SandboxManager:
     async def on_session_closed(self, session_id: str | None = None) -> None:
         """Closes the session's client and deletes its Sandbox, also a suspended one, or one being created.
 
-        Returns once it is deleted or handed to the background retry; never raises an
-        error of the cluster. Callers that wait for the session get `SandboxError`.
-        Idempotent, also after shutdown. Safe to cancel: the close goes on. Single mode:
-        nothing.
+        Returns once it is deleted or handed to the background retry; with ``shared`` it is tried for some
+        seconds only, and ends at its deadline after that. Never raises an error of the cluster. Callers
+        that wait for the session get `SandboxError`. Idempotent, also after shutdown. Safe to cancel: the
+        close goes on. Single mode: nothing.
 
         Raises:
             ValueError: The id is None or empty, in multi mode.

@@ -84,7 +84,7 @@ class SandboxRef:
     incarnation: int
     """Which incarnation under this uid: it goes up when the machine is replaced under the Sandbox
     (another pod, or a container that was restarted in its pod), and when a name was still taken
-    by a predecessor that was being deleted."""
+    by a predecessor that was being deleted. With `shared`, 0 where there is a `boot_id`."""
     boot_id: str | None = None
     """Of the server's life, as it says; None: it has no fences, and a restart in place goes unnoticed."""
     after_eviction: bool = field(default=False, compare=False)

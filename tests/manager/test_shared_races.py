@@ -18,7 +18,7 @@ from prodisco_sandbox import (
 )
 from prodisco_sandbox._sessions.leases import PROBE
 
-from .support import Clients, alive, managed, now, settle, uids
+from .support import Clients, StubClient, alive, managed, now, settle, uids
 from .test_shared import SHARED, SKEW, SLACK, T, cluster, deadline, use, writes
 
 pytestmark = pytest.mark.looptime
@@ -212,6 +212,32 @@ async def test_shutdown_ends_who_waits_for_the_first_list() -> None:
             await asking
         assert now() < 5
         assert api.objects == []
+
+
+# Machines
+
+
+class Booted(StubClient):
+    """A client whose server says which life it is in."""
+
+    life = "first"
+
+    async def wait_for_healthy(self, timeout: float) -> bool:
+        fence = self._connection.fence
+        assert fence is not None
+        fence.pinned, fence.boot_id = True, fence.boot_id or Booted.life
+        return await super().wait_for_healthy(timeout)
+
+
+async def test_all_managers_call_a_machine_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, others = Clients(Booted), Clients(Booted)
+    async with cluster() as api, managed(api, mine, **SHARED) as one, managed(api, others, **SHARED) as two:
+        first = await one.get_client("s")
+        monkeypatch.setattr(Booted, "life", "second")
+        await mine.made[0].close()  # Its container was restarted.
+        again = await one.get_client("s")
+        other = await two.get_client("s")
+        assert first.sandbox != again.sandbox == other.sandbox
 
 
 # Slots

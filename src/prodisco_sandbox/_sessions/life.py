@@ -307,8 +307,10 @@ class Lives:
     def _ready(self, session: Session, client: SandboxClient) -> bool:
         identity, uid = session.machine.identity, session.known.uid or ""
         boot_id = identity if isinstance(identity, str) else None
+        # What one manager counts is no other's, nor its own after it has dropped the session.
+        incarnation = session.incarnation if self._parts.shared is None or boot_id is None else 0
         client.sandbox = SandboxRef(
-            session.name, uid, session.incarnation, boot_id, after_eviction=session.after_eviction
+            session.name, uid, incarnation, boot_id, after_eviction=session.after_eviction
         )
         self._past.is_ready(session)
         return self._parts.table.make_ready(session, client, self._parts.now())

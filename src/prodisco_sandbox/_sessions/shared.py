@@ -134,10 +134,9 @@ class SharedSessions(Leases):
             SandboxPermissionError: The manager may not watch them.
             SandboxUnavailableError: They could not be listed within ready_timeout.
         """
-        if not self._watch.settled.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._patience):
-                    await self._watch.settled.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._patience):
+                await self._watch.settled.wait()
         if self.is_open:
             return
         if self._watch.settled.is_set():
