@@ -433,9 +433,11 @@ class SharedSessions(Leases):
     async def _keep(self, session: Session) -> None:
         """Extends the use of a session that is in use, and repeats what another write has undone."""
         seen, now, client = self._seen.get(session.name), self._wall_clock(), session.client
-        if session.holds and client is not None and not client.in_flight:
-            self._table.check(session)  # Only one that can be reached is extended.
-        if seen is None or session.state is not SessionState.READY:
+        has_calls = client is not None and client.in_flight
+        if session.holds and client is not None and not has_calls:
+            self._table.check(session)
+        # Only one that can be reached is extended. Calls that get no sign of life end soon.
+        if seen is None or not (has_calls or session.state is SessionState.READY):
             return
         lasts = seen.needed - now - self._idle
         if session.idle_since() is None:
