@@ -373,11 +373,12 @@ class Engine:
 
     def changed(self, sandbox: Object) -> None:
         if self.shared is not None:
+            known = self.shared.known
             self.shared.changed(sandbox)
+            if self.shared.known > known:  # It may be that of a session in the queue.
+                self.table.start_waiting()
         session = self._session_of(sandbox)
         if session is None:
-            if self.shared is not None:
-                self.table.start_waiting()  # It may be that of a session in the queue.
             if self._config.on_idle == "suspend":
                 self._suspended.seen(sandbox, is_suspended=not self._resources.resource.is_to_run(sandbox))
             return
