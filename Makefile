@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test coverage slow reliability bench plot docs typing release-check unit envtest lowest check format proto clean FORCE
+.PHONY: help venv demo test coverage slow reliability bench plot picture docs typing release-check unit envtest lowest check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +49,9 @@ bench: $(VENV)/.installed ## the benchmarks of docs/benchmarks.md (BENCH=--quick
 
 plot: .venv-plot/.tools $(VENV)/benchmarks.json ## draw docs/benchmarks.svg from what the last make bench has measured
 	@.venv-plot/bin/python tools/plot.py $(VENV)/benchmarks.json docs/benchmarks.svg
+
+picture: $(VENV)/.installed ## draw docs/demo.svg from what the demo prints
+	@$(PY) examples/demo.py | $(PY) tools/picture.py docs/demo.svg
 
 docs: ## the documentation site, in .venv-docs/site/html; warnings and broken links are errors
 	@$(MAKE) --no-print-directory venv VENV=.venv-docs EXTRAS="docs mcp server"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import signal
@@ -134,6 +135,14 @@ def test_it_ends_well_when_it_is_interrupted(demos: dict[str, Run], number: sign
     assert "nothing left behind: 0 processes" in demo.output
     assert "Traceback" not in demo.output
     assert traces(demo.directory) == []
+
+
+def test_the_picture_in_readme_is_what_it_prints() -> None:
+    picture = (DEMO.parents[1] / "docs/demo.svg").read_text()
+    printed = html.unescape(re.sub(r"<[^>]*>", "", picture)).replace("\xa0", " ")
+    until = next(number for number, text in enumerate(MILESTONES) if "has left" in text)
+    for milestone in MILESTONES[:until]:
+        assert re.search(milestone, printed), milestone
 
 
 def test_it_runs(demos: dict[str, Run]) -> None:

@@ -49,7 +49,7 @@ TITLES = {
 FOREIGN = "object, int, str, Exception, Generic"
 """Classes whose members are not the library's own."""
 
-LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)")
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)")
 
 
 def public_names() -> dict[str, list[str]]:
@@ -94,7 +94,7 @@ def on_site(text: str, path: Path, picture: Callable[[str], str]) -> str:
     """The text of a page, with links as they have to be on the site."""
 
     def link(match: re.Match[str]) -> str:
-        label, target = match.groups()
+        bang, label, target = match.groups()
         file, hash_, anchor = target.partition("#")
         if not file or urlsplit(target).scheme:
             return match[0]
@@ -106,7 +106,7 @@ def on_site(text: str, path: Path, picture: Callable[[str], str]) -> str:
         if page is None or found.suffix not in (".md", ".svg"):
             return label
         here = PAGES.get(path.relative_to(ROOT).as_posix()) or path.relative_to(ROOT / "docs").as_posix()
-        return f"[{label}]({os.path.relpath(page, Path(here).parent)}{hash_}{anchor})"
+        return f"{bang}[{label}]({os.path.relpath(page, Path(here).parent)}{hash_}{anchor})"
 
     parts = re.split(r"(^ *```.*?^ *```$)", text, flags=re.MULTILINE | re.DOTALL)
     for number, part in enumerate(parts):
