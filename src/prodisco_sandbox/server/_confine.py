@@ -48,6 +48,8 @@ _ENDIAN = sys.byteorder
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# Made here, so that executions which are forked do not each make these types.
+_Header, _Capabilities, _Ruleset = ctypes.c_uint32 * 2, ctypes.c_uint32 * 6, ctypes.c_uint64 * 3
 
 
 def _check(result: int, what: str) -> int:
@@ -92,8 +94,8 @@ def die_with(parent: int) -> None:
 def give_up_privileges() -> None:
     """No privileges from setuid files, and no capabilities, not even as root."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    _check(_libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
+    header = _Header(_CAPABILITY_VERSION_3, 0)
+    _check(_libc.capset(header, _Capabilities()), "capset")
 
 
 def set_limits(limits: dict[str, tuple[int, int]]) -> None:
@@ -194,7 +196,7 @@ def landlock(
     write |= (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
     read = _EXECUTE | _READ_FILE | _READ_DIR if hidden else 0
     scoped = _SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS if version >= LANDLOCK_SCOPES else 0
-    attributes = (ctypes.c_uint64 * 3)(write | read, 0, scoped)
+    attributes = _Ruleset(write | read, 0, scoped)
     # Older kernels know fewer fields, and refuse a size beyond their own only if the
     # rest is not zero; 0 for networks, which stay open.
     ruleset = _check(
