@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from _patience import until
+from _patience import PATIENCE, until
 
 from prodisco_sandbox.server._memory import Inherited, Memory, MemoryWatch
 
-from .support import Server, Stub, alive, code, needs_bubblewrap, running, with_tests
+from .support import Server, Stub, alive, code, needs_bubblewrap, needs_landlock, running, with_tests
 
 MIB = 1 << 20
 
@@ -334,24 +335,43 @@ async def test_what_cannot_be_preloaded_is_named_and_left_out(environment: Path,
             assert (await stub.ExecuteTest(tests)).success
 
 
-async def test_a_module_that_is_installed_anew_is_seen_at_once(environment: Path, tmp_path: Path) -> None:
-    site = packages(environment)
-    options = ["--preload", "probe_changed", "--writable", str(site)]
-    (site / "probe_changed.py").write_text("value = 1")
-    with running_in(environment, tmp_path, *options) as server:
+async def test_a_module_that_is_installed_anew_is_seen(environment: Path, tmp_path: Path) -> None:
+    path = packages(environment) / "probe_changed.py"
+    path.write_text("value = 1")
+    with running_in(environment, tmp_path, "--preload", "probe_changed") as server:
         async with server.connect() as stub:
             show = "import probe_changed; print(probe_changed.value)"
             await until(lambda: len(server.zygotes) == 2)
             assert await output(stub, show) == "1"
-            for value in (2, 3):  # In its place, and as an installation does it.
-                before = len(server.zygotes)
-                write = "open(path, 'w')" if value == 2 else "open(path + '~', 'w')"
-                move = "" if value == 2 else "os.replace(path + '~', path)"
-                change = f"import os\npath = {str(site / 'probe_changed.py')!r}\n"
-                await output(stub, f"{change}{write}.write('value = {value}')\n{move}")
-                assert await output(stub, show) == str(value)
-                await until(lambda before=before: len(server.zygotes) >= before + 1)  # type: ignore[misc]
-                assert await output(stub, show) == str(value)
+            # As an installation does it: at once.
+            path.with_suffix(".new").write_text("value = 2")
+            path.with_suffix(".new").rename(path)
+            assert await output(stub, show) == "2"
+            await until(lambda: len(server.zygotes) == 4)
+            assert await output(stub, show) == "2"
+            # In its place: at the next look at files that executions cannot change.
+            path.write_text("value = 3")
+            async with asyncio.timeout(PATIENCE):
+                while await output(stub, show) != "3":
+                    pass
+            await until(lambda: len(server.zygotes) == 5)
+            assert await output(stub, show) == "3"
+
+
+@needs_landlock
+async def test_it_does_not_import_what_executions_can_write(environment: Path, tmp_path: Path) -> None:
+    site = packages(environment)
+    trap = site / "probe_trap.py"
+    trap.write_text("open('/proc/self/status').read().index('NoNewPrivs:\\t1'); value = 1")
+    with running_in(environment, tmp_path, "--preload", "probe_trap", "--writable", str(site)) as server:
+        async with server.connect() as stub:
+            await until(lambda: len(server.zygotes) == 2)
+            assert "probe_trap is not preloaded: ModuleNotFoundError: No module named" in server.log()
+            show = "import probe_trap; print(probe_trap.value)"
+            assert await output(stub, show) == "1"
+            await output(stub, f"open({str(trap)!r}, 'w').write('value = 2')")
+            assert await output(stub, show) == "2"
+    trap.unlink()
 
 
 # Its end

@@ -263,6 +263,7 @@ class Warm:
         self._prelude = prelude
         self._modules = list(modules)
         self._home = home
+        self._writable = list(writable or ())
         below = ["/"] if writable is None else map(os.path.realpath, writable)
         self._below = tuple(path.rstrip("/") + "/" for path in below)
         self._most = most
@@ -368,7 +369,7 @@ class Warm:
 
     async def _one_life(self) -> str | None:
         """Why the zygote is of no more use; None where another one is to be started at once."""
-        settings = {"modules": self._modules}
+        settings = {"modules": self._modules, "writable": self._writable}
         zygote = Zygote(self._spawn, self._prelude, settings, tempfile.mkdtemp(dir=self._home))
         try:
             answer = await zygote.answer

@@ -59,7 +59,13 @@ def _preload(settings: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(WITHOUT_THREADS)
     os.environ.update(dict.fromkeys(("HOME", "TMPDIR"), settings["home"]))
     preloaded = Preloaded()
+    # What executions can write is theirs to run, confined as they are; here it is not even found.
+    hook = _find_nothing_below(settings["writable"])
+    sys.path_hooks.insert(0, hook)
+    sys.path_importer_cache.clear()
     problems, unfit = preloaded.load(settings["modules"])
+    sys.path_hooks.remove(hook)
+    sys.path_importer_cache.clear()
     find_blas()
     # What is left in their buffers, executions would print.
     sys.stdout.flush()
@@ -79,6 +85,24 @@ def _preload(settings: dict[str, Any]) -> dict[str, Any]:
         "data": max(0, after["VmData"] - before["VmData"]),
         "anonymous": max(0, after.get("RssAnon", after["VmRSS"]) - before.get("RssAnon", before["VmRSS"])),
     }
+
+
+class _Nothing:
+    """Finds no module."""
+
+    def find_spec(self, _name: str, _target: object = None) -> None:
+        return None
+
+
+def _find_nothing_below(directories: list[str]) -> Callable[[str], _Nothing]:
+    below = tuple(os.path.realpath(path).rstrip("/") + "/" for path in directories)
+
+    def hook(path: str) -> _Nothing:
+        if not f"{os.path.realpath(path)}/".startswith(below):
+            raise ImportError(path)
+        return _Nothing()
+
+    return hook
 
 
 def seen(path: str) -> tuple[int, int]:
