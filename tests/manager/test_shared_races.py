@@ -16,9 +16,11 @@ from prodisco_sandbox import (
     SandboxReplacedError,
     SandboxUnavailableError,
 )
+from prodisco_sandbox._cluster.metadata import lease_time
 from prodisco_sandbox._sessions.leases import PROBE
+from prodisco_sandbox._sessions.shared import SharedSessions
 
-from .support import Clients, StubClient, alive, managed, now, settle, uids
+from .support import Clients, StubClient, alive, change_spec, managed, now, settle, uids
 from .test_shared import SHARED, SKEW, SLACK, T, cluster, deadline, use, writes
 
 pytestmark = pytest.mark.looptime
@@ -113,6 +115,53 @@ async def test_a_late_extension_that_holds_lets_all_run() -> None:
         assert len(writes(api)) <= before + 2
 
 
+async def test_a_deadline_that_another_has_moved_back_is_moved_again() -> None:
+    async with cluster() as api, managed(api, **SHARED) as manager:
+        client = await manager.get_client("s")
+        ends = now() + 2000
+        await use(client, 2000)
+        await change_spec(api, alive(api)[0], shutdownTime=lease_time(now() + T + SLACK, 0))
+        await asyncio.sleep(SLACK / 2 + 1)
+        assert deadline(api) >= ends + T
+        assert len(writes(api)) == 3
+
+
+async def test_a_start_may_take_longer_than_an_idle_timeout() -> None:
+    slow = {**SHARED, "session_idle_timeout": 120.0, "ready_timeout": 1000.0}
+    async with cluster(auto_ready=False) as api, managed(api, **slow) as manager:
+        asking = asyncio.create_task(manager.get_client("s"))
+        await settle()
+        assert deadline(api) >= 1000 + SKEW
+        await manager.on_session_closed("s")
+        await asyncio.gather(asking, return_exceptions=True)
+
+
+def sharing(manager: SandboxManager) -> SharedSessions:
+    assert manager._engine is not None
+    assert manager._engine.shared is not None
+    return manager._engine.shared
+
+
+async def test_what_is_heard_late_changes_nothing() -> None:
+    async with cluster() as api, managed(api, **SHARED) as manager:
+        await manager.get_client("s")
+        [another] = api.objects
+        await asyncio.sleep(10)
+        api.delete_now(alive(api)[0])
+        await settle()
+        client = await manager.get_client("s")
+        [before] = api.objects
+        await asyncio.sleep(SLACK + 10)
+        await use(client, 30.0)
+        asked = len(api.requests)
+        for late in (another, before):
+            sharing(manager).changed(late)
+            await use(client, 30.0)
+        sharing(manager).synced([], since=0.0)
+        assert manager.stats().known == 1
+        assert [r for r in api.requests[asked:] if r.verb != "list"] == []
+
+
 async def test_a_stale_answer_ends_no_session() -> None:
     # A get that hangs shows an object that was deleted and made again meanwhile.
     async with cluster() as api, managed(api, **SHARED) as manager:
@@ -122,27 +171,67 @@ async def test_a_stale_answer_ends_no_session() -> None:
         api.delete_now(alive(api)[0])
         await settle()
         new = await manager.get_client("s")
-        assert manager._engine is not None
-        assert manager._engine.shared is not None
-        manager._engine.shared.found(stale)
+        sharing(manager).found(stale)
         await use(new, 30.0)
         assert (await manager.get_client("s")) is new is not old
 
 
-async def test_without_an_answer_nothing_runs_on_what_is_being_deleted() -> None:
+@pytest.mark.parametrize("said", [{"uid": "another"}, {"deletionTimestamp": "1970-01-01T00:00:00Z"}])
+async def test_without_an_answer_nothing_runs_on_what_is_gone(said: dict[str, str]) -> None:
     async with cluster() as api, managed(api, **SHARED) as manager:
         client = await manager.get_client("s")
-        session = manager._engine.table.current["s"]  # type: ignore[union-attr]
-        shared = manager._engine.shared  # type: ignore[union-attr]
-        assert shared is not None
         await asyncio.sleep(SLACK + 10)
-        stale = {**api.objects[0], "metadata": {**api.objects[0]["metadata"], "uid": "another"}}
-        shared.found(stale)
+        [found] = api.objects
+        sharing(manager).found({**found, "metadata": {**found["metadata"], **said}})
         api.faults.add("*", error=503, times=None)
         with pytest.raises(SandboxUnavailableError):
-            await shared._extend(session, 30.0)
+            await use(client, 30.0)
         api.faults.clear()
+
+
+# What has lapsed
+
+
+QUICK = {**SHARED, "idle_check_interval": 5.0}
+
+
+async def test_what_has_lapsed_is_left_to_the_cluster_as_long_as_clocks_may_differ() -> None:
+    async with cluster(auto_ready=False) as api, managed(api, **QUICK) as manager:
+        asking = asyncio.create_task(manager.get_client("s"))
+        await settle()
+        api.set_ready(alive(api)[0])  # No controller runs.
+        await asking
+        await asyncio.sleep(T + SLACK + SKEW - 1)
+        assert len(api.objects) == 1
+        await asyncio.sleep(10)
+        assert api.objects == []
+
+
+async def test_what_has_lapsed_in_use_here_is_not_deleted_here() -> None:
+    async with cluster(auto_ready=False) as api, managed(api, **QUICK) as manager:
+        asking = asyncio.create_task(manager.get_client("s"))
+        await settle()
+        api.set_ready(alive(api)[0])
+        await asking
+        async with manager.session("s"):
+            api.faults.add("patch", error=503, times=None)
+            await asyncio.sleep(T + 2 * SLACK)
+            assert deadline(api) < now() - SKEW
+            assert "delete" not in {r.verb for r in api.requests}
+            api.faults.clear()
+
+
+async def test_what_another_has_extended_has_not_lapsed() -> None:
+    async with cluster() as api, managed(api, **QUICK) as one, managed(api, **SHARED) as two:
+        client = await two.get_client("s")
+        await asyncio.sleep(T + SLACK - SKEW - 10)
+        api.silence_watches()  # One goes by what it saw last.
+        await use(client, 10.0)
+        await asyncio.sleep(80)
         assert client.sandbox is not None
+        assert uids(api) == {client.sandbox.uid}
+        assert "delete" in {r.verb for r in api.requests}
+        assert one.stats().known == 1
 
 
 # Closing

@@ -405,9 +405,9 @@ class SharedSessions(Leases):
         """Writes a deadline. Returns whether the object as it is now was noted."""
         now = self._wall_clock()
         until = metadata.lease_time(math.ceil(now + lasts + self._idle + self.slack), 0)
+        unchanged = {"resourceVersion": seen.version} if self._is_late(seen) else {}
         body: Object = {
-            "metadata": {"uid": seen.uid}
-            | ({"resourceVersion": seen.version} if self._is_late(seen) else {}),
+            "metadata": {"uid": seen.uid, **unchanged},
             "spec": self._resources.resource.deadline_spec(until),
         }
         try:
