@@ -19,6 +19,8 @@ def test_defaults() -> None:
     assert options.transport_mode == "insecure"
     assert options.isolation == "process"
     assert not options.exit_with_parent
+    assert options.zygote
+    assert options.preload is None
     assert options.writable == ()
     assert options.pass_env == ()
     assert options.memory_limit is None
@@ -46,6 +48,12 @@ def test_a_host_or_port_selects_tcp_and_options_beat_the_environment(
     assert parse(argv, environ).host == host
 
 
+def test_nothing_is_preloaded_where_nothing_is_named() -> None:
+    assert parse(["--preload", ""], {}).preload == ()
+    assert not parse(["--no-zygote"], {}).zygote
+    assert parse(["--no-zygote", "--zygote"], {}).zygote
+
+
 def test_every_setting_is_read_from_both_places() -> None:
     values = {"transport-mode": ("insecure", "insecure"), "isolation": ("bwrap", "process")}
     values["preload"] = ("json", "json,email.message")
@@ -67,6 +75,7 @@ def test_every_setting_is_read_from_both_places() -> None:
         ([], {"SANDBOX_USE_TCP": "yes"}, "SANDBOX_USE_TCP is 'yes'"),
         (["--socket", "/s", "--port", "1"], {}, "--socket and --port exclude each other"),
         (["--isolation", "vm"], {}, "--isolation is 'vm'"),
+        (["--preload", "json,a b"], {}, "--preload is 'json,a b': 'a b' is not the name of a module"),
         (["--host", ""], {}, "--host is '': it must not be empty"),
         (["--grace-period", "nan"], {}, "--grace-period is 'nan'"),
         (["--pod-name", "Not a pod"], {}, "--pod-name is 'Not a pod': it must be the name of a pod"),
