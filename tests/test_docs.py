@@ -134,9 +134,20 @@ async def run(text: str, found: dict[str, Any]) -> None:
         await found["main"]()
 
 
+SLOW = {"docs/tutorials/getting-started.md", "docs/tutorials/warm-pool.md"}
+"""They start several servers, as tests/test_readme.py and tests/test_local_warm.py do at each change."""
+
+
 # README's other examples are run by tests/test_readme.py; what is run on real pods, by tests/cluster.
 @pytest.mark.process
-@pytest.mark.parametrize("page", [page for page in with_blocks("python") if page.id != "README.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name(page), marks=[pytest.mark.slow] * (name(page) in SLOW))
+        for page in PAGES
+        if blocks(page, "python") and name(page) != "README.md"
+    ],
+)
 async def test_the_examples_of_a_page_run(
     page: Path, doubles: type[Double], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,7 @@ def test_both_modes_and_the_doubles_work_without_what_only_linux_has() -> None:
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{SENTENCE}\n")
 
 
+@pytest.mark.slow
 def test_the_program_says_in_a_sentence_that_local_needs_linux() -> None:
     done = elsewhere(PROGRAM, with_mcp=True)
     assert done.returncode == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -108,6 +107,10 @@ async def ends_with_connection(request: Any) -> AsyncIterator[None]:
 
 def raise_descriptors() -> None:
     """Raises the soft limit of descriptors, of which each connection takes one."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no such limit.
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < most:
