@@ -14,6 +14,7 @@ from prodisco_sandbox import (
     SandboxManagerClosedError,
     SandboxManagerConfig,
     SandboxReplacedError,
+    SandboxTimeoutError,
     SandboxUnavailableError,
 )
 from prodisco_sandbox._cluster.metadata import lease_time
@@ -187,6 +188,16 @@ async def test_without_an_answer_nothing_runs_on_what_is_gone(said: dict[str, st
         with pytest.raises(SandboxUnavailableError):
             await use(client, 30.0)
         api.faults.clear()
+
+
+async def test_what_one_cannot_reach_is_kept_for_the_others() -> None:
+    clients = Clients(lambda target: StubClient(target, healthy=False))
+    async with cluster() as api, managed(api, **SHARED) as one, managed(api, clients, **SHARED) as two:
+        client = await one.get_client("s")
+        with pytest.raises(SandboxTimeoutError):
+            await two.get_client("s")
+        assert await one.get_client("s") is client
+        assert "delete" not in {r.verb for r in api.requests}
 
 
 # What has lapsed
@@ -388,6 +399,18 @@ async def test_an_exceeded_quota_of_pods_queues_again() -> None:
         await manager.on_session_closed("a")
         await asking
         assert now() < 15
+
+
+async def test_nobody_queues_again_for_who_has_gone() -> None:
+    async with cluster() as api, managed(api, **{**SHARED, "capacity_timeout": 60.0}) as manager:
+        api.quota = 0
+        with api.faults.add("create", hold=True, times=1) as gate:
+            asking = asyncio.create_task(manager.get_client("s"))
+            await gate.reached()
+            asking.cancel()
+            await settle()
+        await settle()
+        assert manager.stats().queued == 0
 
 
 async def test_an_exceeded_quota_of_pods_costs_no_files() -> None:

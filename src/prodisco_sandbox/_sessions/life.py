@@ -234,7 +234,7 @@ class Lives:
             if parts.shared is not None and isinstance(e, SandboxCapacityError) and not keeps_files:
                 with contextlib.suppress(SandboxError):  # One that waits for its pod holds a slot.
                     await self._obtain.discard(session)
-                if parts.now() < asked_at + parts.config.capacity_timeout:
+                if session.waiters and parts.now() < asked_at + parts.config.capacity_timeout:
                     parts.table.requeue(session)
                     return self._connect.failure(session, e)
             if isinstance(e, LostError):
