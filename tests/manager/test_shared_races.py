@@ -127,6 +127,14 @@ async def test_a_deadline_that_another_has_moved_back_is_moved_again() -> None:
         assert len(writes(api)) == 3
 
 
+async def test_an_entered_session_is_covered_from_the_start() -> None:
+    async with cluster() as api, managed(api, **SHARED) as manager:
+        await manager.get_client("s")
+        await asyncio.sleep(SLACK - 10)
+        async with manager.session("s"):
+            assert deadline(api) >= now() + SLACK + T
+
+
 async def test_a_start_may_take_longer_than_an_idle_timeout() -> None:
     slow = {**SHARED, "session_idle_timeout": 120.0, "ready_timeout": 1000.0}
     async with cluster(auto_ready=False) as api, managed(api, **slow) as manager:
@@ -198,6 +206,21 @@ async def test_what_one_cannot_reach_is_kept_for_the_others() -> None:
             await two.get_client("s")
         assert await one.get_client("s") is client
         assert "delete" not in {r.verb for r in api.requests}
+
+
+async def test_a_dead_one_that_lives_again_is_not_replaced() -> None:
+    async with cluster() as api, managed(api, **SHARED) as one, managed(api, **SHARED) as two:
+        first = await one.get_client("s")
+        assert first.sandbox is not None
+        api.fail_pod(first.sandbox.name)
+        await asyncio.sleep(1)
+        with api.faults.add("delete", hold=True, times=1) as gate:
+            asking = asyncio.create_task(two.get_client("s"))
+            await gate.reached()
+            api.delete_pod(first.sandbox.name, graceful=False)  # The controller makes another.
+            await asyncio.sleep(1)
+        await asking
+        assert uids(api) == {first.sandbox.uid}
 
 
 # What has lapsed

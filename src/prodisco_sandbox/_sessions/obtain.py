@@ -236,8 +236,6 @@ class Obtain:
         parts, name, attempt = self._parts, session.name, 0
         while True:
             seen = await shared.look_up(name, deadline)
-            if seen is not None and seen.reading.phase == "ending":  # Does that still hold?
-                seen = await shared.look_up(name, deadline, always=True)
             if seen is not None and seen.reading.phase == "ending":
                 await self._hear_of_end(session)
                 await shared.look_up(name, deadline, always=True)

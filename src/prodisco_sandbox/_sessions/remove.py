@@ -62,7 +62,7 @@ class Remove:
                 return
             except SandboxError as e:
                 attempt += 1
-                if parts.shared is not None and (session.known.uid is None or attempt > QUICK_RETRIES):
+                if parts.shared is not None and attempt > QUICK_RETRIES:
                     # Whoever waits for the close goes on, and may use it elsewhere; it has a deadline.
                     parts.log.warning("sandbox_kept", sandbox=session.name, reason=str(e))
                     return
