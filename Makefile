@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test coverage slow reliability bench plot picture docs typing release-check unit envtest lowest check format proto clean FORCE
+.PHONY: help venv demo test coverage slow reliability bench plot picture docs typing release-check unit envtest compat lowest check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -74,6 +74,9 @@ unit: $(VENV)/.installed $(PROTO_VENV) ## the tests that start no process, in ha
 
 envtest: $(VENV)/.installed ## the tests on a real API server alone, the one that KUBEBUILDER_ASSETS names
 	@$(PY) -m pytest -m envtest $(PYTEST_ARGS)
+
+compat: $(VENV)/.installed ## run other projects' MCP clients against the program; installs them (CLIENTS="ts1 ts2": these)
+	@$(PY) compat/run.py $(CLIENTS)
 
 lowest: ## the quick tests with the lowest versions that pyproject.toml allows
 	@$(MAKE) --no-print-directory unit UNIT="not slow and not envtest" VENV=.venv-lowest BOUNDS=--lowest \
