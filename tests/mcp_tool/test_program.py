@@ -284,6 +284,15 @@ def test_a_wrong_file_is_named(
     assert right in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("transport", ["stdio", "http"])
+async def test_what_local_sandboxes_can_do_to_one_another_is_said_where_clients_are_many(
+    caplog: pytest.LogCaptureFixture, transport: str
+) -> None:
+    async with managed(["--local", "--warm", "0", "--transport", transport]):
+        pass
+    assert ("code in one can read the files of others" in caplog.text) == (transport == "http")
+
+
 def test_what_is_started_ahead_is_not_suspended(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["--local", "--warm", "2", "--on-idle", "suspend"]) == 1
     assert "--warm is 2: it must be 0 with --on-idle suspend" in capsys.readouterr().err

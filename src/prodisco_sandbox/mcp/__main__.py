@@ -123,6 +123,11 @@ async def _manager(args: argparse.Namespace, found: dict[str, Any]) -> AsyncIter
         yield SandboxManager(SandboxManagerConfig.from_env(mode="multi", **manager_settings(found)))
         return
     server_args, pass_env = server_settings(args.server_option, os.environ)
+    if args.transport == "http":
+        logging.getLogger("prodisco_sandbox.mcp").warning(
+            "local sandboxes are processes of one user: code in one can read the files of others and call"
+            " their servers; serve only clients that may"
+        )
     settings = manager_settings(found)
     cluster = LocalCluster(
         server_args=server_args, pass_env=pass_env, python=found.get("python"), warm=found["warm"]
