@@ -90,6 +90,7 @@ class SharedMachine(RuleBasedStateMachine):
         self.uses: list[Use] = []
         self.touched: dict[str, float] = {}
         self.pending: Counter[str] = Counter()
+        self.closing: Counter[str] = Counter()
         self.callers: set[asyncio.Task[None]] = set()
         self.moves = 0
         for _ in range(replicas):
@@ -147,9 +148,10 @@ class SharedMachine(RuleBasedStateMachine):
 
     def note(self, replica: Replica, session_id: str, client: Any, lasts: float) -> None:
         if replica.is_alive:  # What a killed one believes reaches nobody.
-            sandbox = client.sandbox
-            self.uses.append(Use(session_id, sandbox.name, sandbox.uid, self.loop.time() + lasts))
-            self.touch(session_id, self.loop.time() + lasts)
+            sandbox, ends = client.sandbox, self.loop.time() + lasts
+            if not self.closing[session_id]:  # A use beside a close comes before it or after it.
+                self.uses.append(Use(session_id, sandbox.name, sandbox.uid, ends))
+            self.touch(session_id, ends)
 
     def spawn(self, work: Any) -> None:
         task = self.loop.create_task(work)
@@ -206,7 +208,9 @@ class SharedMachine(RuleBasedStateMachine):
 
             async def close() -> None:
                 self.pending[session_id] += 1
+                self.closing[session_id] += 1
                 await manager.on_session_closed(session_id)
+                self.closing[session_id] -= 1
                 self.pending[session_id] -= 1
                 self.excuse(session_id)
 
