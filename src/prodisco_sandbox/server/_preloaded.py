@@ -8,6 +8,7 @@ the same file; so `sys.modules`, and modules that shadow others, are as in a fre
 from __future__ import annotations
 
 import _frozen_importlib_external as importlib_external
+import _thread
 import builtins
 import ctypes
 import itertools
@@ -34,8 +35,11 @@ class Preloaded:
 
     def __init__(self) -> None:
         self._modules: dict[str, ModuleType] = {}
+        self._revealed: dict[str, ModuleType] = {}
         self._needs: dict[str, set[str]] = {}
         self._found: set[str] = set()
+        self._make_lock()
+        os.register_at_fork(after_in_child=self._make_lock)
 
     def load(self, names: Iterable[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         """Imports modules, and hides them.
@@ -108,14 +112,21 @@ class Preloaded:
             self._modules[name] = sys.modules.pop(name)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        module = self._modules.get(name)
+        module = self._modules.get(name) or (None if target is not None else self._revealed.get(name))
         if module is None:
             return None
         spec: ModuleSpec | None = importlib_external.PathFinder.find_spec(name, path, target)
         own = module.__spec__
         if spec is None or own is None or spec.origin != own.origin:
             return None
-        self._found.add(name)
+        with self._lock:
+            if name not in self._modules:
+                # If another thread has revealed it since this import did not find it in `sys.modules`, the
+                # import would load a second one. Otherwise code has removed it there, and wants that.
+                if sys.modules.get(name) is not module:
+                    return None
+                del sys.modules[name]
+            self._found.add(name)
         loader: Any = _Loader(self, module)
         spec.loader = loader
         return spec
@@ -127,13 +138,17 @@ class Preloaded:
             needs = (one.rpartition(".")[0], *self._needs.pop(one, ()))
             pending.extend(needed for needed in needs if needed in self._modules)
         for one in pending:
-            # Those that were found go into `sys.modules` by the imports that are under way.
-            if one in self._found and one != name:
-                continue
-            if (module := self._modules.pop(one, None)) is not None:
+            with self._lock:
+                # Those that were found go into `sys.modules` by the imports that are under way.
+                if (one in self._found and one != name) or one not in self._modules:
+                    continue
+                module = self._revealed[one] = self._modules.pop(one)
                 sys.modules.setdefault(one, module)
-                if (prepare := _PREPARE.get(one)) is not None:
-                    prepare(module)
+            if (prepare := _PREPARE.get(one)) is not None:
+                prepare(module)
+
+    def _make_lock(self) -> None:
+        self._lock = _thread.allocate_lock()
 
 
 def _open_descriptors() -> int:
