@@ -449,7 +449,8 @@ async def test_a_restarted_server_knows_the_handles_and_not_the_sessions(tmp_pat
                 assert (await run(client_again, LOOK))["output"] == "False\n"
         without = Program(tmp_path / "3", "--port", port)
         async with without:
-            assert "call again without `sandbox`" in await refused(client, LOOK, sandbox=handle)
+            text = await refused(client, LOOK, sandbox=handle)
+            assert "call again with sandbox 'new'" in text
 
 
 @pytest.mark.slow
