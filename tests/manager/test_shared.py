@@ -711,3 +711,18 @@ async def test_an_owner_gives_up_a_session_wherever_it_is_served() -> None:
         await settle()
         assert [two.count_sessions(owner) for owner in ("alice", "bob")] == [0, 1]
         assert not one.has_session("a")
+
+
+async def test_a_list_is_read_once() -> None:
+    read: list[str] = []
+
+    def endpoint(sandbox: dict[str, Any]) -> str:
+        read.append(sandbox["metadata"]["name"])
+        return "10.0.0.1:50051"
+
+    async with cluster() as api, managed(api, **SHARED) as one:
+        await asyncio.gather(*(one.get_client(each) for each in "abc"))
+        async with managed(api, endpoint=endpoint, **SHARED) as two:
+            await settle()
+            assert two.stats().known == 3
+            assert sorted(read) == sorted(alive(api))

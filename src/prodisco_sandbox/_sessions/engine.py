@@ -358,7 +358,7 @@ class Engine:
         listed = {metadata.uid(sandbox) for sandbox in sandboxes}
         names = {metadata.name(sandbox) for sandbox in sandboxes}
         for sandbox in sandboxes:
-            self.changed(sandbox)
+            self._tell_session(sandbox)
         for session in list(self.table.current.values()):
             known, serving = session.known, session.state in SERVING
             unseen = known.uid not in listed if known.uid else session.name not in names
@@ -377,6 +377,10 @@ class Engine:
             self.shared.changed(sandbox)
             if self.shared.known > known:  # It may be that of a session in the queue.
                 self.table.start_waiting()
+        self._tell_session(sandbox)
+
+    def _tell_session(self, sandbox: Object) -> None:
+        """What an object says now, for the session that it belongs to."""
         session = self._session_of(sandbox)
         if session is None:
             if self._config.on_idle == "suspend":
