@@ -100,12 +100,8 @@ class Obtain:
 
     async def anew(self, session: Session, deadline: float) -> None:
         """Obtains another object for a session whose own is gone, or claimed by another manager."""
-        parts = self._parts
-        self._clients.discard(session)
-        parts.table.machines.forget(session)
-        parts.leases.drop(session)
-        parts.table.deleted(session)
-        session.known, session.recreated = Known(), True
+        self.let_go(session)
+        session.recreated = True
         self._next_name(session)
         await self(session, deadline, look=True)  # Another manager may have claimed it.
 
@@ -269,6 +265,7 @@ class Obtain:
         """The session's object is gone, and it has none until it takes or makes another."""
         self._clients.discard(session)
         self._parts.table.machines.forget(session)
+        self._parts.leases.drop(session)
         self._parts.table.deleted(session)
         session.known = Known()
 
