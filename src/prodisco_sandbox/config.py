@@ -347,12 +347,17 @@ class SandboxManagerConfig:
 
         With `shared` it is the group's: ``shared-`` and the hash, which no other manager's is.
         """
-        is_group = self.shared and self.mode == "multi"
         text = self.instance_id
-        if not is_group and _LABEL_VALUE.fullmatch(text) and not text.startswith(SHARED_PREFIX):
+        if self.group:
+            return self.group
+        if _LABEL_VALUE.fullmatch(text) and not text.startswith(SHARED_PREFIX):
             return text
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
-        return SHARED_PREFIX + digest if is_group else digest
+        return _hashed(text)
+
+    @property
+    def group(self) -> str:
+        """The managers that share their sessions, as a label value; empty: this one shares none."""
+        return SHARED_PREFIX + _hashed(self.instance_id) if self.shared and self.mode == "multi" else ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
@@ -414,6 +419,10 @@ class _RandomId(str):
     """An `instance_id` that no later process has."""
 
     __slots__ = ()
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
 def _check_text(name: str, value: object, pattern: re.Pattern[str], right: str) -> None:

@@ -293,8 +293,7 @@ class SandboxManager:
         """
         session_id = _checked(session_id)
         if self._engine is None or self._loop is None:
-            group = self._config.instance_label if self._config.shared else ""
-            return resource_for(self._config).name(session_id, group=group)
+            return resource_for(self._config).name(session_id, group=self._config.group)
         return self._engine.sandbox_name(session_id, self._loop.time())
 
     async def cleanup_orphaned_sandboxes(self, *, all_instances: bool = False) -> int:

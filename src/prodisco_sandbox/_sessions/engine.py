@@ -58,8 +58,7 @@ class Engine:
         self._log = get_logger("manager", self.events)
         self._tasks = OwnedTasks(self.events)
         self._resources = SandboxResources(config, api, self.events)
-        group = config.instance_label if config.shared else ""
-        self._past = Past(self._resources.resource, manifest.grace_period(config), group)
+        self._past = Past(self._resources.resource, manifest.grace_period(config), config.group)
         selector = metadata.managed_selector(instance=config.instance_label, managed_by=config.managed_by)
         everyone = metadata.managed_selector(managed_by=config.managed_by)
         self._selector = selector
