@@ -11,7 +11,7 @@ import pytest
 from prodisco_sandbox import SandboxUnavailableError
 from prodisco_sandbox._cluster.manifest import GROUP, PLURAL
 from prodisco_sandbox._cluster.metadata import lease_time, name
-from prodisco_sandbox._sessions.leases import PROBE
+from prodisco_sandbox._sessions.leases import PROBE, Leases
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 
 from .support import LoopTimeApi, PlainApi, managed, now, settle
@@ -334,4 +334,5 @@ async def test_nothing_is_kept_of_a_session_whose_renewal_failed() -> None:
         await manager.on_session_closed("s")
         assert manager._engine is not None
         leases = manager._engine._leases
+        assert isinstance(leases, Leases)
         assert (leases._due, leases._failures) == ({}, {})

@@ -20,7 +20,7 @@ from .._log import get_logger
 from ..config import SandboxManagerConfig
 from ..errors import SandboxCapacityError, SandboxError, SandboxFailedError, SandboxManagerClosedError
 from .inbox import News
-from .leases import Leases
+from .leases import Deadlines, Leases
 from .life import Lives
 from .parts import LostError, Parts
 from .past import Past
@@ -80,7 +80,7 @@ class Engine:
                 self._evicted,
             )
             self.table.elsewhere, self.table.has_object = self.shared.elsewhere, self.shared.has
-        self._leases: Leases = self.shared or Leases(
+        self._leases: Deadlines = self.shared or Leases(
             self._resources, config.lease_duration, wall_clock, self._look
         )
         self._parts = Parts(

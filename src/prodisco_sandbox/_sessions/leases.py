@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from .._aio.pacing import backoff
@@ -27,47 +28,43 @@ REFUSAL_HOLDS = 300.0
 """How long a refused probe counts; an API server that starts refuses everything."""
 
 
-class Leases:
-    """Keeps ``spec.shutdownTime`` of a manager's Sandboxes ahead, by merge patch.
+class Deadlines(ABC):
+    """Writes ``spec.shutdownTime`` of Sandboxes, at which the cluster deletes them.
 
-    Either every Sandbox has its lease from birth or none has: before the first creation
-    a probe asks whether patching is allowed, since a lease that cannot be renewed would
+    Either every Sandbox has its deadline from birth or none has: before the first creation
+    a probe asks whether patching is allowed, since a deadline that cannot be moved would
     end a sandbox in use. Times are the wall clock's, which `wall_clock` tells.
     """
 
-    def __init__(
-        self,
-        resources: SandboxResources,
-        duration: float | None,
-        wall_clock: Callable[[], float],
-        on_lost: Callable[[Session], None],
-    ) -> None:
+    def __init__(self, resources: SandboxResources, wall_clock: Callable[[], float]) -> None:
         self._log = get_logger("leases", resources.events)
         self._resources = resources
-        self._enabled = duration is not None
-        self._duration = duration or 0.0
         self._wall_clock = wall_clock
-        self._on_lost = on_lost
         self._probe = SingleFlight("lease-probe", self._may_patch)
         self._refused_at: float | None = None
-        self._due: dict[Session, float] = {}
-        self._failures: dict[Session, int] = {}
-        self._added = asyncio.Event()
-        self._wakes_at = 0.0
 
+    @abstractmethod
     def next(self) -> str:
         """The shutdownTime of a Sandbox that is about to be made, or to be renewed."""
-        return metadata.lease_time(self._wall_clock(), self._duration)
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Moves what is due, until it is cancelled."""
+
+    def add(self, session: Session) -> None:  # noqa: B027 - what counts may be in the object alone
+        """A session has an object with a deadline."""
+
+    def drop(self, session: Session) -> None:  # noqa: B027
+        """A session has no object any more, or has ended."""
 
     async def allowed(self, deadline: float) -> bool:
-        """Whether a Sandbox that is about to be made has a lease.
+        """Whether a Sandbox that is about to be made has a deadline.
 
         Raises:
             SandboxError: The probe got no answer. Nothing was created.
         """
         now = asyncio.get_running_loop().time()
-        refused = self._refused_at is not None and now - self._refused_at < REFUSAL_HOLDS
-        if not self._enabled or refused:
+        if self._refused_at is not None and now - self._refused_at < REFUSAL_HOLDS:
             return False
         allowed = await self._resources.retry("patch", self._probe, deadline)
         if not allowed:
@@ -85,6 +82,43 @@ class Leases:
             self._refused_at = asyncio.get_running_loop().time()
             return False
         return True
+
+    async def aclose(self) -> None:
+        """Ends a probe under way."""
+        await self._probe.aclose()
+
+
+class Leases(Deadlines):
+    """Keeps the deadlines of a manager's Sandboxes ahead, for as long as the manager lives.
+
+    Args:
+        resources: Requests for the objects.
+        duration: How far ahead, in seconds; None: there are no leases.
+        wall_clock: The Unix time.
+        on_lost: Called with a session whose object turns out to be gone, or not ours.
+    """
+
+    def __init__(
+        self,
+        resources: SandboxResources,
+        duration: float | None,
+        wall_clock: Callable[[], float],
+        on_lost: Callable[[Session], None],
+    ) -> None:
+        super().__init__(resources, wall_clock)
+        self._enabled = duration is not None
+        self._duration = duration or 0.0
+        self._on_lost = on_lost
+        self._due: dict[Session, float] = {}
+        self._failures: dict[Session, int] = {}
+        self._added = asyncio.Event()
+        self._wakes_at = 0.0
+
+    def next(self) -> str:
+        return metadata.lease_time(self._wall_clock(), self._duration)
+
+    async def allowed(self, deadline: float) -> bool:
+        return self._enabled and await super().allowed(deadline)
 
     def add(self, session: Session) -> None:
         """Renews the session's lease from now on, at half time."""
@@ -111,10 +145,6 @@ class Leases:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(self._wakes_at if self._due else None):
                     await self._added.wait()
-
-    async def aclose(self) -> None:
-        """Ends a probe under way."""
-        await self._probe.aclose()
 
     async def _renew(self, session: Session) -> None:
         if session not in self._due:

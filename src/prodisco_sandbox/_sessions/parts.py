@@ -20,7 +20,7 @@ from ..errors import SandboxError, SandboxFailedError
 from .table import Session, SessionTable
 
 if TYPE_CHECKING:
-    from .leases import Leases
+    from .leases import Deadlines
     from .shared import SharedSessions
     from .suspended import SuspendedObjects
 
@@ -44,7 +44,7 @@ class Parts:
     config: SandboxManagerConfig
     resources: SandboxResources
     table: SessionTable
-    leases: Leases
+    leases: Deadlines
     shared: SharedSessions | None
     """In place of `leases`, with the setting of that name."""
     suspended: SuspendedObjects

@@ -25,7 +25,7 @@ from .._cluster.watch import SandboxWatch
 from ..config import SandboxManagerConfig
 from ..errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
 from .eviction import Holder, choose, choose_own
-from .leases import Leases
+from .leases import Deadlines
 from .parts import LostError
 from .table import LIVING, RETURNED, SERVING, Session, SessionState, SessionTable
 
@@ -70,7 +70,7 @@ class Seen:
     settles_at: float = -math.inf
 
 
-class SharedSessions(Leases):
+class SharedSessions(Deadlines):
     """The sessions of a group of managers, and the deadlines of those in use here.
 
     Args:
@@ -97,8 +97,7 @@ class SharedSessions(Leases):
         on_lost: Callable[[Session, str], None],
         on_evicted: Callable[[Session], None],
     ) -> None:
-        super().__init__(resources, None, wall_clock, lambda _: None)
-        self._enabled = True
+        super().__init__(resources, wall_clock)
         self._idle, self._skew = config.session_idle_timeout, config.clock_skew
         self._evict_after = config.evict_after
         # A use must show in the deadline before its session may be evicted.
@@ -303,7 +302,6 @@ class SharedSessions(Leases):
     # Deadlines
 
     def next(self) -> str:
-        """The deadline of an object that is about to be made."""
         return metadata.lease_time(math.ceil(self._wall_clock() + self._at_birth), 0)
 
     async def allowed(self, deadline: float) -> bool:
@@ -319,12 +317,6 @@ class SharedSessions(Leases):
                 f"with shared the manager must be allowed to patch {self._resources.resource.plural}"
             )
         return True
-
-    def add(self, session: Session) -> None:
-        """Nothing: what counts is in the object."""
-
-    def drop(self, session: Session) -> None:
-        """Nothing, as `add`."""
 
     def admit(self, session: Session, lasts: float) -> Coroutine[Any, Any, None] | None:
         """Sees to it that the session's object outlives a use by an idle timeout.
