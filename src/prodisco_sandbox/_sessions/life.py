@@ -230,13 +230,8 @@ class Lives:
         except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
             if session.inbox.closed:
                 return None
-            keeps_files = manifest.holds_volumes(session.known.object or {})
-            if parts.shared is not None and isinstance(e, SandboxCapacityError) and not keeps_files:
-                with contextlib.suppress(SandboxError):  # One that waits for its pod holds a slot.
-                    await self._obtain.discard(session)
-                if session.waiters and parts.now() < asked_at + parts.config.capacity_timeout:
-                    parts.table.requeue(session)
-                    return self._connect.failure(session, e)
+            if isinstance(e, SandboxCapacityError) and await self._requeued(session, asked_at):
+                return self._connect.failure(session, e)
             if isinstance(e, LostError):
                 parts.table.dropped(session)
             self.fail(session, self._connect.failure(session, e))
@@ -250,6 +245,18 @@ class Lives:
                 took, target = self._since(session.since), session.machine.target
                 parts.log.info("sandbox_ready", sandbox=session.name, target=target, kind=kind, duration=took)
         return None
+
+    async def _requeued(self, session: Session, asked_at: float) -> bool:
+        """Queues a session again that the cluster has no room for: with `shared` a quota is the hard cap."""
+        parts = self._parts
+        if parts.shared is None or manifest.holds_volumes(session.known.object or {}):
+            return False
+        with contextlib.suppress(SandboxError):  # One that waits for its pod holds a slot.
+            await self._obtain.discard(session)
+        waits = bool(session.waiters) and parts.now() < asked_at + parts.config.capacity_timeout
+        if waits:
+            parts.table.requeue(session)
+        return waits
 
     def _kind_of_start(self, session: Session) -> str:
         """How a session that is about to be ready came by its sandbox."""
