@@ -1,12 +1,17 @@
-"""A limit in real time for what runs in virtual time: hours of it take milliseconds."""
+"""What state machines in virtual time share: their loop, with a limit in real time, and how long they run."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from typing import Any
 
+from _counts import full
 from _patience import PATIENCE
+from hypothesis import HealthCheck, settings
+
+from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 
 class Spinning(KeyboardInterrupt):
@@ -27,3 +32,22 @@ def run_bounded(loop: asyncio.AbstractEventLoop, awaitable: Any) -> Any:
         raise AssertionError("it is busy for ever, and no time passes") from e
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def end(loop: asyncio.AbstractEventLoop, api: FakeCustomObjectsApi) -> None:
+    """Ends a loop with whatever a test has left on it."""
+    run_bounded(loop, api.aclose())
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    run_bounded(loop, asyncio.sleep(0))
+    loop.close()
+
+
+def tries(examples: int, *, quick: int, steps: int) -> settings:
+    """How long a machine is tried: as MACHINE_EXAMPLES says, else in full in CI alone."""
+    return settings(
+        max_examples=int(os.environ.get("MACHINE_EXAMPLES") or full(examples, quick=quick)),
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 from collections import Counter
 from typing import Any
@@ -17,8 +16,8 @@ import aiohttp
 import anyio
 import looptime
 import pytest
-from _counts import count, full
-from hypothesis import HealthCheck, settings
+from _counts import count
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -36,7 +35,7 @@ from prodisco_sandbox._cluster.metadata import (
 from prodisco_sandbox._sessions.table import Session
 from prodisco_sandbox.testing import api_error
 
-from .spinning import run_bounded
+from .spinning import end, run_bounded, tries
 from .support import LoopTimeApi, StubClient, conditions
 
 SUSPENDED = 2
@@ -399,11 +398,7 @@ class Machine(RuleBasedStateMachine):
             tasks = asyncio.all_tasks(self.loop)
             assert not tasks, tasks
         finally:
-            self.run(self.api.aclose())
-            for task in asyncio.all_tasks(self.loop):
-                task.cancel()
-            self.run(asyncio.sleep(0))
-            self.loop.close()
+            end(self.loop, self.api)
 
 
 def test_a_second_create_lands_after_the_first_was_deleted() -> None:
@@ -436,12 +431,7 @@ class EvictMachine(SuspendMachine):
     cap = 2
 
 
-SETTINGS = settings(
-    max_examples=int(os.environ.get("MACHINE_EXAMPLES") or full(15, quick=5)),
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+SETTINGS = tries(15, quick=5, steps=40)
 TestMachine = pytest.mark.unmeasured(Machine.TestCase)
 TestMachine.settings = SETTINGS
 TestClaimMachine = pytest.mark.unmeasured(ClaimMachine.TestCase)

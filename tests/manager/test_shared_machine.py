@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from typing import Any
 import aiohttp
 import looptime
 import pytest
-from _counts import count, full
-from hypothesis import HealthCheck, settings
+from _counts import count
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -25,7 +23,7 @@ from prodisco_sandbox import SandboxError, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.metadata import LABEL_SESSION, is_deleting, labels, name, session_hash, uid
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
-from .spinning import run_bounded
+from .spinning import end, run_bounded, tries
 from .support import LoopTimeApi, StubClient
 
 IDLE, SKEW, READY = 120.0, 30.0, 20.0
@@ -338,11 +336,7 @@ class SharedMachine(RuleBasedStateMachine):
             assert not self.callers
             assert not asyncio.all_tasks(self.loop)
         finally:
-            self.run(self.api.aclose())
-            for task in asyncio.all_tasks(self.loop):
-                task.cancel()
-            self.run(asyncio.sleep(0))
-            self.loop.close()
+            end(self.loop, self.api)
 
 
 class SharedClaimMachine(SharedMachine):
@@ -357,12 +351,7 @@ class SharedEvictionMachine(SharedMachine):
     extra = {"max_sessions": 2, "when_full": "evict", "evict_after": 20.0}
 
 
-SETTINGS = settings(
-    max_examples=int(os.environ.get("MACHINE_EXAMPLES") or full(10, quick=3)),
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+SETTINGS = tries(10, quick=3, steps=30)
 TestSharedMachine = pytest.mark.unmeasured(SharedMachine.TestCase)
 TestSharedMachine.settings = SETTINGS
 TestSharedClaimMachine = pytest.mark.unmeasured(SharedClaimMachine.TestCase)
