@@ -290,9 +290,6 @@ class SandboxTools:
             return result_of(SandboxOutput(), texts.no_sandbox(error))
 
     async def _in_sandbox(self, use: Use, call: Call, progress: Progress) -> CallToolResult:
-        async def carry_out(client: SandboxClient) -> SandboxOutput:
-            return await self._carry_out(client, call, progress)
-
         problem = None
         try:
             output = await self.repeated(
