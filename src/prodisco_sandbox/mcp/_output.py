@@ -75,32 +75,35 @@ def _flat(kind: type[BaseModel], *, many: bool = False) -> WithJsonSchema:
     return WithJsonSchema({"type": "array", "items": schema} if many else schema)
 
 
-class FileOutput(_Output):
-    """The result of a call on files; fields without a value are left out."""
+class _Result(_Output):
+    """What results of all tools have."""
 
     sandbox: Annotated[str | None, Field(description="Handle: pass it as `sandbox` to come back here")] = None
     note: Annotated[str | None, Field(description="Read this first")] = None
-    path: str | None = None
-    size: Annotated[int | None, Field(description="In bytes")] = None
-    text: Annotated[str | None, Field(description="The content, if it is text")] = None
-    truncated: Annotated[bool | None, Field(description="Whether there is more")] = None
-    files: Annotated[list[NamedFile] | None, _flat(NamedFile, many=True), Field(description="By path")] = None
     _blocks: list[ContentBlock] = PrivateAttr(default_factory=list)
 
     @property
     def blocks(self) -> list[ContentBlock]:
-        """What is attached to the result."""
+        """What is attached to the result, such as the pictures that a run made."""
         return self._blocks
 
     def add_note(self, note: str) -> None:
         self.note = note if self.note is None else f"{self.note}\n\n{note}"
 
 
-class SandboxOutput(_Output):
+class FileOutput(_Result):
+    """The result of a call on files; fields without a value are left out."""
+
+    path: str | None = None
+    size: Annotated[int | None, Field(description="In bytes")] = None
+    text: Annotated[str | None, Field(description="The content, if it is text")] = None
+    truncated: Annotated[bool | None, Field(description="Whether there is more")] = None
+    files: Annotated[list[NamedFile] | None, _flat(NamedFile, many=True), Field(description="By path")] = None
+
+
+class SandboxOutput(_Result):
     """The result of a call; fields without a value are left out."""
 
-    sandbox: Annotated[str | None, Field(description="Handle: pass it as `sandbox` to come back here")] = None
-    note: Annotated[str | None, Field(description="Read this first")] = None
     success: Annotated[
         bool | None, Field(description="Whether the code, the tests or the cancel succeeded")
     ] = None
@@ -137,15 +140,6 @@ class SandboxOutput(_Output):
         _flat(NamedFile, many=True),
         Field(description="What this run made or changed in the working directory"),
     ] = None
-    _blocks: list[ContentBlock] = PrivateAttr(default_factory=list)
-
-    @property
-    def blocks(self) -> list[ContentBlock]:
-        """What is attached to the result: the pictures that the run made."""
-        return self._blocks
-
-    def add_note(self, note: str) -> None:
-        self.note = note if self.note is None else f"{self.note}\n\n{note}"
 
     def end(self, outcome: ExecutionOutcome) -> None:
         """Takes over how an execution ended."""
@@ -157,7 +151,7 @@ class SandboxOutput(_Output):
         self.cached = read_cached(outcome.cached)
 
 
-def result_of(output: SandboxOutput | FileOutput, problem: str | None = None) -> CallToolResult:
+def result_of(output: _Result, problem: str | None = None) -> CallToolResult:
     """The result of a call; `problem` is the text of an error."""
     data = output.model_dump(mode="json", exclude_none=True)
     texts = [] if problem is None else [problem]
