@@ -31,6 +31,9 @@ else:
     from ._tool import SandboxTools, add_sandbox_tools
 finally:
     if _collecting:
+        if not _gc.get_freeze_count():  # Makes all of it old: else the next two collections would visit it.
+            _gc.freeze()
+            _gc.unfreeze()
         _gc.enable()
 
 __all__ = ["SandboxTools", "add_sandbox_tools", "principal", "sandbox_lifespan", "session_key"]
