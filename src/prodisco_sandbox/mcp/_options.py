@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -280,6 +279,8 @@ def with_file(argv: Sequence[str], environ: Mapping[str, str], parser: argparse.
 
 
 def _from_file(path: str, environ: Mapping[str, str], parser: argparse.ArgumentParser) -> Iterator[str]:
+    import tomllib  # Few need it, and it compiles patterns when it is imported.
+
     try:
         values = tomllib.loads(Path(path).read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
