@@ -9,10 +9,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
-import h11
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = logging.getLogger("prodisco_sandbox.mcp")
 
@@ -31,36 +29,6 @@ TOO_LARGE = (
 )
 
 _DROPPED = "prodisco_sandbox.dropped"
-
-
-class BoundedProtocol(H11Protocol):
-    """uvicorn's, which would wait for ever for the rest of a request."""
-
-    _patience: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._look()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._look()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._stop()
-
-    def _look(self) -> None:
-        """Starts the clock where a request is incomplete; what trickles in does not start it anew."""
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
-            self._stop()
-        elif self._patience is None and not self.transport.is_closing():
-            self._patience = self.loop.call_later(REQUEST_TIMEOUT, self.transport.close)
-
-    def _stop(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
 
 
 class NoteDrops:

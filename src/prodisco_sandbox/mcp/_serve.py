@@ -20,7 +20,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from ..manager import SandboxManager
 from ._auth import LogRefusals
-from ._connections import BACKLOG, BoundedProtocol, Complaints, NoteDrops, SayLimit
+from ._connections import BACKLOG, Complaints, NoteDrops, SayLimit
 from ._lifespan import sandbox_lifespan
 from ._stdio import Stdio
 from ._telemetry import ContinueTrace, add_metrics
@@ -114,6 +114,8 @@ async def serve_http(
     The session of a connection is known to one process alone. A ``stateless`` server opens none:
     clients of the older protocols get handles, too.
     """
+    from ._protocol import BoundedProtocol
+
     add_probes(server, tools)
     metrics = add_metrics(server)
     host, port = listener.getsockname()[:2]
