@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import marshal
 import os
 import re
 import signal
@@ -402,11 +401,10 @@ class Interpreter:
     async def _outcome(self) -> Outcome:
         await asyncio.wait([self._status_pipe.closed], timeout=_PIPE_TIMEOUT)
         self._status_pipe.close()
-        length = int.from_bytes(self._status[:8], "big")
-        if not length or len(self._status) < 8 + length:
+        answer = _supervisor.unpack(self._status)
+        if answer is None:
             await self._processes.kill_orphans()
             return Outcome(None, "", lost=True)
-        answer: dict[str, Any] = marshal.loads(self._status[8:])  # noqa: S302
         if answer["left"]:
             log.error("processes that SIGKILL does not end: %s", answer["left"])
         elif self._supervisor is not None:

@@ -202,9 +202,13 @@ def _fail(error: BaseException) -> None:
 
 
 def _tell(text: str) -> None:
-    data = text.encode("utf-8", "replace")[:MAX_REPORT]
+    write_all(REPORT, text.encode("utf-8", "replace")[:MAX_REPORT])
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes the data, however little of it is taken at a time."""
     while data:
-        data = data[os.write(REPORT, data) :]
+        data = data[os.write(descriptor, data) :]
 
 
 def _import_what_is_on_disk(writable: list[str]) -> None:

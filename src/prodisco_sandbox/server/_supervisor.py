@@ -68,13 +68,19 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal
 
 def main(load: Callable[[], dict[str, Any]], codes: list[tuple[str, CodeType]]) -> object:
     """Supervises one execution, in an interpreter that was started for it."""
+    status = close_all_but_status()
+    wake = become_supervisor()
+    supervise(load(), codes, wake, Ends(0, status, 1, 2))
+    os._exit(0)
+
+
+def close_all_but_status() -> int:
+    """Closes all inherited descriptors above standard error but the one for the answer, and returns that."""
     status = int(sys.argv[3])
     # Among them may be bubblewrap's, of directories outside: ``..`` of these leads out of its namespace.
     os.closerange(3, status)
     os.closerange(status + 1, os.sysconf("SC_OPEN_MAX"))
-    wake = become_supervisor()
-    supervise(load(), codes, wake, Ends(0, status, 1, 2))
-    os._exit(0)
+    return status
 
 
 class Ends:
@@ -102,9 +108,14 @@ def become_supervisor() -> int:
         The descriptor to read from when children may have ended.
     """
     _confine.become_subreaper()
+    ignore_signals()
+    return _tree.signal_pipe(signal.SIGCHLD)
+
+
+def ignore_signals() -> None:
+    """Ignores the signals that end a process by default, and that others may send."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    return _tree.signal_pipe(signal.SIGCHLD)
 
 
 def supervise(job: dict[str, Any], codes: list[tuple[str, CodeType]], wake: int, ends: Ends) -> bool:
@@ -134,9 +145,7 @@ def supervise(job: dict[str, Any], codes: list[tuple[str, CodeType]], wake: int,
     answer = _Watch(child, ends.control, report_read, wake).until_all_is_over()
     os.close(report_read)
     _remove(f"{job['temporary'][0]}/{job['script']}")
-    data = pack(answer)
-    while data:
-        data = data[os.write(ends.status, data) :]
+    _script.write_all(ends.status, pack(answer))
     return not answer["left"]
 
 
@@ -175,12 +184,11 @@ def _fork(most: int | None) -> int:
 def read_job(control: int) -> dict[str, Any] | None:
     """Reads what `pack` has made; None where it ends early, because the execution was cancelled."""
     data = bytearray()
-    while len(data) < 8 or len(data) < 8 + int.from_bytes(data[:8], "big"):
+    while (job := unpack(data)) is None:
         more = os.read(control, _READ)
         if not more:
             return None
         data += more
-    job: dict[str, Any] = marshal.loads(memoryview(data)[8:])  # noqa: S302
     return job
 
 
@@ -188,6 +196,15 @@ def pack(value: Any) -> bytes:
     """The value as `BOOTSTRAP` reads it."""
     data = marshal.dumps(value)
     return len(data).to_bytes(8, "big") + data
+
+
+def unpack(data: bytearray) -> dict[str, Any] | None:
+    """What `pack` was given; None while the data is incomplete."""
+    length = int.from_bytes(data[:8], "big")
+    if not length or len(data) < 8 + length:
+        return None
+    value: dict[str, Any] = marshal.loads(memoryview(data)[8:])  # noqa: S302
+    return value
 
 
 class _Watch:
@@ -281,9 +298,7 @@ def _replace(job: dict[str, Any], codes: list[tuple[str, CodeType]]) -> None:
     """Goes on in an interpreter whose PYTHON… variables have their usual effect."""
     needed = [(name, code) for name, code in codes if name in ("_testing", "_script")]
     source = os.memfd_create("job", 0)
-    data = pack(needed) + pack(job)
-    while data:
-        data = data[os.write(source, data) :]
+    _script.write_all(source, pack(needed) + pack(job))
     os.lseek(source, 0, os.SEEK_SET)
     os.set_inheritable(_script.REPORT, True)
     options = ["-P", "-B"]

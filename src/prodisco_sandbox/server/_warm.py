@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import marshal
 import os
 import shutil
 import signal
@@ -182,11 +181,9 @@ class Zygote:
 
     def _on_status(self, data: bytes) -> None:
         self._data += data
-        length = int.from_bytes(self._data[:8], "big")
         if self.answer.done():
             return
-        if length and len(self._data) >= 8 + length:
-            answer: dict[str, Any] = marshal.loads(memoryview(self._data)[8:])  # noqa: S302
+        if (answer := _supervisor.unpack(self._data)) is not None:
             self.inherited = Inherited(answer["data"], answer["anonymous"])
             self.answer.set_result(answer)
         elif not data:

@@ -17,7 +17,7 @@ import gc
 import os
 import sys
 
-from . import _confine, _supervisor
+from . import _confine, _script, _supervisor
 from ._preloaded import WITHOUT_THREADS, Preloaded, find_blas
 
 TYPE_CHECKING = False
@@ -28,17 +28,12 @@ if TYPE_CHECKING:
 
 
 def main(load: Callable[[], dict[str, Any]], codes: list[tuple[str, CodeType]]) -> None:
-    status = int(sys.argv[3])
-    os.closerange(3, status)
-    os.closerange(status + 1, os.sysconf("SC_OPEN_MAX"))
+    status = _supervisor.close_all_but_status()
     settings = load()
     _confine.die_with(settings["server"])
     _confine.hide_from_same_user()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    data = _supervisor.pack(_preload(settings))
-    while data:
-        data = data[os.write(status, data) :]
+    _supervisor.ignore_signals()
+    _script.write_all(status, _supervisor.pack(_preload(settings)))
     # The supervisors' ends are seen by the server; here nobody waits for them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     requests = _socket.socket(fileno=0)
