@@ -6,6 +6,7 @@ RLIMIT_NPROC does not.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -65,6 +66,11 @@ class Cgroup:
         except OSError:
             return False
         return True
+
+    def remove_soon(self, attempts: int = 10) -> None:
+        """Removes it once nothing is in it: dead processes leave it a little after they are reaped."""
+        if not self.remove() and attempts:
+            asyncio.get_running_loop().call_later(0.1, self.remove_soon, attempts - 1)
 
 
 def find_pids_cgroups(proc: Path = Path("/proc/self")) -> PidsCgroups:

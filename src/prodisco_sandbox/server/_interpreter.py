@@ -240,7 +240,7 @@ class Processes:
             undo.pop_all()
         interpreter = Interpreter(self, *ours, pid=pid, exited=exited, prelude=self._prelude)
         if cgroup is not None:
-            exited.add_done_callback(lambda _: self._remove_cgroup(cgroup))
+            exited.add_done_callback(lambda _: cgroup.remove_soon())
             if not self.containment.prefix:
                 interpreter.join(cgroup)
         return interpreter
@@ -283,11 +283,6 @@ class Processes:
             step_in = 'echo $$ >"$0" && exec "$@"'
             command[:0] = ["/bin/sh", "-c", step_in, str(cgroup.path / "cgroup.procs")]
         return command
-
-    def _remove_cgroup(self, cgroup: Cgroup) -> None:
-        if not cgroup.remove():
-            # Dead processes leave a cgroup a little after they are reaped.
-            asyncio.get_running_loop().call_later(0.1, cgroup.remove)
 
     def _reap(self) -> None:
         for pid in _tree.reap()[0]:

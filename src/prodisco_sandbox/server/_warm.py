@@ -130,12 +130,7 @@ class Supervisor:
             self._pid.set_exception(NotStartedError("the zygote could not fork"))
             self._pid.exception()
         if self._cgroup is not None:
-            self._remove_cgroup(self._cgroup, 10)
-
-    def _remove_cgroup(self, cgroup: Cgroup, attempts: int) -> None:
-        # Dead processes leave a cgroup a little after they are reaped.
-        if not cgroup.remove() and attempts:
-            self._loop.call_later(0.1, self._remove_cgroup, cgroup, attempts - 1)
+            self._cgroup.remove_soon()
 
 
 class Zygote:
