@@ -19,7 +19,7 @@ from . import _testing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
     from typing import Any
 else:
@@ -161,7 +161,7 @@ def _flush(*streams: Any) -> bool:
 
 
 def _destroy_modules_of_the_code(job: dict[str, Any]) -> None:
-    below = _below([job["cwd"], job["temporary"][1]])
+    below = prefixes([job["cwd"], job["temporary"][1]])
     own = [
         name
         for name, module in sys.modules.items()
@@ -218,7 +218,7 @@ def _import_what_is_on_disk(writable: list[str]) -> None:
     environment of its own, and Python takes bytecode for current whose source has the same
     size and second of change.
     """
-    below = _below(writable)
+    below = prefixes(writable)
     loaders = [
         (loader, suffixes)
         for loader, suffixes in importlib_external._get_supported_file_loaders()  # type: ignore[attr-defined]
@@ -242,7 +242,7 @@ def _import_what_is_on_disk(writable: list[str]) -> None:
             del sys.path_importer_cache[path]
 
 
-def _below(directories: list[str]) -> tuple[str, ...]:
+def prefixes(directories: Sequence[str]) -> tuple[str, ...]:
     """What paths below the directories begin with."""
     return tuple(path.rstrip("/") + "/" for path in {*directories, *map(os.path.realpath, directories)})
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import _supervisor, _tree, _zygote
+from . import _script, _supervisor, _tree, _zygote
 from ._cgroup import Cgroup
 from ._interpreter import NotStartedError
 from ._memory import Inherited
@@ -256,8 +256,7 @@ class Warm:
         self._modules = list(modules)
         self._home = home
         self._writable = list(writable or ())
-        below = ["/"] if writable is None else map(os.path.realpath, writable)
-        self._below = tuple(path.rstrip("/") + "/" for path in below)
+        self._below = _script.prefixes(["/"] if writable is None else writable)
         self._most = most
         self._on_ready = on_ready
         self._zygote: Zygote | None = None

@@ -90,7 +90,7 @@ class _Nothing:
 
 
 def _find_nothing_below(directories: list[str]) -> Callable[[str], _Nothing]:
-    below = tuple(os.path.realpath(path).rstrip("/") + "/" for path in directories)
+    below = _script.prefixes(directories)
 
     def hook(path: str) -> _Nothing:
         if not f"{os.path.realpath(path)}/".startswith(below):
