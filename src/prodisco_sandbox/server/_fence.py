@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import grpc
 
 from prodisco_sandbox.proto import metadata as names
 
-from ._undecodable import streamed
+from ._undecodable import Continuation, method_of, streamed
 
 _USES = "/prodisco.sandbox.v1."
 """How methods begin whose calls leave something behind, or look for it; all but `_HEALTH` do."""
@@ -35,9 +35,7 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._used = False
 
     async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         unmet = self._unmet(handler_call_details.invocation_metadata or ())
         if unmet is not None:
@@ -71,10 +69,7 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _announced(self, handler: Any, machine: tuple[tuple[str, str], ...]) -> Any:
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream" if handler.response_streaming else "_unary"
-        )
-        run = getattr(handler, kind)
+        kind, run = method_of(handler)
 
         async def unary(request: Any, context: Any) -> Any:
             announcer = _Announcer(context, machine)

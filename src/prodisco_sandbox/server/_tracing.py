@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
-from ._undecodable import streamed
+from ._undecodable import Continuation, method_of, streamed
 
 _TRACED = "/prodisco."
 """Methods of our own services; health checks and reflection come often, and tell nothing."""
@@ -27,19 +27,14 @@ class Tracing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """
 
     async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         handler: Any = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None or not method.startswith(_TRACED) or method.endswith("/HealthCheck"):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream" if handler.response_streaming else "_unary"
-        )
-        run = getattr(handler, kind)
+        kind, run = method_of(handler)
 
         async def unary(request: Any, context: Any) -> Any:
             with _span(method, metadata, context):

@@ -9,6 +9,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
+"""Gives an interceptor the handler of a call."""
 
 
 async def streamed(answers: Any) -> AsyncIterator[Any]:
@@ -20,6 +22,14 @@ async def streamed(answers: Any) -> AsyncIterator[Any]:
         await answers
 
 
+def method_of(handler: Any) -> tuple[str, Any]:
+    """A handler's method, behind the name of the field that holds it."""
+    request = "stream" if handler.request_streaming else "unary"
+    response = "stream" if handler.response_streaming else "unary"
+    kind = f"{request}_{response}"
+    return kind, getattr(handler, kind)
+
+
 class Undecodable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Answers INTERNAL, as the protocol says, to a message that cannot be decoded.
 
@@ -27,9 +37,7 @@ class Undecodable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """
 
     async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         # The handler's functions are coroutines; their declared types are those of the synchronous API.
         handler: Any = await continuation(handler_call_details)
