@@ -236,7 +236,7 @@ class Processes:
             if cgroup is not None:
                 undo.callback(cgroup.remove)
             ours, (control, status, out, err) = _pipes(undo, theirs)
-            pid, exited = self._spawn("main", control, out, err, status, cgroup)
+            pid, exited = self._spawn(control, out, err, status, cgroup)
             undo.pop_all()
         interpreter = Interpreter(self, *ours, pid=pid, exited=exited, prelude=self._prelude)
         if cgroup is not None:
@@ -246,7 +246,7 @@ class Processes:
         return interpreter
 
     def _spawn(
-        self, entry: str, stdin: int, stdout: int, stderr: int, status: int, cgroup: Cgroup | None = None
+        self, stdin: int, stdout: int, stderr: int, status: int, cgroup: Cgroup | None = None
     ) -> tuple[int, asyncio.Future[None]]:
         """Starts an interpreter that reads its code from standard input.
 
@@ -254,7 +254,7 @@ class Processes:
             Its process id, and what is done when it has ended.
         """
         process = subprocess.Popen(  # noqa: S603
-            self._command(entry, status, cgroup),
+            self._command(status, cgroup),
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
@@ -274,9 +274,9 @@ class Processes:
             return None
         return self.containment.cgroups.make(self.containment.max_processes)
 
-    def _command(self, entry: str, status: int, cgroup: Cgroup | None) -> list[str]:
+    def _command(self, status: int, cgroup: Cgroup | None) -> list[str]:
         # -B, since -I ignores PYTHONDONTWRITEBYTECODE. multiprocessing passes both options on.
-        bootstrap = ["-I", "-B", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, "0", entry, str(status)]
+        bootstrap = ["-I", "-B", "-X", "utf8", "-c", _supervisor.BOOTSTRAP, "0", "main", str(status)]
         command = [*self.containment.prefix, sys.executable, *bootstrap]
         if cgroup is not None and self.containment.prefix:
             # Bubblewrap forks at once, and must be in its cgroup before.

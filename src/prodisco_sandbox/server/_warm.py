@@ -23,9 +23,9 @@ from ._pipes import PipeReader, PipeWriter, pipe
 
 log = logging.getLogger(__name__)
 
-Spawn = Callable[[str, int, int, int, int], tuple[int, asyncio.Future[None]]]
-"""Starts a child process: the function of its last module to call, its standard descriptors, and one
-for its answer. Returns its process id, and what is done when it has ended."""
+Spawn = Callable[[int, int, int, int], tuple[int, asyncio.Future[None]]]
+"""Starts a child process, with its standard descriptors, and one for its answer. Returns its process id,
+and what is done when it has ended."""
 
 STANDARD_MODULES = (
     *("argparse", "ast", "asyncio", "base64", "calendar", "cmath", "collections", "concurrent.futures"),
@@ -160,7 +160,7 @@ class Zygote:
             status, child_status = pipe(undo, theirs, "read")
             printed, child_printed = pipe(undo, theirs, "read")
             ends = child_socket.fileno(), child_printed, child_printed, child_status
-            self.pid, self.ended = spawn("main", *ends)
+            self.pid, self.ended = spawn(*ends)
             undo.pop_all()
         self.ended.add_done_callback(lambda _: self.give_up("it has ended"))
         self._socket.setblocking(False)
