@@ -112,13 +112,18 @@ class Processes:
 
     def _zygotes_for(self, job: Job) -> list[Warm]:
         """The zygotes that can fork the job's interpreter, the best one first."""
+        ready = self._ready_zygotes()
+        return ready[::-1] if len(ready) > 1 and self._wants_large(job) else ready
+
+    def _ready_zygotes(self) -> list[Warm]:
+        return [zygote for zygote in self._zygotes if zygote.ready]
+
+    def _wants_large(self, job: Job) -> bool:
+        """Whether the code may import large modules: itself, or through a module of the workspace."""
         text = job.source + (job.tests or "")
-        # A module of the workspace may import large ones.
-        wants_large = any(name in text for name in self._large_names) or not all(
+        return any(name in text for name in self._large_names) or not all(
             map(_is_small, _IMPORTED.findall(text))
         )
-        ready = [warm for warm in self._zygotes if warm.ready]
-        return ready[::-1] if wants_large else ready
 
     def install(self) -> None:
         """Adopts orphans of killed supervisors, and reaps every child."""
@@ -188,7 +193,7 @@ class Processes:
 
     def start_spares(self) -> None:
         """Starts interpreters in advance, as many as were asked for."""
-        ready = [zygote for zygote in self._zygotes if zygote.ready]
+        ready = self._ready_zygotes()
         for zygote in ready:
             zygote.fill(self._most_spares)
         if ready:
