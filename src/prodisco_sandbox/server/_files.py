@@ -21,6 +21,7 @@ from prodisco_sandbox.proto import pieces
 from prodisco_sandbox.proto.paths import names_of
 
 from ._beneath import Beneath, Entry, Upload, outlast
+from ._usage import ENTRY
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ MOST_TRANSFERS = 16
 """Files that are read or written at the same time: each takes a descriptor and some MiB."""
 _HEAD = 8
 """Bytes that are left free before a piece, for the head of its message."""
-_ENTRY = 4096
-"""Bytes that count for a file or directory as such."""
 
 _Code = grpc.StatusCode
 _STATUSES = {
@@ -127,14 +126,14 @@ class FileService:
             try:
                 await _in_thread(upload.begin)
                 await self._count()
-                await self._check_room(_ENTRY, context)
+                await self._check_room(ENTRY, context)
                 async for request in requests:
                     data = _data(request)
                     if data is None:
                         break
                     size += len(data)
                     self._unfinished += len(data)
-                    await self._check_room(_ENTRY, context)
+                    await self._check_room(ENTRY, context)
                     if writing is not None:
                         await _done(writing)
                     writing = asyncio.get_running_loop().run_in_executor(None, upload.write, data)
@@ -149,7 +148,7 @@ class FileService:
                     await context.abort(_Code.INVALID_ARGUMENT, text)
                 async with self._counting:
                     entry = await _in_thread(upload.commit)
-                    self._used += size + _ENTRY
+                    self._used += size + ENTRY
             finally:
                 self._unfinished -= size
                 if writing is not None and not writing.done():
@@ -189,7 +188,7 @@ class FileService:
         names = await _names(request.path, context)
         async with _failures(context, request.path):
             await self._count()
-            await self._check_room(_ENTRY * len(names), context)
+            await self._check_room(ENTRY * len(names), context)
             return _info(await _in_thread(lambda: self._beneath.make_directory(names)))
 
     async def _count(self) -> None:

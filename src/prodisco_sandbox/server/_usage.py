@@ -12,7 +12,7 @@ _LONG = 1024
 """Bytes from which on a path is opened in pieces: the kernel takes 4,096, and walks each path whole."""
 _PIECES = 200
 """Pieces that are open at the same time, to spare the server's descriptors; deeper files do not count."""
-_ENTRY = 4096
+ENTRY = 4096
 """Bytes counted for each file and directory as such, so that empty ones are not free."""
 
 
@@ -44,7 +44,7 @@ def disk_usage(directories: Iterable[Path], enough: int) -> int:
                         status = entry.stat(follow_symlinks=False)
                     except (FileNotFoundError, PermissionError):
                         continue
-                    total += status.st_blocks * _BLOCK + _ENTRY
+                    total += status.st_blocks * _BLOCK + ENTRY
                     if stat.S_ISDIR(status.st_mode):
                         below.append(os.fsencode(entry.name))
             if len(path) < _LONG or len(places) > _PIECES:
