@@ -25,7 +25,7 @@ from ..results import HealthStatus
 from .channel import Channel, within
 from .execution_call import ExecutionCall
 from .failures import SUSPICIOUS, failure
-from .fence import Fence, Metadata
+from .fence import Fence, Metadata, features
 from .file_call import FileCall
 from .usage import Usage
 
@@ -309,7 +309,7 @@ class Connection:
         self._next_beat = self.channel.now() + self.beat
         self.misses = 0
         if metadata is not None:
-            self.channel.features = frozenset(dict(iter(metadata)).get(names.FEATURES, "").split(","))
+            self.channel.features = features(dict(iter(metadata)))
 
     def next_beat(self, waiting_since: float) -> float:
         """When a server that stays silent has to answer a health check."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+import functools
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import SandboxReplacedError
@@ -16,6 +17,16 @@ _CODES = "ABORTED ALREADY_EXISTS DATA_LOSS FAILED_PRECONDITION INVALID_ARGUMENT 
 _FROM_HANDLERS = frozenset(_CODES.split())
 """Statuses that only the code of a server gives. gRPC itself, or a proxy (its 401, 403 and 404 become
 UNAUTHENTICATED, PERMISSION_DENIED and UNIMPLEMENTED), may give each of the others."""
+
+
+@functools.lru_cache(maxsize=16)
+def _features(text: str) -> frozenset[str]:
+    return frozenset(text.split(","))
+
+
+def features(said: Mapping[str, str]) -> frozenset[str]:
+    """What a server can, by its metadata. Every answer says it: clients share one set for each text."""
+    return _features(said.get(names.FEATURES, ""))
 
 
 class Fence:
@@ -78,7 +89,7 @@ class Fence:
         if not self.pinned:
             self.pinned, self.boot_id = status == "OK" or boot_id is not None, boot_id
         if not self.pinned or boot_id == self.boot_id:
-            if names.FIRST in said.get(names.FEATURES, "").split(","):
+            if names.FIRST in features(said):
                 self.first = self.first or names.FIRST_CALL in said
             return None
         self._give_up("a server without fences")
