@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamablehttp_client
-from steps import COMMAND, ENV, TOOL, URL, Client, main
+from steps import COMMAND, ENV, URL, main, of_session
 
 
 @asynccontextmanager
@@ -17,19 +17,7 @@ async def connect():
     )
     async with streams as (read, write, *_), ClientSession(read, write) as session:
         await session.initialize()
-
-        async def tools():
-            return [tool.name for tool in (await session.list_tools()).tools]
-
-        async def progress(arguments):
-            came = []
-
-            async def note(*values):
-                came.append(values)
-
-            return await session.call_tool(TOOL, arguments, progress_callback=note), len(came)
-
-        yield Client(tools, lambda arguments: session.call_tool(TOOL, arguments), progress)
+        yield of_session(session)
 
 
 main(connect)

@@ -103,6 +103,23 @@ class Client:
         assert (await self.call(mode="close"))["success"]
 
 
+def of_session(session: Any) -> Client:
+    """A client over a connected session of the Python SDK, 1.x or 2.x."""
+
+    async def tools() -> list[str]:
+        return [tool.name for tool in (await session.list_tools()).tools]
+
+    async def progress(arguments: dict[str, Any]) -> tuple[Any, int]:
+        came = []
+
+        async def note(*values: Any) -> None:
+            came.append(values)
+
+        return await session.call_tool(TOOL, arguments, progress_callback=note), len(came)
+
+    return Client(tools, lambda arguments: session.call_tool(TOOL, arguments), progress)
+
+
 STEPS = ("list", "execute", "progress", "status", "cancel", "parallel", "close")
 
 
