@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.local import LocalCluster
 from prodisco_sandbox.manager import SessionContext
 from prodisco_sandbox.mcp import SandboxTools, add_sandbox_tools, sandbox_lifespan
+from prodisco_sandbox.mcp._serve import serve_http
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 
 T = TypeVar("T")
@@ -152,6 +155,24 @@ async def over_http(server: MCPServer[Any], **options: Any) -> AsyncIterator[str
         yield f"http://127.0.0.1:{port}/mcp"
     finally:
         uvicorn_server.should_exit = True
+        await served(task)
+
+
+@asynccontextmanager
+async def served_by_the_program(server: MCPServer[Any], tools: SandboxTools) -> AsyncIterator[str]:
+    """Serves over HTTP as the program does; gives the URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    task = asyncio.create_task(
+        serve_http(server, tools, listener=listener, path="/mcp", allowed_hosts=[], drain_timeout=0)
+    )
+    base = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    async with httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:
+        assert (await http.get(f"{base}/healthz")).status_code == 200
+    try:
+        yield f"{base}/mcp"
+    finally:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
         await served(task)
 
 

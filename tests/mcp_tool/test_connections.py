@@ -6,8 +6,6 @@ import asyncio
 import logging
 import os
 import resource
-import signal
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,11 +15,10 @@ from _patience import PATIENCE
 
 from prodisco_sandbox.mcp import _connections
 from prodisco_sandbox.mcp._connections import Complaints, Escaped, raise_descriptors
-from prodisco_sandbox.mcp._serve import serve_http
 from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.testing import NEVER
 
-from .support import ERAS, Rig, connect, headers, open_session, rig, run, served
+from .support import ERAS, Rig, connect, headers, open_session, rig, run, served_by_the_program
 
 CALL = {
     "jsonrpc": "2.0",
@@ -34,20 +31,8 @@ CALL = {
 @asynccontextmanager
 async def serving() -> AsyncIterator[tuple[Rig, str]]:
     """The program's server; gives the URL."""
-    async with rig() as r:
-        listener = socket.create_server(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/mcp"
-        task = asyncio.create_task(
-            serve_http(r.server, r.tools, listener=listener, path="/mcp", allowed_hosts=[], drain_timeout=0)
-        )
-        try:
-            async with httpx2.AsyncClient(timeout=PATIENCE) as http:
-                await http.get(url.replace("/mcp", "/healthz"))
-            yield r, url
-        finally:
-            for _ in range(2):
-                signal.raise_signal(signal.SIGTERM)
-            await served(task)
+    async with rig() as r, served_by_the_program(r.server, r.tools) as url:
+        yield r, url
 
 
 async def test_a_call_of_a_session_ends_with_its_connection() -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
-import signal
-import socket
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +12,10 @@ import httpx2
 import pytest
 from _patience import PATIENCE
 from _spans import Observed, TracedServers, ident, observed, parent
-from mcp.server import MCPServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from prodisco_sandbox import SandboxManager, _telemetry
 from prodisco_sandbox.local import LocalCluster
-from prodisco_sandbox.mcp import SandboxTools
-from prodisco_sandbox.mcp._serve import serve_http
 from prodisco_sandbox.mcp._telemetry import add_metrics
 
 from .support import (
@@ -36,7 +29,7 @@ from .support import (
     refused,
     rig,
     run,
-    served,
+    served_by_the_program,
 )
 
 __all__ = ["observed"]
@@ -65,23 +58,6 @@ async def post(url: str, era: str, code: str, *, meta: Mapping[str, str], **extr
             given |= {"MCP-Protocol-Version": era, "Mcp-Method": "tools/call", "Mcp-Name": "run_sandbox"}
         answer = await http.post(url, json=body, headers=given)
     assert '"isError":false' in answer.text
-
-
-@asynccontextmanager
-async def served_by_the_program(server: MCPServer[Any], tools: SandboxTools) -> AsyncIterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    task = asyncio.create_task(
-        serve_http(server, tools, listener=listener, path="/mcp", allowed_hosts=[], drain_timeout=0)
-    )
-    base = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    async with httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:
-        assert (await http.get(f"{base}/healthz")).status_code == 200
-    try:
-        yield f"{base}/mcp"
-    finally:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGTERM)
-        await served(task)
 
 
 @pytest.mark.parametrize("era", ERAS)
