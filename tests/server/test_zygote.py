@@ -11,12 +11,14 @@ import sys
 import venv
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import pytest_asyncio
 from _patience import PATIENCE, until
 
 from prodisco_sandbox.server._memory import Inherited, Memory, MemoryWatch
+from prodisco_sandbox.server._warm import Warm
 
 from .support import Server, Stub, alive, code, needs_bubblewrap, needs_landlock, running, with_tests
 
@@ -415,6 +417,31 @@ async def test_supervisors_are_used_again_unless_something_is_wrong(stub: Stub) 
     seen = [(await output(stub, show)).split() for _ in range(6)]
     assert len({child for child, _ in seen}) == 6
     assert len({parent for _, parent in seen}) < 6
+
+
+def test_supervisors_are_counted_in_a_thread_while_others_are_forked(tmp_path: Path) -> None:
+    warm = Warm(
+        spawn=Mock(),
+        make_cgroup=Mock(),
+        prelude=b"",
+        modules=[],
+        home=tmp_path,
+        writable=None,
+        most=0,
+        on_ready=Mock(),
+    )
+
+    class Forked(Mock):
+        pid = 1
+
+        @property
+        def ended(self) -> bool:
+            warm._supervisors.add(Mock(ended=False, pid=2))
+            return False
+
+    warm._supervisors.add(Forked())
+    assert warm.pids == {1}
+    assert warm.pids == {1, 2}
 
 
 async def test_memory_that_is_the_zygotes_is_free(tmp_path: Path) -> None:

@@ -278,9 +278,9 @@ class Warm:
 
     @property
     def pids(self) -> set[int]:
-        """The supervisors' process ids."""
-        self._supervisors = {supervisor for supervisor in self._supervisors if not supervisor.ended}
-        return {pid for supervisor in self._supervisors if (pid := supervisor.pid) is not None}
+        """The supervisors' process ids. In any thread: the set is copied at once, and not changed."""
+        living = [supervisor for supervisor in list(self._supervisors) if not supervisor.ended]
+        return {pid for supervisor in living if (pid := supervisor.pid) is not None}
 
     def take(self) -> Supervisor | None:
         """A supervisor to run an execution; None where there is no zygote, or it is out of date.
@@ -310,7 +310,7 @@ class Warm:
             if cgroup is not None:
                 cgroup.remove()
             raise
-        self._supervisors.add(supervisor)
+        self._supervisors = {other for other in self._supervisors if not other.ended} | {supervisor}
         return supervisor
 
     def fill(self, count: int) -> None:
