@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from _tools import tool
 
 import prodisco_sandbox
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig, errors
@@ -26,18 +27,10 @@ from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SITE = tool("build_docs")
 TROUBLESHOOTING = (ROOT / "docs/troubleshooting.md").read_text()
 
 BLOCK = re.compile(r"^( *)```([^\n`]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-
-
-def site() -> Any:
-    spec = importlib.util.spec_from_file_location("site_builder", ROOT / "tools/build_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -253,7 +246,7 @@ def test_the_dockerfile_of_the_documentation_is_built_on_an_image_of_ours() -> N
 
 def test_every_public_method_and_property_is_described() -> None:
     lacking = []
-    for qualified in (found for page in site().public_names().values() for found in page):
+    for qualified in (found for page in SITE.public_names().values() for found in page):
         module, _, attribute = qualified.rpartition(".")
         value = getattr(importlib.import_module(module), attribute)
         if not isinstance(value, type):
@@ -268,8 +261,7 @@ def test_every_public_method_and_property_is_described() -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    builder = site()
-    pages = builder.public_names()
+    pages = SITE.public_names()
     assert {found.rpartition(".")[2] for page in pages.values() for found in page} >= set(
         prodisco_sandbox.__all__
     )
@@ -277,7 +269,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     for page, names in pages.items():
         assert names, page
         assert f"\nreference/{page}\n" in index
-        text = builder.reference(page, names)
+        text = SITE.reference(page, names)
         assert all(re.search(rf"^\.\. auto\w+:: {re.escape(found)}$", text, re.MULTILINE) for found in names)
 
 
@@ -289,8 +281,8 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         if entry and not entry.startswith(":")
     }
     pages = {name(page).removeprefix("docs/").removesuffix(".md") for page in PAGES if "docs" in page.parts}
-    others = {page.removesuffix(".md") for page in site().PAGES.values()}
-    reference = {f"reference/{page}" for page in site().public_names()}
+    others = {page.removesuffix(".md") for page in SITE.PAGES.values()}
+    reference = {f"reference/{page}" for page in SITE.public_names()}
     assert entries == (pages - {"index"}) | others | reference
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from _patience import PATIENCE
+from _tools import tool
 
 import prodisco_sandbox
 
@@ -201,15 +201,6 @@ def test_the_sdist_builds_the_same_wheel(tmp_path: Path) -> None:
 
 
 # Releases
-
-
-def tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 DATED = "# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2027-01-31\n\n### Added\n\n- It.\n"
