@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -31,11 +31,8 @@ PAGES = {
 }
 """Pages that are not in docs/, and their names on the site."""
 
-MODULES = {
-    "testing": "prodisco_sandbox.testing",
-    "local": "prodisco_sandbox.local",
-    "mcp": "prodisco_sandbox.mcp",
-}
+MODULES = ("testing", "local", "mcp")
+"""Those that have public names of their own beside the package's, each on a page of its own."""
 TITLES = {
     "manager": "Manager",
     "config": "Settings",
@@ -59,8 +56,9 @@ def public_names() -> dict[str, list[str]]:
     for name in package.__all__:
         page = package._HOMES.get(name) or ("errors" if name.endswith("Error") else "results")
         pages[page].append(f"{package.__name__}.{name}")
-    for page, module in MODULES.items():
-        pages[page] = [f"{module}.{name}" for name in importlib.import_module(module).__all__]
+    for page in MODULES:
+        module = importlib.import_module(f"{package.__name__}.{page}")
+        pages[page] = [f"{module.__name__}.{name}" for name in module.__all__]
     return pages
 
 
@@ -175,16 +173,13 @@ def check_links(site: Path) -> int:
     return checked
 
 
-def undocumented(site: Path) -> list[str]:
-    """Public names, and their members, that are not in the site's index."""
+def undocumented(site: Path, names: Iterable[str]) -> list[str]:
+    """Those of the names that are not in the site's index."""
     from sphinx.util.inventory import InventoryFile  # type: ignore[import-not-found, unused-ignore]
 
     inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
     documented = {name for kind in inventory.data for name in inventory.data[kind]}
-    names = [name for names in public_names().values() for name in names]
-    return [
-        name for name in (*names, *(m for n in names for m in public_members(n))) if name not in documented
-    ]
+    return [name for name in names if name not in documented]
 
 
 def main() -> None:
@@ -206,10 +201,10 @@ def main() -> None:
     ]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit("the documentation has warnings")
-    if missing := undocumented(site):
-        raise SystemExit("not in the reference:\n" + "\n".join(missing))
     names = [name for names in public_names().values() for name in names]
-    members = {member for name in names for member in public_members(name)}
+    members = sorted({member for name in names for member in public_members(name)})
+    if missing := undocumented(site, [*names, *members]):
+        raise SystemExit("not in the reference:\n" + "\n".join(missing))
     links = check_links(site)
     print(f"{site}: {len(names)} public names, {len(members)} members of theirs, {links} links checked")
 
