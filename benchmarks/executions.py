@@ -41,20 +41,17 @@ class Server:
         self._stub = stub
 
     async def execute(self, code: str) -> float:
+        return await self._timed(self._stub.Execute, pb.ExecuteRequest(code=code, timeout_ms=120_000))
+
+    async def execute_test(self) -> float:
+        request = pb.ExecuteTestRequest(code="x = 1", tests="def test_x():\n    assert x == 1")
+        return await self._timed(self._stub.ExecuteTest, request)
+
+    async def _timed(self, call: Callable[[Any], Any], request: Any) -> float:
         """Milliseconds until the answer."""
         await asyncio.sleep(PAUSE)
         began = time.perf_counter()
-        answer = await self._stub.Execute(pb.ExecuteRequest(code=code, timeout_ms=120_000))
-        took = time.perf_counter() - began
-        if not answer.success:
-            raise RuntimeError(answer.error)
-        return took * 1000
-
-    async def execute_test(self) -> float:
-        await asyncio.sleep(PAUSE)
-        request = pb.ExecuteTestRequest(code="x = 1", tests="def test_x():\n    assert x == 1")
-        began = time.perf_counter()
-        answer = await self._stub.ExecuteTest(request)
+        answer = await call(request)
         took = time.perf_counter() - began
         if not answer.success:
             raise RuntimeError(answer.error)
