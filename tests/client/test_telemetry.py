@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from _patience import PATIENCE
+from _patience import PATIENCE, until
 from _spans import Observed, ident, observed, parent
 from opentelemetry import baggage, context
 from opentelemetry.trace import SpanKind, StatusCode
@@ -170,9 +170,7 @@ async def test_a_stream_that_is_left_is_cancelled(
     assert observed.values("executions") == {"cancelled": 1}
     async for _ in client.execute_stream(CODE):
         break
-    async with asyncio.timeout(PATIENCE):
-        while len(observed.spans()) < 2:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(observed.spans()) == 2)
     assert observed.values("executions") == {"cancelled": 2}
 
 
