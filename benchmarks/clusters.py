@@ -24,7 +24,6 @@ from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .controller import GROUP, next_address
 
-ROOT = Path(__file__).parents[1]
 KIND = "Sandbox"
 OURS = '"userAgent":"OpenAPI-Generator/'
 """In the audit log: a request of kubernetes_asyncio, and so not of a controller."""
@@ -194,13 +193,9 @@ def kubernetes_version() -> str | None:
 @asynccontextmanager
 async def real_cluster(sandbox_port: int) -> AsyncIterator[RealCluster]:
     """Boots one from the binaries in KUBEBUILDER_ASSETS; takes some five seconds."""
-    # What the tests boot: it needs trustme and this directory, but nothing of pytest.
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        from _apiserver import ApiServer
-        from _sandbox_crd import sandbox_crd
-    finally:
-        sys.path.remove(str(ROOT / "tests"))
+    # Not above: without the binaries this needs nothing of the tests.
+    from tests.support.apiserver import ApiServer
+    from tests.support.sandbox_crd import sandbox_crd
 
     crds = os.environ.get("AGENT_SANDBOX_CRDS")
     definition = Path(crds) / CRD_FILE if crds else sandbox_crd("v1beta1", "v1alpha1")

@@ -26,7 +26,7 @@ from prodisco_sandbox.local import LocalCluster
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 
 from .at_once import settled
-from .clusters import ROOT, Access, FakeCluster, RealCluster
+from .clusters import Access, FakeCluster, RealCluster
 from .contenders import Contender, Library, floor, library, ready_address
 from .measure import Figure, interleaved, percentile
 from .scale import Scale, Setting
@@ -106,11 +106,7 @@ async def real_pool(cluster: RealCluster, server: Any, members: int) -> AsyncIte
 @asynccontextmanager
 async def real_pools() -> AsyncIterator[MakePool]:
     """Pools under the real controller, with a program that plays the node: its pods are real servers."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        from controller.support import ControlPlane
-    finally:
-        sys.path.remove(str(ROOT / "tests"))
+    from tests.support.controller import ControlPlane
 
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from _leftovers import children, kept_open, left_running, open_files
-from _measuring import import_libraries, unmeasured
-from _patience import PATIENCE
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.support.leftovers import children, kept_open, left_running, open_files
+from tests.support.measuring import import_libraries, unmeasured
+from tests.support.patience import PATIENCE
 
 # A shared machine makes deadlines fail by chance, and the check of how long examples take to
 # draw. In CI a failure must come again, and must not depend on examples that an earlier run kept.
@@ -65,11 +66,11 @@ def _start_children_with_default_signals() -> None:
 
 
 _WITH_PROCESSES = (
-    *("server/", "mcp_tool/", "reliability/", "envtest/", "controller/", "cluster/"),
-    *("test_local", "test_demo"),
+    *("server/", "mcp/", "local/", "reliability/", "envtest/", "controller/", "e2e/"),
+    "project/test_demo",
 )
 # Each set in one worker: they share what takes seconds to start.
-_TOGETHER = ("envtest/", "controller/", "test_demo")
+_TOGETHER = ("envtest/", "controller/", "project/test_demo")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import pytest
 import structlog
-from _patience import PATIENCE
 
 from prodisco_sandbox._log import get_logger
+from tests.support.patience import PATIENCE
 
 
 def run(code: str) -> tuple[str, str]:

@@ -47,14 +47,14 @@ class Part:
 PARTS = (
     Part(
         "random interleavings of the session table's calls",
-        ("tests/test_sessions.py", "-k", "TestTable"),
+        ("tests/sessions/test_table.py", "-k", "TestTable"),
         "RELIABILITY_TRIES",
         5_000,
         ("steps of the table's machine",),
     ),
     Part(
         "random interleavings of calls, faults and deaths on the whole manager",
-        ("tests/manager/test_machine.py",),
+        ("tests/sessions/test_machine.py",),
         "MACHINE_EXAMPLES",
         8_000,
         (
@@ -66,7 +66,7 @@ PARTS = (
     ),
     Part(
         "every path interrupted at every step",
-        ("tests/manager/test_interruptions.py",),
+        ("tests/sessions/test_interruptions.py",),
         "INTERRUPTION_STRIDE",
         1,
         ("cancellations at a step", "other interruptions at a step"),
@@ -87,14 +87,14 @@ PARTS = (
     ),
     Part(
         "hostile session ids, and every failing path searched for them",
-        ("tests/manager/test_security.py", "tests/manager/test_events.py"),
+        ("tests/sessions/test_security.py", "tests/sessions/test_events.py"),
         "RELIABILITY_TRIES",
         100_000,
         ("session ids", "failing paths searched for the session id"),
     ),
     Part(
         "overload, a busy API server, hostile servers",
-        ("tests/manager/test_overload.py",),
+        ("tests/sessions/test_overload.py",),
         "",
         0,
         ("callers in overload", "refusals in overload", "faults injected", "hostile servers"),

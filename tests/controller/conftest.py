@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from _apiserver import booted
 
-from .support import ControlledNamespace, ControlPlane, controlled_namespace
+from tests.support.apiserver import booted
+from tests.support.controller import ControlledNamespace, ControlPlane, controlled_namespace
 
 
 @pytest.fixture(scope="session")

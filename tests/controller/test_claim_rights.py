@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from envtest.support import CLAIMS, EXTENSIONS, VERBS, lacks, until
-from manager.support import Clients
 
-from .support import ControlledNamespace
+from tests.support.controller import ControlledNamespace
+from tests.support.envtest import CLAIMS, EXTENSIONS, VERBS, lacks, until
+from tests.support.managers import Clients
 
 pytestmark = pytest.mark.controller
 

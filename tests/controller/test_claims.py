@@ -8,13 +8,13 @@ import time
 from typing import Any
 
 import pytest
-from _patience import PATIENCE, until
-from envtest.support import GROUP, PLURAL, Object
 
 from prodisco_sandbox import SandboxError, SandboxManager
 from prodisco_sandbox._cluster.claim import CLAIM
+from tests.support.controller import VERSION, ControlledNamespace
+from tests.support.envtest import GROUP, PLURAL, Object
+from tests.support.patience import PATIENCE, until
 
-from .support import VERSION, ControlledNamespace
 from .test_fates import fail_pod_at, ref
 from .test_life import another_machine, output
 

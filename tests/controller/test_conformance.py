@@ -1,4 +1,4 @@
-"""What the doubles are held to: the script of tests/test_controller_conformance.py."""
+"""What the doubles are held to: the script of tests/testing/test_controller_conformance.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from _conform_claims import ClaimWorld, play_claims
-from _conform_controller import World, play
 
-from .support import ControlledNamespace, controlled_namespace
+from tests.support.controller import ControlledNamespace, controlled_namespace
+from tests.testing.conform_claims import ClaimWorld, play_claims
+from tests.testing.conform_controller import World, play
 
 pytestmark = pytest.mark.controller
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from _patience import PATIENCE
-from envtest.support import CLAIMS, DEPLOY, EXTENSIONS, Object, accepted, connected, examples, until
 from kubernetes_asyncio.client import AuthorizationV1Api, CoreV1Api, CustomObjectsApi
 
 from prodisco_sandbox import SandboxManagerConfig, TlsConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
-
-from .support import ControlPlane, condition
+from tests.support.controller import ControlPlane, condition
+from tests.support.envtest import CLAIMS, DEPLOY, EXTENSIONS, Object, accepted, connected, examples, until
+from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.controller
 

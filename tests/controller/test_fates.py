@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _patience import until
-from envtest.support import GROUP, MERGE_PATCH, PLURAL, Object
 
 from prodisco_sandbox import (
     SandboxCapacityError,
@@ -23,8 +21,9 @@ from prodisco_sandbox import (
 )
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import session_hash, uid
-
-from .support import ControlledNamespace, condition
+from tests.support.controller import ControlledNamespace, condition
+from tests.support.envtest import GROUP, MERGE_PATCH, PLURAL, Object
+from tests.support.patience import until
 
 pytestmark = pytest.mark.controller
 

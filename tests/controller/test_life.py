@@ -7,13 +7,12 @@ import datetime as dt
 import time
 
 import pytest
-from _patience import PATIENCE, until
 
 from prodisco_sandbox import SandboxClient, SandboxManager
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import is_deleting
-
-from .support import ControlledNamespace, condition
+from tests.support.controller import ControlledNamespace, condition
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.controller
 

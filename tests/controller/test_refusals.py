@@ -7,14 +7,13 @@ import json
 from typing import Any
 
 import pytest
-from _patience import PATIENCE
-from envtest.support import GROUP, MERGE_PATCH, PLURAL, Object
 from kubernetes_asyncio.client import AdmissionregistrationV1Api
 
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.refusals import exceeded_quota, permanent_refusal
-
-from .support import ControlledNamespace, condition
+from tests.support.controller import ControlledNamespace, condition
+from tests.support.envtest import GROUP, MERGE_PATCH, PLURAL, Object
+from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.controller
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mcp_tool.support import ERAS
 
-from .replicas import CLIENTS, come_and_go, replicated
-from .support import ControlledNamespace
+from tests.support.controller import ControlledNamespace
+from tests.support.mcp_server import ERAS
+from tests.support.replicas import CLIENTS, come_and_go, replicated
 
 pytestmark = [pytest.mark.controller, pytest.mark.slow, pytest.mark.unmeasured]
 

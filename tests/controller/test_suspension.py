@@ -7,13 +7,13 @@ import time
 from typing import Any
 
 import pytest
-from _patience import PATIENCE, until
-from envtest.support import MERGE_PATCH, Object
 
 from prodisco_sandbox import SandboxFailedError, SandboxManager, SandboxRef
 from prodisco_sandbox._cluster.manifest import SANDBOX
+from tests.support.controller import ControlledNamespace, condition
+from tests.support.envtest import MERGE_PATCH, Object
+from tests.support.patience import PATIENCE, until
 
-from .support import ControlledNamespace, condition
 from .test_fates import ref
 from .test_life import another_machine, output
 

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import grpc
 import pytest
-from _patience import until
-from _spans import Observed, ident, observed
 
 from prodisco_sandbox._telemetry import ANNOTATION
-
-from .support import ControlledNamespace
+from tests.support.controller import ControlledNamespace
+from tests.support.patience import until
+from tests.support.spans import Observed, ident, observed
 
 __all__ = ["observed"]
 

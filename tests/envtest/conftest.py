@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from _apiserver import assets, booted
 
-from .support import (
+from tests.support.apiserver import assets, booted
+from tests.support.envtest import (
     VERSIONS,
     AuditedServer,
     Controller,

@@ -6,11 +6,9 @@ import asyncio
 import datetime as dt
 import time
 
-from _patience import PATIENCE
-
 from prodisco_sandbox.local import LocalCluster
-
-from .support import GROUP, Namespace, Object, connected, until
+from tests.support.envtest import GROUP, Namespace, Object, connected, until
+from tests.support.patience import PATIENCE
 
 
 async def live(namespace: Namespace, api_version: str, *, stored: bool = True) -> None:

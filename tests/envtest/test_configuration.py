@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _apiserver import User
-from _patience import PATIENCE
 from kubernetes_asyncio.client import CoreV1Api
 from kubernetes_asyncio.config import incluster_config
 
@@ -22,8 +20,9 @@ from prodisco_sandbox import (
     SandboxPermissionError,
     SandboxUnavailableError,
 )
-
-from .support import Namespace, until
+from tests.support.apiserver import User
+from tests.support.envtest import Namespace, until
+from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.envtest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from .support import DEPLOY, AuditedServer, accepted, examples
+from tests.support.envtest import DEPLOY, AuditedServer, accepted, examples
 
 pytestmark = pytest.mark.envtest
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from _sandbox_crd import sandbox_crd
 
 from prodisco_sandbox import SandboxUnavailableError
 from prodisco_sandbox.local import LocalCluster
+from tests.support.envtest import VERSIONS, Definitions, Namespace, connected, until
+from tests.support.sandbox_crd import sandbox_crd
 
 from .life import live
-from .support import VERSIONS, Definitions, Namespace, connected, until
 
 pytestmark = pytest.mark.envtest
 

@@ -6,12 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxConflictError, SandboxManagerConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
-
-from .support import GROUP, MERGE_PATCH, PLURAL, Controller, Gate, Namespace, Object, until
+from tests.support.envtest import GROUP, MERGE_PATCH, PLURAL, Controller, Gate, Namespace, Object, until
+from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.envtest
 

@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import pytest
 import trustme
-from _patience import PATIENCE
 from aiohttp import web
 from kubernetes_asyncio.client import AdmissionregistrationV1Api, ApiException, CoreV1Api
 
@@ -22,8 +21,8 @@ from prodisco_sandbox import (
     SandboxUnavailableError,
 )
 from prodisco_sandbox._cluster.manifest import SANDBOX
-
-from .support import CRD, GROUP, MERGE_PATCH, PLURAL, Controller, Namespace, until
+from tests.support.envtest import CRD, GROUP, MERGE_PATCH, PLURAL, Controller, Namespace, until
+from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.envtest
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _sandbox_crd import real_crd
 
 from prodisco_sandbox import SandboxFailedError, SandboxManagerConfig, TlsConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
+from tests.support.envtest import GROUP, PLURAL, Namespace, examples
+from tests.support.sandbox_crd import real_crd
 
 from .life import live
-from .support import GROUP, PLURAL, Namespace, examples
 
 pytestmark = pytest.mark.envtest
 

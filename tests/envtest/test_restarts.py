@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from _patience import PATIENCE
-from manager.support import Clients
 
-from .support import Controller, Namespace, until
+from tests.support.envtest import Controller, Namespace, until
+from tests.support.managers import Clients
+from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.envtest
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from manager.support import Clients
 
 from prodisco_sandbox import SandboxManager
 from prodisco_sandbox._cluster import watch as _watch
-
-from .support import VERBS, Controller, Namespace, lacks, rights, until
+from tests.support.envtest import VERBS, Controller, Namespace, lacks, rights, until
+from tests.support.managers import Clients
 
 pytestmark = pytest.mark.envtest
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from .support import Controller, Namespace, connections
+from tests.support.envtest import Controller, Namespace, connections
 
 pytestmark = pytest.mark.envtest
 

@@ -15,8 +15,8 @@ import pytest
 
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import lease_time
-
-from .support import Controller, Namespace, Object, until
+from tests.support import PROGRAMS, ROOT
+from tests.support.envtest import Controller, Namespace, Object, until
 
 pytestmark = pytest.mark.envtest
 
@@ -48,9 +48,9 @@ async def test_a_killed_manager_is_succeeded_or_its_lease_ends(
 
 
 def run_and_kill(kubeconfig: Path, *args: object) -> None:
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("manager_process.py")), *map(str, args)],
+        [sys.executable, str(PROGRAMS / "envtest_manager.py"), *map(str, args)],
         # A killed process leaves the certificates that kubernetes_asyncio writes to files.
         env=os.environ
         | {"KUBECONFIG": str(kubeconfig), "PYTHONPATH": path, "TMPDIR": str(kubeconfig.parent)},

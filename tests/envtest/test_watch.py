@@ -14,8 +14,7 @@ from kubernetes_asyncio.client import ApiException
 from prodisco_sandbox import SandboxManagerConfig
 from prodisco_sandbox._cluster import requests as kubernetes
 from prodisco_sandbox._cluster.manifest import SANDBOX
-
-from .support import (
+from tests.support.envtest import (
     GROUP,
     PLURAL,
     VERSIONS,

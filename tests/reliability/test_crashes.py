@@ -12,9 +12,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from _counts import count, tries
-from _local import processes, traces, until_gone
-from _patience import PATIENCE
+
+from tests.support.counts import count, tries
+from tests.support.local import processes, traces, until_gone
+from tests.support.patience import PATIENCE
 
 PROGRAM = """\
 import asyncio, contextlib, random, signal, sys

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxClient, SandboxError, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
+from tests.support.patience import PATIENCE
 
 FORKING = """\
 import asyncio, os, signal

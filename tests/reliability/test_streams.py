@@ -10,13 +10,13 @@ from typing import Any
 
 import anyio
 import pytest
-from _counts import count
-from _patience import PATIENCE
 
 from prodisco_sandbox import SandboxClient, SandboxManager
 from prodisco_sandbox.local import LocalCluster
 from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.testing import FakeSandboxServer
+from tests.support.counts import count
+from tests.support.patience import PATIENCE
 
 OUTPUTS = 6
 CODE = f"for number in range({OUTPUTS}): print(number, flush=True)"

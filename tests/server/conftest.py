@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from .support import Server, Stub, running
+from tests.support.servers import Server, Stub, running
 
 
 @pytest.fixture(scope="session")

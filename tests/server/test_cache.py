@@ -11,8 +11,7 @@ import pytest
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server._cache import ScriptCache, describe
-
-from .support import code, running
+from tests.support.servers import code, running
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _nested import removed_by_force
-from _patience import PATIENCE
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine, _usage
@@ -21,8 +19,18 @@ from prodisco_sandbox.server._cgroup import find_pids_cgroups
 from prodisco_sandbox.server._containment import Containment
 from prodisco_sandbox.server._memory import Memory
 from prodisco_sandbox.server._options import parse
-
-from .support import Server, Stub, alive, code, needs_bubblewrap, needs_landlock, own_cgroups, running
+from tests.support.nested import removed_by_force
+from tests.support.patience import PATIENCE
+from tests.support.servers import (
+    Server,
+    Stub,
+    alive,
+    code,
+    needs_bubblewrap,
+    needs_landlock,
+    own_cgroups,
+    running,
+)
 
 
 @pytest.fixture(scope="module", params=["warm_server", pytest.param("cold_server", marks=pytest.mark.slow)])

@@ -8,11 +8,10 @@ import time
 
 import grpc
 import pytest
-from _patience import PATIENCE, until
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
-
-from .support import Server, Stub, alive, code
+from tests.support.patience import PATIENCE, until
+from tests.support.servers import Server, Stub, alive, code
 
 
 async def test_output_and_success(stub: Stub) -> None:

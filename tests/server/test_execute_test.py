@@ -9,8 +9,7 @@ import pytest
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server._options import MAX_TIMEOUT_MS
 from prodisco_sandbox.server._service import _records
-
-from .support import Stub
+from tests.support.servers import Stub
 
 CODE = "def add(a, b):\n    return a + b\n\nif __name__ == '__main__':\n    1/0\n"
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from _patience import PATIENCE, until
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server._executions import Execution
-
-from .support import Server, Stub, alive, code, resident, running
+from tests.support.patience import PATIENCE, until
+from tests.support.servers import Server, Stub, alive, code, resident, running
 
 SLEEP = "import time; time.sleep(1000)"
 

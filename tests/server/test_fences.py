@@ -9,12 +9,11 @@ from typing import Any
 
 import grpc
 import pytest
-from _patience import PATIENCE
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
-
-from .support import Server, code, running, with_tests
+from tests.support.patience import PATIENCE
+from tests.support.servers import Server, code, running, with_tests
 
 POD = "sandbox-1"
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from prodisco_sandbox import ExecutionResult, SandboxClient
-
-from .support import Server
+from tests.support.servers import Server
 
 pytestmark = [
     pytest.mark.slow,

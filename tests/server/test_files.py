@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from _patience import PATIENCE, until
 
 from prodisco_sandbox import SandboxCapacityError, SandboxClient, SandboxError, SandboxPermissionError
 from prodisco_sandbox.proto import files_pb2 as pb
@@ -27,8 +26,8 @@ from prodisco_sandbox.server._beneath import Beneath, Upload
 from prodisco_sandbox.server._fence import Fence
 from prodisco_sandbox.server._files import FileService, add_to_server
 from prodisco_sandbox.server._usage import disk_usage
-
-from .support import Server, running
+from tests.support.patience import PATIENCE, until
+from tests.support.servers import Server, running
 
 if TYPE_CHECKING:
     Stub = files_pb2_grpc.FileServiceAsyncStub

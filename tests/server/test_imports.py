@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .support import Stub, code, running, with_tests
+from tests.support.servers import Stub, code, running, with_tests
 
 # Writes a module, as an editor does, at a time that is always the same: to bytecode, which
 # notes seconds and size, no version of it differs from another.

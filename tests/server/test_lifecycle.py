@@ -15,9 +15,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from _nested import nest, removed_by_force
-from _patience import PATIENCE, until
-from _ports import free_ports
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
@@ -25,8 +22,10 @@ from prodisco_sandbox.server import _confine
 from prodisco_sandbox.server._app import Directories
 from prodisco_sandbox.server._options import parse
 from prodisco_sandbox.server._removal import _flatten
-
-from .support import Server, Stub, alive, code, running, tls_options
+from tests.support.nested import nest, removed_by_force
+from tests.support.patience import PATIENCE, until
+from tests.support.ports import free_ports
+from tests.support.servers import Server, Stub, alive, code, running, tls_options
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -10,8 +10,7 @@ import pytest
 
 from prodisco_sandbox.server._shared_memory import _refusal
 from prodisco_sandbox.server._usage import disk_usage
-
-from .support import Stub, code, needs_bubblewrap, needs_landlock, running, tls_options
+from tests.support.servers import Stub, code, needs_bubblewrap, needs_landlock, running, tls_options
 
 
 async def replace(stub: Stub, place: str, target: Path) -> None:

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
-from _patience import PATIENCE
 
 from prodisco_sandbox.server import _memory
 from prodisco_sandbox.server._cgroup import find_memory_cgroup
 from prodisco_sandbox.server._memory import Container, Memory, MemoryWatch
-
-from .support import Server, Stub, code, running, with_tests
+from tests.support.patience import PATIENCE
+from tests.support.servers import Server, Stub, code, running, with_tests
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -14,12 +14,11 @@ import uuid
 from pathlib import Path
 
 import pytest
-from _patience import PATIENCE, until
 
 from prodisco_sandbox.server import _confine
 from prodisco_sandbox.server._shared_memory import SharedMemory, _refusal
-
-from .support import Stub, code, needs_bubblewrap, running, with_tests
+from tests.support.patience import PATIENCE, until
+from tests.support.servers import Stub, code, needs_bubblewrap, running, with_tests
 
 COMMON = """
 import sys

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prodisco_sandbox.server._options import SETTINGS, OptionsError, parse
+from tests.support import ROOT
 
 
 def test_defaults() -> None:
@@ -111,7 +112,7 @@ def test_lists() -> None:
 
 
 def test_the_documentation_lists_every_setting_with_its_default() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    text = (ROOT / "docs/server.md").read_text()
     for setting in SETTINGS:
         row = next(line for line in text.splitlines() if line.startswith(f"| `--{setting.name}`"))
         cells = [cell.strip() for cell in row.split("|")]

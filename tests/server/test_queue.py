@@ -11,14 +11,13 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from _patience import PATIENCE, until
 
 from prodisco_sandbox import SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxUnavailableError
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.results import ExecutionState
-
-from .support import Server, running
+from tests.support.patience import PATIENCE, until
+from tests.support.servers import Server, running
 
 SLEEP = "import time; time.sleep(60)"
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import grpc
 import pytest
-from _spans import TracedServers
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
-
-from .support import running
+from tests.support.servers import running
+from tests.support.spans import TracedServers
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CONTEXT = (("traceparent", f"00-{TRACE}-{CALLER}-01"), ("tracestate", "vendor=value"))

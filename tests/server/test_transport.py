@@ -12,8 +12,7 @@ import pytest
 from prodisco_sandbox.server._app import CHANNEL_OPTIONS
 from prodisco_sandbox.server._options import OptionsError, parse
 from prodisco_sandbox.server._transport import bind, credentials
-
-from .support import Server, tls_options
+from tests.support.servers import Server, tls_options
 
 
 async def refusal(*argv: str) -> str:

@@ -15,12 +15,20 @@ from unittest.mock import Mock
 
 import pytest
 import pytest_asyncio
-from _patience import PATIENCE, until
 
 from prodisco_sandbox.server._memory import Inherited, Memory, MemoryWatch
 from prodisco_sandbox.server._warm import Warm
-
-from .support import Server, Stub, alive, code, needs_bubblewrap, needs_landlock, running, with_tests
+from tests.support.patience import PATIENCE, until
+from tests.support.servers import (
+    Server,
+    Stub,
+    alive,
+    code,
+    needs_bubblewrap,
+    needs_landlock,
+    running,
+    with_tests,
+)
 
 MIB = 1 << 20
 

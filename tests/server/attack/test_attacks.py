@@ -19,12 +19,11 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from _patience import PATIENCE, until
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine, _tree
-
-from ..support import Server, Stub, alive, code, needs_landlock, own_cgroups, resident, running
+from tests.support.patience import PATIENCE, until
+from tests.support.servers import Server, Stub, alive, code, needs_landlock, own_cgroups, resident, running
 
 pytestmark = pytest.mark.slow
 
