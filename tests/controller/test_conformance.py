@@ -1,4 +1,4 @@
-"""What the doubles are held to: the script of tests/testing/test_controller_conformance.py."""
+"""What the doubles are held to: the scripts of tests/testing/conformance."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.controller import ControlledNamespace, controlled_namespace
-from tests.testing.conform_claims import ClaimWorld, play_claims
-from tests.testing.conform_controller import World, play
+from tests.testing.conformance.test_claims import ClaimWorld, play_claims
+from tests.testing.conformance.test_sandboxes import World, play
 
 pytestmark = pytest.mark.controller
 

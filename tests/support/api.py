@@ -14,10 +14,6 @@ from kubernetes_asyncio.client import ApiException
 
 from tests.support.patience import PATIENCE
 
-# Before they are imported, so that their assertions say what they found.
-for name in ("kinds", "lists", "requests", "watches"):
-    pytest.register_assert_rewrite(f"tests.testing.conform_{name}")
-
 GROUP, PLURAL = "agents.x-k8s.io", "sandboxes"
 MERGE = "application/merge-patch+json"
 QUOTA = f"count/{PLURAL}.{GROUP}"

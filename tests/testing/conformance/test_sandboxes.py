@@ -1,4 +1,7 @@
-"""One script for every controller of Sandboxes, and what a client's watch sees of it."""
+"""One script for every controller of Sandboxes, and what a client's watch sees of it.
+
+Here FakeCustomObjectsApi and LocalCluster play it; in tests/controller the real controller.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,18 @@ import datetime as dt
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from prodisco_sandbox import SandboxManagerConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import session_hash
+from prodisco_sandbox.local import LocalCluster
+from prodisco_sandbox.testing import FakeCustomObjectsApi
 from tests.support.api import GROUP, MERGE, PLURAL
+from tests.support.local import STUB, stub
 from tests.support.patience import until
 
 Object = dict[str, Any]
@@ -241,3 +250,30 @@ async def play(world: World) -> None:
             world.patch(shutdownTime=just_over()), f"{READY} +ip older", f"{EXPIRED} +ip", EXPIRED
         )
         await world.step(world.patch(shutdownPolicy="Delete"), f"{EXPIRED} older", "DELETED")
+
+
+@pytest.mark.looptime
+async def test_the_fake_api() -> None:
+    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+
+        async def delete_pod(name: str) -> None:
+            api.delete_pod(name)
+
+        async def fail_pod(name: str) -> None:
+            api.fail_pod(name)
+
+        await play(World(api, SandboxManagerConfig(mode="multi"), delete_pod, fail_pod))
+
+
+async def test_a_local_cluster(tmp_path: Path) -> None:
+    script = STUB.replace("echo", "trap 'exit 0' TERM\necho", 1)
+    async with LocalCluster(python=stub(tmp_path, script)) as cluster:
+
+        async def delete_pod(name: str) -> None:
+            cluster.delete_pod(name)
+
+        async def fail_pod(name: str) -> None:
+            cluster.kill(name)
+
+        api = cluster.custom_objects_api
+        await play(World(api, cluster.config(), delete_pod, fail_pod, tells_how=True))

@@ -11,7 +11,7 @@ from kubernetes_asyncio.client.exceptions import ApiTypeError, ApiValueError
 from tests.support.api import GROUP, PLURAL, QUOTA, Cluster, Object, body, lean, refusal
 
 
-class Requests:
+class TestRequests:
     async def test_discovery_tells_what_is_served(self, cluster: Cluster) -> None:
         for version in ("v1beta1", "v1alpha1"):
             for api in (cluster.api, cluster.nobody):

@@ -73,7 +73,7 @@ def body(plural: str, name: str = "a", **changes: Any) -> Object:
     return {**own, "spec": copy.deepcopy(spec) | changes}
 
 
-class Kinds:
+class TestKinds:
     @pytest.fixture
     def extended(self, cluster: Cluster) -> Cluster:
         if not cluster.extensions:

@@ -13,7 +13,7 @@ from tests.support.api import GROUP, PLURAL, Cluster, body, events
 from tests.support.patience import PATIENCE
 
 
-class Watches:
+class TestWatches:
     async def test_a_watch_begins_with_what_there_is(self, cluster: Cluster) -> None:
         for name in "ab":
             await cluster.create(body(name, labels={"x": name}))

@@ -10,7 +10,7 @@ from kubernetes_asyncio.client import ApiException
 from tests.support.api import Cluster, body, refusal
 
 
-class Lists:
+class TestLists:
     async def test_selectors(self, cluster: Cluster) -> None:
         for name, labels in (("a", {"x": "1"}), ("b", {"x": "2"}), ("c", {"y": ""}), ("d", {})):
             await cluster.create(body(name, labels=labels))

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from prodisco_sandbox import SandboxManagerConfig
 from prodisco_sandbox._cluster.manifest import sandbox_spec
+from prodisco_sandbox.local import LocalCluster
+from prodisco_sandbox.testing import FakeCustomObjectsApi
 from tests.support.api import GROUP, MERGE, PLURAL
-from tests.support.patience import PATIENCE
-from tests.testing.conform_controller import Maybe, Object, World, just_over
+from tests.support.local import STUB, stub
+from tests.support.patience import PATIENCE, until
+
+from .test_sandboxes import Maybe, Object, World, just_over
 
 EXTENSIONS = "extensions.agents.x-k8s.io"
 POOL, TEMPLATE = "python", "template"
@@ -275,3 +283,31 @@ async def play_scaled(world: ClaimWorld) -> None:
         f"g1 first seen {READY}/1 cold +ip",
     )
     await world.step(world.delete(), "DELETED")
+
+
+@pytest.mark.looptime
+async def test_claims_on_the_fake_api() -> None:
+    async with FakeCustomObjectsApi(auto_ready=1.0) as api:
+
+        async def delete_pod(name: str) -> None:
+            api.delete_pod(name)
+
+        await play_claims(ClaimWorld(api, SandboxManagerConfig(mode="multi"), delete_pod, delete_pod))
+
+
+class LocalClaims(ClaimWorld):
+    async def scaled(self, replicas: int, *, scale: bool = False) -> None:
+        await until(self.has_member)
+
+    async def has_member(self) -> bool:
+        return [is_ready(member) for member in await self.members()] == [True]
+
+
+async def test_claims_on_a_local_cluster(tmp_path: Path) -> None:
+    script = STUB.replace("echo", "trap 'exit 0' TERM\necho", 1)
+    async with LocalCluster(python=stub(tmp_path, script), warm=1) as cluster:
+
+        async def delete_pod(name: str) -> None:
+            cluster.delete_pod(name)
+
+        await play_local(LocalClaims(cluster.custom_objects_api, cluster.config(), delete_pod, delete_pod))
