@@ -87,7 +87,7 @@ PARTS = (
     ),
     Part(
         "hostile session ids, and every failing path searched for them",
-        ("tests/sessions/test_security.py", "tests/sessions/test_events.py"),
+        ("tests/sessions/test_security.py", "tests/sessions/test_failures.py"),
         "RELIABILITY_TRIES",
         100_000,
         ("session ids", "failing paths searched for the session id"),

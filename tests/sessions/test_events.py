@@ -1,12 +1,9 @@
-"""Whatever fails is logged once, with what is known of it, and counted; never with the session id."""
+"""Events are counted whether they are logged or not, and know nothing of the caller."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from contextvars import ContextVar
-from pathlib import Path
-from typing import Any
 
 import pytest
 import structlog
@@ -16,71 +13,9 @@ from prodisco_sandbox import SandboxError, SandboxManagerConfig
 from prodisco_sandbox._log import get_logger
 from tests.support.managers import Clients, LoopTimeApi, StubClient, managed
 
-from .failures import FAILURES, SESSION, Failure, world
+from .test_failures import SESSION, events, world
 
 pytestmark = pytest.mark.looptime
-
-GOOD = {
-    "sandbox_created",
-    "sandbox_recreated",
-    "sandbox_ready",
-    "sandbox_started_warm",
-    "sandbox_started_cold",
-    "sandbox_adopted",
-    "sandbox_attached",
-    "sandbox_detached",
-    "lapsed_deleted",
-    "eviction_failed",
-    "sandbox_suspended",
-    "sandbox_resumed",
-    "sandbox_evicted",
-    "sandbox_reaped",
-    "sandbox_closed",
-    "sandbox_deleted",
-    "watch_restored",
-    "credentials_renewed",
-    "task_ended",
-}
-"""What is logged although nothing has gone wrong."""
-
-
-def events(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    return [record.__dict__["sandbox"] for record in caplog.records if "sandbox" in record.__dict__]
-
-
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.happens.__name__)
-async def test_a_failure_is_logged_and_counted(failure: Failure, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("DEBUG", "prodisco_sandbox")
-    async with world(**failure.settings) as w:
-        await failure.happens(w)
-        stats = w.manager.stats()
-        told = events(caplog)
-        seen = Counter(event["event"] for event in told)
-        assert set(seen) - GOOD == {failure.event} | failure.also
-        assert seen[failure.event] == failure.times
-        assert stats.events == seen
-        for event in told:
-            if event["event"] == failure.event:
-                assert set(failure.has.split()) <= event.keys(), event
-                assert event.get("reason", "-"), "a failure has its reason"
-        attempts = [
-            event["attempt"] for event in told if event["event"] == failure.event and "attempt" in event
-        ]
-        assert attempts == list(range(1, len(attempts) + 1))
-        assert {name: getattr(stats, name) for name in failure.counts} == failure.counts
-        w.api.allow("create", "delete", "patch", "watch")
-
-
-def test_every_event_is_walked() -> None:
-    found = set()
-    source = Path(prodisco_sandbox.__file__).parent
-    for path in [*source.glob("*.py"), *source.glob("_*/*.py")]:
-        found |= set(
-            re.findall(
-                r"log\.(?:debug|info|warning|error|exception|log)\((?:level, )?\s*\"(\w+)\"", path.read_text()
-            )
-        )
-    assert found == GOOD | {failure.event for failure in FAILURES}
 
 
 async def test_what_is_too_low_to_be_logged_is_counted_all_the_same(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,15 +1,19 @@
-"""Every way in which a manager meets a failure: what happens, and what it must say of it."""
+"""Every way in which a manager meets a failure: it is logged once, with what is known of it, and counted."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import prodisco_sandbox
 from prodisco_sandbox import (
     SandboxCapacityError,
     SandboxConflictError,
@@ -36,6 +40,8 @@ from tests.support.managers import (
     settle,
     suspend,
 )
+
+pytestmark = pytest.mark.looptime
 
 MARK = "alices-secret-5f3a9c"
 SESSION = f"\n../{MARK}\x00{{}}%s'\"é\ud800"
@@ -67,6 +73,7 @@ class World:
 
     api: FakeCustomObjectsApi
     clients: Clients
+    config: SandboxManagerConfig
     manager: SandboxManager
     errors: list[BaseException] = field(default_factory=list)
 
@@ -81,15 +88,19 @@ class World:
 
 @asynccontextmanager
 async def world(
-    make: Callable[[str], StubClient] = StubClient, auto_ready: Any = True, **settings: Any
+    make: Callable[[str], StubClient] = StubClient,
+    auto_ready: Any = True,
+    behind: float = 0.0,
+    **settings: Any,
 ) -> AsyncIterator[World]:
-    async with LoopTimeApi(auto_ready=auto_ready) as api:
+    """A world whose API server's clock is so many seconds behind the manager's."""
+    async with LoopTimeApi(auto_ready=auto_ready, now=lambda: now() - behind) as api:
         clients = Clients(make)
         loop = asyncio.get_running_loop()
         config = SandboxManagerConfig(**{"mode": "multi", "instance_id": "me", **settings})
         manager = SandboxManager(config, custom_objects_api=api, client_factory=clients, wall_clock=loop.time)
         try:
-            yield World(api, clients, manager)
+            yield World(api, clients, config, manager)
         finally:
             await manager.shutdown()
 
@@ -221,7 +232,7 @@ async def a_server_is_never_healthy(w: World) -> None:
 
 @failure("sandbox_failed", "sandbox reason duration", counts={"failed": 1})
 async def the_name_is_taken(w: World) -> None:
-    body = SANDBOX.body(w.manager._config, "v1beta1", w.sandbox(), session_hash("somebody else's"))
+    body = SANDBOX.body(w.config, "v1beta1", w.sandbox(), session_hash("somebody else's"))
     await w.api.create_namespaced_custom_object(GROUP, "v1beta1", "prodisco", PLURAL, body)
     await w.fails(w.manager.get_client(SESSION), SandboxConflictError)
 
@@ -509,7 +520,72 @@ async def a_deadline_stays(w: World) -> None:
             await asyncio.sleep(320)
 
 
-@failure("clocks_apart", "ahead clock_skew", shared=True, instance_id="group", clock_skew=10.0)
+@failure("clocks_apart", "ahead clock_skew", shared=True, instance_id="group", clock_skew=10.0, behind=60.0)
 async def the_clocks_are_apart(w: World) -> None:
-    w.api._store._now = lambda: now() - 60.0
     await w.manager.get_client(SESSION)
+
+
+# What is said of them
+
+
+GOOD = {
+    "sandbox_created",
+    "sandbox_recreated",
+    "sandbox_ready",
+    "sandbox_started_warm",
+    "sandbox_started_cold",
+    "sandbox_adopted",
+    "sandbox_attached",
+    "sandbox_detached",
+    "lapsed_deleted",
+    "eviction_failed",
+    "sandbox_suspended",
+    "sandbox_resumed",
+    "sandbox_evicted",
+    "sandbox_reaped",
+    "sandbox_closed",
+    "sandbox_deleted",
+    "watch_restored",
+    "credentials_renewed",
+    "task_ended",
+}
+"""What is logged although nothing has gone wrong."""
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [record.__dict__["sandbox"] for record in caplog.records if "sandbox" in record.__dict__]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.happens.__name__)
+async def test_a_failure_is_logged_and_counted(failure: Failure, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "prodisco_sandbox")
+    async with world(**failure.settings) as w:
+        await failure.happens(w)
+        stats = w.manager.stats()
+        told = events(caplog)
+        seen = Counter(event["event"] for event in told)
+        assert set(seen) - GOOD == {failure.event} | failure.also
+        assert seen[failure.event] == failure.times
+        assert stats.events == seen
+        for event in told:
+            if event["event"] == failure.event:
+                assert set(failure.has.split()) <= event.keys(), event
+                assert event.get("reason", "-"), "a failure has its reason"
+        attempts = [
+            event["attempt"] for event in told if event["event"] == failure.event and "attempt" in event
+        ]
+        assert attempts == list(range(1, len(attempts) + 1))
+        assert {name: getattr(stats, name) for name in failure.counts} == failure.counts
+        w.api.allow("create", "delete", "patch", "watch")
+
+
+def test_every_event_is_walked() -> None:
+    found = set()
+    source = Path(prodisco_sandbox.__file__).parent
+    for path in [*source.glob("*.py"), *source.glob("_*/*.py")]:
+        found |= set(
+            re.findall(
+                r"log\.(?:debug|info|warning|error|exception|log)\((?:level, )?\s*\"(\w+)\"", path.read_text()
+            )
+        )
+    assert found == GOOD | {failure.event for failure in FAILURES}

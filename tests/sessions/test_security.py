@@ -24,7 +24,7 @@ from prodisco_sandbox._targets import grpc_address
 from tests.support.counts import count, tries
 from tests.support.managers import LoopTimeApi, StubClient, alive, left_behind, managed
 
-from .failures import FAILURES, MARK, OTHER, SESSION, Failure, World, world
+from .test_failures import FAILURES, MARK, OTHER, SESSION, Failure, World, world
 
 CONFIG = SandboxManagerConfig(mode="multi", instance_id="me")
 DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
