@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.controller.test_replicas import come_and_go, replicated
 from tests.support.pods import NAMESPACE, Pods
-from tests.support.replicas import come_and_go, replicated
 
 pytestmark = pytest.mark.cluster
 

@@ -12,7 +12,7 @@ from prodisco_sandbox._cluster.manifest import SANDBOX
 from tests.support.envtest import GROUP, PLURAL, Namespace, examples
 from tests.support.sandbox_crd import real_crd
 
-from .life import live
+from .test_lifecycle import live
 
 pytestmark = pytest.mark.envtest
 

@@ -24,7 +24,6 @@ from prodisco_sandbox.mcp._options import make_parser
 from prodisco_sandbox.mcp._serve import make_server, serve_http
 from prodisco_sandbox.mcp._tokens import TokenFile
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
-from tests.support.issuer import AUDIENCE, OTHER_KEY, FakeIssuer
 from tests.support.mcp_server import (
     ERAS,
     INITIALIZE,
@@ -40,7 +39,7 @@ from tests.support.mcp_server import (
 )
 from tests.support.patience import PATIENCE
 
-from .test_oidc import in_parts
+from .test_oidc import AUDIENCE, OTHER_KEY, FakeIssuer, in_parts
 from .test_real import Program
 
 ANN, BOB = "ann-s3cret-0123456789", "bob/s3cret+0123456789=="

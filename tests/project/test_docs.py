@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -23,11 +24,10 @@ from prodisco_sandbox import SandboxManager, SandboxManagerConfig, errors
 from prodisco_sandbox.mcp._options import make_parser, with_file
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
 from tests.support import ROOT
-from tests.support.tools import tool
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SITE = tool("build_docs")
+SITE = importlib.import_module("tools.build_docs")
 TROUBLESHOOTING = (ROOT / "docs/troubleshooting.md").read_text()
 
 BLOCK = re.compile(r"^( *)```([^\n`]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)

@@ -23,7 +23,8 @@ from prodisco_sandbox._cluster.metadata import LABEL_SESSION, is_deleting, label
 from prodisco_sandbox.testing import FakeCustomObjectsApi
 from tests.support.counts import count
 from tests.support.managers import LoopTimeApi, StubClient
-from tests.support.spinning import end, run_bounded, tries
+
+from .test_machine import end, run_bounded, tries
 
 IDLE, SKEW, READY = 120.0, 30.0, 20.0
 SLACK = IDLE / 2
