@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.support.controller import ControlledNamespace
-from tests.support.envtest import CLAIMS, EXTENSIONS, VERBS, lacks, until
+from tests.support.envtest import CLAIMS, EXTENSIONS, VERBS, lacks
 from tests.support.managers import Clients
+from tests.support.patience import until
 
 pytestmark = pytest.mark.controller
 

@@ -15,8 +15,8 @@ from kubernetes_asyncio.client import AuthorizationV1Api, CoreV1Api, CustomObjec
 from prodisco_sandbox import SandboxManagerConfig, TlsConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from tests.support.controller import ControlPlane, condition
-from tests.support.envtest import CLAIMS, DEPLOY, EXTENSIONS, Object, accepted, connected, examples, until
-from tests.support.patience import PATIENCE
+from tests.support.envtest import CLAIMS, DEPLOY, EXTENSIONS, Object, accepted, connected, examples
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.controller
 

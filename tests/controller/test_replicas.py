@@ -48,7 +48,7 @@ class Replica:
                 env=environment,
                 stderr=log,
             )
-        await until(self._has_begun, 3 * PATIENCE)
+        await until(self._has_begun, seconds=3 * PATIENCE)
         found = re.search(r"listening on http://127\.0\.0\.1:(\d+)/", self._log.read_text())
         assert found is not None, self._log.read_text()
         self.port = int(found[1])

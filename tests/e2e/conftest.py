@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.support.pods import GONE, Pods, administered, until
+from tests.support.patience import until
+from tests.support.pods import GONE, Pods, administered
 
 
 @pytest.fixture(scope="session")

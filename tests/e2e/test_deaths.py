@@ -16,7 +16,8 @@ from prodisco_sandbox import (
 )
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import is_deleting
-from tests.support.pods import READY, Pods, limits, managed, output, pod_template, until
+from tests.support.patience import until
+from tests.support.pods import READY, Pods, limits, managed, output, pod_template
 
 pytestmark = pytest.mark.cluster
 

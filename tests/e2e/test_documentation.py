@@ -12,7 +12,8 @@ from kubernetes_asyncio.client import ApiException, CoreV1Api, NodeV1Api
 
 from prodisco_sandbox import SandboxCapacityError
 from tests.support.envtest import examples
-from tests.support.pods import GONE, Pods, managed, output, tls_secret, until
+from tests.support.patience import until
+from tests.support.pods import GONE, Pods, managed, output, tls_secret
 
 pytestmark = pytest.mark.cluster
 

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from tests.support.pods import NAMESPACE, Pods, limits, managed, output, pod_template, until
+from tests.support.patience import until
+from tests.support.pods import NAMESPACE, Pods, limits, managed, output, pod_template
 
 pytestmark = pytest.mark.cluster
 

@@ -15,7 +15,8 @@ from kubernetes_asyncio.client import AppsV1Api, CoreV1Api, RbacAuthorizationV1A
 from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX
 from tests.support.envtest import DEPLOY, rights
 from tests.support.mcp_server import connect, run
-from tests.support.pods import NAMESPACE, READY, Object, Pods, until
+from tests.support.patience import until
+from tests.support.pods import NAMESPACE, READY, Object, Pods
 
 pytestmark = pytest.mark.cluster
 

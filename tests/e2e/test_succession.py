@@ -15,7 +15,8 @@ import pytest
 
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from tests.support import PROGRAMS
-from tests.support.pods import NAMESPACE, READY, Pods, managed, output, until
+from tests.support.patience import until
+from tests.support.pods import NAMESPACE, READY, Pods, managed, output
 
 pytestmark = pytest.mark.cluster
 

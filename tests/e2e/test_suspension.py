@@ -14,7 +14,8 @@ from kubernetes_asyncio.client import CoreV1Api, StorageV1Api
 
 from prodisco_sandbox import SandboxManager, SandboxRef
 from tests.support.controller import condition
-from tests.support.pods import GONE, READY, Pods, managed, output, until
+from tests.support.patience import until
+from tests.support.pods import GONE, READY, Pods, managed, output
 
 pytestmark = pytest.mark.cluster
 

@@ -19,6 +19,7 @@ from kubernetes_asyncio.client import CoreV1Api, CustomObjectsApi
 from prodisco_sandbox import SandboxManager
 from prodisco_sandbox._cluster.metadata import is_deleting
 from tests.support.envtest import CLAIMS, DEPLOY, EXTENSIONS, MERGE_PATCH
+from tests.support.patience import until
 from tests.support.pods import (
     NAMESPACE,
     READY,
@@ -29,7 +30,6 @@ from tests.support.pods import (
     output,
     pod_template,
     tls_secret,
-    until,
 )
 
 from .test_succession import LEASE, run_and_kill

@@ -21,8 +21,8 @@ from prodisco_sandbox import (
     SandboxUnavailableError,
 )
 from tests.support.apiserver import User
-from tests.support.envtest import Namespace, until
-from tests.support.patience import PATIENCE
+from tests.support.envtest import Namespace
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.envtest
 

@@ -10,8 +10,8 @@ import pytest
 
 from prodisco_sandbox import SandboxUnavailableError
 from prodisco_sandbox.local import LocalCluster
-from tests.support.envtest import GROUP, VERSIONS, Definitions, Namespace, Object, connected, until
-from tests.support.patience import PATIENCE
+from tests.support.envtest import GROUP, VERSIONS, Definitions, Namespace, Object, connected
+from tests.support.patience import PATIENCE, until
 from tests.support.sandbox_crd import sandbox_crd
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from prodisco_sandbox import SandboxConflictError, SandboxManagerConfig
 from prodisco_sandbox._cluster.manifest import SANDBOX
-from tests.support.envtest import GROUP, MERGE_PATCH, PLURAL, Controller, Gate, Namespace, Object, until
-from tests.support.patience import PATIENCE
+from tests.support.envtest import GROUP, MERGE_PATCH, PLURAL, Controller, Gate, Namespace, Object
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.envtest
 

@@ -21,8 +21,8 @@ from prodisco_sandbox import (
     SandboxUnavailableError,
 )
 from prodisco_sandbox._cluster.manifest import SANDBOX
-from tests.support.envtest import CRD, GROUP, MERGE_PATCH, PLURAL, Controller, Namespace, until
-from tests.support.patience import PATIENCE
+from tests.support.envtest import CRD, GROUP, MERGE_PATCH, PLURAL, Controller, Namespace
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.envtest
 

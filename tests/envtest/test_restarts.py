@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.envtest import Controller, Namespace, until
+from tests.support.envtest import Controller, Namespace
 from tests.support.managers import Clients
-from tests.support.patience import PATIENCE
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.envtest
 

@@ -6,8 +6,9 @@ import pytest
 
 from prodisco_sandbox import SandboxManager
 from prodisco_sandbox._cluster import watch as _watch
-from tests.support.envtest import VERBS, Controller, Namespace, lacks, rights, until
+from tests.support.envtest import VERBS, Controller, Namespace, lacks, rights
 from tests.support.managers import Clients
+from tests.support.patience import until
 
 pytestmark = pytest.mark.envtest
 

@@ -16,7 +16,8 @@ import pytest
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import lease_time
 from tests.support import PROGRAMS, ROOT
-from tests.support.envtest import Controller, Namespace, Object, until
+from tests.support.envtest import Controller, Namespace, Object
+from tests.support.patience import until
 
 pytestmark = pytest.mark.envtest
 

@@ -28,8 +28,8 @@ from tests.support.envtest import (
     connected,
     made_namespace,
     ready,
-    until,
 )
+from tests.support.patience import until
 
 pytestmark = pytest.mark.envtest
 

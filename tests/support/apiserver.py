@@ -11,10 +11,9 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -22,6 +21,7 @@ import pytest
 import trustme
 from kubernetes_asyncio.client import ApiClient, Configuration
 
+from tests.support.patience import wait
 from tests.support.ports import free_ports
 
 User = Literal["admin", "nobody"]
@@ -61,7 +61,7 @@ def booted(server: Server) -> Iterator[Server]:
     """The server while it runs; where it does not boot, the tests that need it skip and say why."""
     try:
         server.__enter__()
-    except (OSError, RuntimeError, TimeoutError, subprocess.TimeoutExpired) as e:
+    except (OSError, RuntimeError, AssertionError, subprocess.TimeoutExpired) as e:
         pytest.skip(f"{type(server).__name__} does not boot here: {e}")
     try:
         yield server
@@ -242,7 +242,7 @@ class ApiServer:
                 return False
             return plural in {resource["name"] for resource in json.loads(self.get(version))["resources"]}
 
-        wait(f"{crd} in {', '.join(sorted(wanted))}", served, 60)
+        wait(served, f"{crd} in {', '.join(sorted(wanted))}")
 
     def compact(self) -> int:
         """Compacts etcd's history up to now: older resourceVersions and continue tokens get 410."""
@@ -304,7 +304,7 @@ class ApiServer:
             self._check_running("etcd", "kube-apiserver")
             return self.status("/readyz") == 200
 
-        wait("kube-apiserver", ready, 90)
+        wait(ready, "kube-apiserver", 90)
 
     def _run(self, name: str, *flags: str) -> None:
         self._start(name, str(self.binaries / name), *flags)
@@ -340,11 +340,3 @@ class ApiServer:
 
     def _path(self, name: str) -> Path:
         return self.directory / name
-
-
-def wait(what: str, ready: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} was not ready within {seconds:.0f} s")
-        time.sleep(0.05)

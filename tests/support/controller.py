@@ -43,7 +43,6 @@ from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.claim import CLAIM
 from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX
 from tests.support import PROGRAMS
-from tests.support.apiserver import wait
 from tests.support.envtest import (
     DEPLOY,
     GROUP,
@@ -54,7 +53,7 @@ from tests.support.envtest import (
     Object,
     made_namespace,
 )
-from tests.support.patience import PATIENCE, until
+from tests.support.patience import PATIENCE, until, wait
 from tests.support.ports import free_ports
 
 VERSION = "v1beta1"
@@ -102,7 +101,7 @@ class ControlPlane(AuditedServer):
             *(sys.executable, str(self._node)),
         )
         self.start_controller()
-        wait("the node", self._has_node, PATIENCE)
+        wait(self._has_node, "the node")
 
     def start_controller(self, *, collector: str | None = None) -> None:
         """Starts agent-sandbox, again after `kill_controller`, and returns once it works.
@@ -133,7 +132,7 @@ class ControlPlane(AuditedServer):
             except OSError:
                 return False
 
-        wait("agent-sandbox", ready, PATIENCE)
+        wait(ready, "agent-sandbox")
 
     def kill_controller(self) -> None:
         self._ask("kill", "agent-sandbox")

@@ -12,7 +12,7 @@ import textwrap
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from prodisco_sandbox._cluster.metadata import LABEL_MANAGED_BY, session_hash
 from tests.support import ROOT
 from tests.support.apiserver import ApiServer
 from tests.support.managers import Clients
-from tests.support.patience import PATIENCE
+from tests.support.patience import PATIENCE, until, wait
 from tests.support.sandbox_crd import sandbox_crd
 
 Object = dict[str, Any]
@@ -113,7 +113,7 @@ class Definitions:
     def remove(self) -> None:
         if self._installed is not None:
             self._server.kubectl("delete", "crd", CRD)
-            eventually(lambda: self._server.status(f"/apis/{GROUP}") == 404, "the definition's end")
+            wait(lambda: self._server.status(f"/apis/{GROUP}") == 404, "the definition's end")
         self._installed = None
 
 
@@ -286,25 +286,6 @@ def connections(port: int) -> int:
         remote, inode = fields[2], fields[9]
         found += int(remote.rpartition(":")[2], 16) == port and f"socket:[{inode}]" in ours
     return found
-
-
-def eventually(met: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Waits until something holds, for code without a loop."""
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
-
-
-async def until(met: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = PATIENCE) -> None:
-    """Waits until something holds."""
-    end = time.monotonic() + seconds
-    while True:
-        answer = met()
-        if answer if isinstance(answer, bool) else await answer:
-            return
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        await asyncio.sleep(0.02)
 
 
 class Wrapped:

@@ -12,21 +12,31 @@ PATIENCE = 60.0
 """Seconds in which whatever must happen does happen: only a hang takes longer, not a slow machine."""
 
 
-async def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
+async def until(
+    condition: Callable[[], object], what: str = "", seconds: float = PATIENCE, *, pause: float = 0.01
+) -> None:
     """Returns once the condition holds, or what it has to be awaited for.
 
     Raises:
         AssertionError: It does not in time.
     """
-    deadline = time.monotonic() + timeout
+    end = time.monotonic() + seconds
     while True:
         answer = condition()
         if isinstance(answer, Awaitable):
             answer = await answer
         if answer:
             return
-        assert time.monotonic() < deadline, f"not within {timeout} s: {condition}"
-        await asyncio.sleep(0.01)
+        assert time.monotonic() < end, f"waited {seconds} s for {what or condition}"
+        await asyncio.sleep(pause)
+
+
+def wait(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """The same for code without a loop."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
 
 
 def put_forward(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

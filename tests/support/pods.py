@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.manifest import API_VERSIONS, GROUP, PLURAL, SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX, is_deleting, managed_selector
 from tests.support.envtest import MERGE_PATCH, connections
+from tests.support.patience import until
 
 Object = dict[str, Any]
 
@@ -158,16 +157,3 @@ async def output(client: SandboxClient, code: str) -> str:
     result = await client.execute(code=code)
     assert result.success, result.error
     return result.output.strip()
-
-
-async def until(
-    met: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 20, pause: float = 0.1
-) -> None:
-    """Waits until something holds."""
-    end = time.monotonic() + seconds
-    while True:
-        answer = met()
-        if answer if isinstance(answer, bool) else await answer:
-            return
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        await asyncio.sleep(pause)

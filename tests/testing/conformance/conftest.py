@@ -94,20 +94,20 @@ async def _real(server: ApiServer) -> AsyncIterator[Cluster]:
             status = {"status": {"hard": hard, "used": hard}}
             await core.patch_namespaced_resource_quota_status(PLURAL, name, status, _content_type=MERGE)
             async with asyncio.timeout(PATIENCE):
-                while await _is_accepted(cluster):  # until admission has heard of it
+                while await _is_accepted(made):  # until admission has heard of it
                     await asyncio.sleep(0.05)
 
         async def serve(versions: tuple[str, ...]) -> None:
             await asyncio.to_thread(_serve, server, versions)
 
         apis = CustomObjectsApi(admin), CustomObjectsApi(nobody)
-        cluster = Cluster(
+        made = Cluster(
             *(*apis, name, compact, limit, serve, forget),
             current=not old,
             keeps_snapshots=not old,
             extensions="AGENT_SANDBOX_DIR" in os.environ,
         )
-        yield cluster
+        yield made
 
 
 async def _is_accepted(cluster: Cluster) -> bool:
