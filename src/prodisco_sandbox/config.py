@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
+from operator import getitem
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ._checks import env_flag, env_int, env_seconds, integer, seconds, wrong
@@ -29,23 +31,23 @@ _DNS_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([
 _QUANTITY = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)?([EPTGM]i?|Ki|k|m)?")
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
-# Where `SandboxManagerConfig.from_env` has its fields from.
-_TEXTS = {
-    "namespace": "SANDBOX_NAMESPACE",
-    "sandbox_image": "SANDBOX_IMAGE",
-    "instance_id": "SANDBOX_INSTANCE_ID",
-    "warm_pool": "SANDBOX_WARM_POOL",
-    "on_idle": "SANDBOX_ON_IDLE",
-    "when_full": "SANDBOX_WHEN_FULL",
-    "workspace_storage": "SANDBOX_WORKSPACE_STORAGE",
-    "workspace_storage_class": "SANDBOX_WORKSPACE_STORAGE_CLASS",
-    "managed_by": "SANDBOX_MANAGED_BY",
-}
-_NUMBERS = {"max_sessions": "SANDBOX_MAX_SESSIONS", "sandbox_port": "SANDBOX_TCP_PORT"}
-_SECONDS = {
-    "capacity_timeout": "SANDBOX_CAPACITY_TIMEOUT",
-    "evict_after": "SANDBOX_EVICT_AFTER",
-    "clock_skew": "SANDBOX_CLOCK_SKEW",
+# Where `SandboxManagerConfig.from_env` has its fields from, and how they are read.
+_VARIABLES: dict[str, tuple[str, Callable[[Mapping[str, str], str], object]]] = {
+    "namespace": ("SANDBOX_NAMESPACE", getitem),
+    "sandbox_image": ("SANDBOX_IMAGE", getitem),
+    "instance_id": ("SANDBOX_INSTANCE_ID", getitem),
+    "warm_pool": ("SANDBOX_WARM_POOL", getitem),
+    "on_idle": ("SANDBOX_ON_IDLE", getitem),
+    "when_full": ("SANDBOX_WHEN_FULL", getitem),
+    "workspace_storage": ("SANDBOX_WORKSPACE_STORAGE", getitem),
+    "workspace_storage_class": ("SANDBOX_WORKSPACE_STORAGE_CLASS", getitem),
+    "managed_by": ("SANDBOX_MANAGED_BY", getitem),
+    "max_sessions": ("SANDBOX_MAX_SESSIONS", env_int),
+    "sandbox_port": ("SANDBOX_TCP_PORT", env_int),
+    "capacity_timeout": ("SANDBOX_CAPACITY_TIMEOUT", env_seconds),
+    "evict_after": ("SANDBOX_EVICT_AFTER", env_seconds),
+    "clock_skew": ("SANDBOX_CLOCK_SKEW", env_seconds),
+    "shared": ("SANDBOX_SHARED", env_flag),
 }
 
 
@@ -219,81 +221,36 @@ class SandboxManagerConfig:
     included; `session_idle_timeout` must be at least four times as long."""
 
     def __post_init__(self) -> None:
-        if self.mode not in ("single", "multi"):
-            raise wrong("mode", self.mode, '"single" or "multi"')
-        client: object = self.single_client
-        if client is not None and (isinstance(client, type) or not hasattr(client, "execute")):
-            raise wrong("single_client", client, "a SandboxClient, such as SandboxClient('localhost:50051')")
-        if self.single_target is not None:
-            grpc_address(self.single_target, "single_target")
-            if client is not None:
-                raise wrong("single_target", self.single_target, "None where single_client is given")
-        _check_text("namespace", self.namespace, _DNS_LABEL, "an RFC 1123 label such as 'prodisco'")
-        integer("sandbox_port", self.sandbox_port, least=1, most=65535)
-        image: object = self.sandbox_image
-        if not isinstance(image, str) or image.split() != [image]:
-            raise wrong("sandbox_image", image, "an image reference without white space")
-        _check_pod_template(self.pod_template_spec)
-        for name in ("ready_timeout", "ready_poll_interval", "session_idle_timeout", "idle_check_interval"):
-            seconds(name, getattr(self, name))
-        seconds("shutdown_timeout", self.shutdown_timeout)
-        seconds("suspended_for", self.suspended_for)
-        if self.max_suspended is not None:
-            integer("max_suspended", self.max_suspended, least=1, most=None)
-        seconds("capacity_timeout", self.capacity_timeout, zero=True)
-        if self.when_full not in ("refuse", "evict"):
-            raise wrong("when_full", self.when_full, '"refuse" or "evict"')
-        seconds("evict_after", self.evict_after)
-        if self.lease_duration is not None:
-            seconds("lease_duration", self.lease_duration)
-        integer("max_sessions", self.max_sessions, least=1, most=None)
-        if self.api_version not in ("auto", "v1alpha1", "v1beta1"):
-            raise wrong("api_version", self.api_version, '"auto", "v1alpha1" or "v1beta1"')
-        if self.endpoint not in ("auto", "pod-ip", "service") and not callable(self.endpoint):
-            raise wrong("endpoint", self.endpoint, '"auto", "pod-ip", "service" or a callable')
-        if self.tls is not None and not isinstance(self.tls, TlsConfig):
-            raise wrong("tls", self.tls, "a TlsConfig or None")
-        if self.warm_pool is not None:
-            _check_text("warm_pool", self.warm_pool, _DNS_LABEL, "the name of a SandboxWarmPool, or None")
-        self._check_suspension()
-        seconds("clock_skew", self.clock_skew)
-        if self.mode == "multi" and self.shared:
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
+        if self.single_target is not None and self.single_client is not None:
+            raise wrong("single_target", self.single_target, "None where single_client is given")
+        if self.workspace_storage_class is not None and self.workspace_storage is None:
+            right = "None without workspace_storage"
+            raise wrong("workspace_storage_class", self.workspace_storage_class, right)
+        if self.mode == "single":
+            return
+        if self.on_idle == "suspend":
+            self._check_suspension()
+        if self.shared:
             self._check_shared()
-        if self.mode == "multi" and self.warm_pool is not None:
+        if self.warm_pool is not None:
             self._check_warm_pool()
-        elif self.mode == "multi" and self.tls and not (self.tls.secret_name or self.pod_template_spec):
+        elif self.tls and not (self.tls.secret_name or self.pod_template_spec):
             # The sandbox would have no certificate to serve: its pod would not start, and every
             # session would time out.
             raise ValueError(
                 "tls.secret_name is None: the default pod template mounts the server's certificate"
                 " from a Secret; name it, or give a pod_template_spec that brings one"
             )
-        _check_text("managed_by", self.managed_by, _LABEL_VALUE, "a label value such as 'mcp-server'")
-        instance: object = self.instance_id
-        if not isinstance(instance, str) or not instance:
-            raise wrong("instance_id", instance, "a non-empty string")
 
     def _check_suspension(self) -> None:
-        if self.on_idle not in ("delete", "suspend"):
-            raise wrong("on_idle", self.on_idle, '"delete" or "suspend"')
-        storage, storage_class = self.workspace_storage, self.workspace_storage_class
-        if storage is not None:
-            _check_text("workspace_storage", storage, _QUANTITY, "a quantity such as '1Gi', or None")
-        if storage_class is not None:
-            _check_text(
-                "workspace_storage_class", storage_class, _DNS_NAME, "the name of a StorageClass, or None"
-            )
-            if storage is None:
-                raise wrong("workspace_storage_class", storage_class, "None without workspace_storage")
-        if self.mode == "single" or self.on_idle == "delete":
-            return
         if self.warm_pool is not None:
-            raise wrong(
-                "on_idle", self.on_idle, '"delete" with warm_pool: a member of a pool is not started again'
-            )
+            right = '"delete" with warm_pool: a member of a pool is not started again'
+            raise wrong("on_idle", self.on_idle, right)
         if self.api_version == "v1alpha1":
             raise wrong("on_idle", self.on_idle, '"delete" with api_version "v1alpha1"')
-        if storage is None and self.pod_template_spec is None:
+        if self.workspace_storage is None and self.pod_template_spec is None:
             raise ValueError(
                 "workspace_storage is None: with on_idle 'suspend' the default pod template would keep"
                 " nothing; give it a size such as '1Gi'"
@@ -312,20 +269,16 @@ class SandboxManagerConfig:
 
     def _check_warm_pool(self) -> None:
         template = "the SandboxTemplate of warm_pool says that"
-        if self.pod_template_spec is not None:
-            raise wrong("pod_template_spec", self.pod_template_spec, f"None: {template}")
+        for name in ("pod_template_spec", "workspace_storage"):
+            if getattr(self, name) is not None:
+                raise wrong(name, getattr(self, name), f"None: {template}")
         if self.sandbox_image != type(self).sandbox_image:
             raise wrong("sandbox_image", self.sandbox_image, f"left out: {template}")
         if self.tls is not None and self.tls.secret_name is not None:
             raise wrong("tls.secret_name", self.tls.secret_name, f"None: {template}")
         if self.tls is not None and self.tls.server_name is None:
-            raise wrong(
-                "tls.server_name",
-                None,
-                "the name in the servers' certificate: a sandbox of a warm_pool has no name of its own",
-            )
-        if self.workspace_storage is not None:
-            raise wrong("workspace_storage", self.workspace_storage, f"None: {template}")
+            right = "the name in the servers' certificate: a sandbox of a warm_pool has no name of its own"
+            raise wrong("tls.server_name", None, right)
         if self.endpoint == "service":
             raise wrong("endpoint", self.endpoint, '"pod-ip": a SandboxClaim names no Service')
         if self.api_version == "v1alpha1":
@@ -378,17 +331,9 @@ class SandboxManagerConfig:
         values: dict[str, Any] = {"mode": env.get("SANDBOX_MODE") or "single"}
         if values["mode"] not in ("single", "multi") and "mode" not in overrides:
             raise ValueError(f'SANDBOX_MODE is {values["mode"]!r}: use "single" or "multi"')
-        for name, variable in _TEXTS.items():
-            if env.get(variable):
-                values[name] = env[variable]
-        for name, variable in _NUMBERS.items():
+        for name, (variable, read) in _VARIABLES.items():
             if env.get(variable) and name not in overrides:
-                values[name] = env_int(env, variable)
-        for name, variable in _SECONDS.items():
-            if env.get(variable) and name not in overrides:
-                values[name] = env_seconds(env, variable)
-        if "shared" not in overrides:
-            values["shared"] = env_flag(env, "SANDBOX_SHARED")
+                values[name] = read(env, variable)
         if "tls" not in overrides:
             values["tls"] = TlsConfig.from_env(env)
         known = {f.name for f in fields(cls)}
@@ -402,12 +347,9 @@ class SandboxManagerConfig:
             return cls(**values)
         except ValueError as error:
             # A user who only sets variables does not know the field's name.
-            variables = {
-                **_TEXTS,
-                **_NUMBERS,
-                **_SECONDS,
-                "tls.secret_name": "SANDBOX_TLS_SECRET_NAME",
-                "tls.server_name": "SANDBOX_TLS_SERVER_NAME",
+            variables = {name: variable for name, (variable, _) in _VARIABLES.items()}
+            variables |= {
+                f"tls.{each}": f"SANDBOX_TLS_{each.upper()}" for each in ("secret_name", "server_name")
             }
             name = str(error).partition(" ")[0]
             if name not in variables or name.partition(".")[0] in overrides:
@@ -425,14 +367,26 @@ def _hashed(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
-def _check_text(name: str, value: object, pattern: re.Pattern[str], right: str) -> None:
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise wrong(name, value, right)
+Check = Callable[[str, Any], object]
 
 
-def _check_pod_template(value: object) -> None:
-    if value is None:
-        return
+def _is(test: Callable[[Any], object], right: str) -> Check:
+    def check(name: str, value: object) -> None:
+        if not test(value):
+            raise wrong(name, value, right)
+
+    return check
+
+
+def _text(pattern: re.Pattern[str], right: str) -> Check:
+    return _is(lambda value: isinstance(value, str) and pattern.fullmatch(value), right)
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: value is None or check(name, value)
+
+
+def _check_pod_template(_: str, value: object) -> None:
     if not isinstance(value, dict) or not isinstance(value.get("spec"), dict):
         raise wrong("pod_template_spec", value, 'a pod template: a dict with a "spec" dict')
     if unknown := sorted(set(value) - {"spec", "metadata"}, key=str):
@@ -442,3 +396,44 @@ def _check_pod_template(value: object) -> None:
     metadata = value.get("metadata") or {}
     if not isinstance(metadata, dict) or not isinstance(metadata.get("labels") or {}, dict):
         raise wrong("pod_template_spec.metadata", metadata, "a dict whose labels are a dict")
+
+
+_CHECKS: dict[str, Check] = {
+    "mode": _is(("single", "multi").__contains__, '"single" or "multi"'),
+    "single_client": _optional(
+        _is(
+            lambda value: hasattr(value, "execute") and not isinstance(value, type),
+            "a SandboxClient, such as SandboxClient('localhost:50051')",
+        )
+    ),
+    "single_target": _optional(lambda name, value: grpc_address(value, name)),
+    "namespace": _text(_DNS_LABEL, "an RFC 1123 label such as 'prodisco'"),
+    "sandbox_port": partial(integer, least=1, most=65535),
+    "sandbox_image": _text(re.compile(r"\S+"), "an image reference without white space"),
+    "pod_template_spec": _optional(_check_pod_template),
+    "ready_timeout": seconds,
+    "ready_poll_interval": seconds,
+    "session_idle_timeout": seconds,
+    "idle_check_interval": seconds,
+    "shutdown_timeout": seconds,
+    "suspended_for": seconds,
+    "max_suspended": _optional(partial(integer, least=1, most=None)),
+    "capacity_timeout": partial(seconds, zero=True),
+    "when_full": _is(("refuse", "evict").__contains__, '"refuse" or "evict"'),
+    "evict_after": seconds,
+    "lease_duration": _optional(seconds),
+    "max_sessions": partial(integer, least=1, most=None),
+    "api_version": _is(("auto", "v1alpha1", "v1beta1").__contains__, '"auto", "v1alpha1" or "v1beta1"'),
+    "endpoint": _is(
+        lambda value: value in ("auto", "pod-ip", "service") or callable(value),
+        '"auto", "pod-ip", "service" or a callable',
+    ),
+    "tls": _optional(_is(lambda value: isinstance(value, TlsConfig), "a TlsConfig or None")),
+    "warm_pool": _optional(_text(_DNS_LABEL, "the name of a SandboxWarmPool, or None")),
+    "on_idle": _is(("delete", "suspend").__contains__, '"delete" or "suspend"'),
+    "workspace_storage": _optional(_text(_QUANTITY, "a quantity such as '1Gi', or None")),
+    "workspace_storage_class": _optional(_text(_DNS_NAME, "the name of a StorageClass, or None")),
+    "clock_skew": seconds,
+    "managed_by": _text(_LABEL_VALUE, "a label value such as 'mcp-server'"),
+    "instance_id": _text(re.compile(r"(?s:.+)"), "a non-empty string"),
+}
