@@ -178,7 +178,7 @@ class SandboxManager:
         """
         owner = _checked(owner, "owner")
         usable = self._engine is not None and self._loop is not None and self._shutdown is None
-        return usable and self._engine.make_room(owner)  # type: ignore[union-attr]
+        return usable and self._engine.parts.eviction.make_room_of(owner)  # type: ignore[union-attr]
 
     def has_session(self, session_id: str) -> bool:
         """Whether the session waits for a slot, is being created or is ready.
@@ -325,7 +325,7 @@ class SandboxManager:
             return SandboxManagerStats()
         from ._sessions.table import SessionState
 
-        table, events = self._engine.table, self._engine.events
+        table, events = self._engine.table, self._engine.parts.events
         counts = table.counts()
         return SandboxManagerStats(
             queued=counts[SessionState.QUEUED],

@@ -23,7 +23,7 @@ def chosen(text: str, caller: str | None) -> str | None:
         seconds = None if idle == "x" else float(idle.rstrip("+"))
         holders.append(Holder(str(place), None if owner == "-" else owner, seconds, idle.endswith("+")))
     found = choose(holders, caller, slots=len(holders), evict_after=EVICT_AFTER, long_idle=LONG)
-    return None if found is None else found.session_id
+    return None if found is None else found.name
 
 
 @pytest.mark.parametrize(

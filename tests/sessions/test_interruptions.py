@@ -120,7 +120,7 @@ async def reap_and_come_back(w: World) -> None:
     await w.manager.get_client("s")
     assert w.manager._engine is not None
     for session in list(w.manager._engine.table.current.values()):
-        w.manager._engine._lives.end(session, "reaped")
+        w.manager._engine.parts.ends.end(session, "reaped")
     w.call(w.manager.get_client, "s")
 
 

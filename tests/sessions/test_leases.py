@@ -332,6 +332,6 @@ async def test_nothing_is_kept_of_a_session_whose_renewal_failed() -> None:
         await asyncio.sleep(905)
         await manager.on_session_closed("s")
         assert manager._engine is not None
-        leases = manager._engine._leases
+        leases = manager._engine.parts.leases
         assert isinstance(leases, Leases)
         assert (leases._due, leases._failures) == ({}, {})

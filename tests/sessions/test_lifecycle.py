@@ -804,4 +804,4 @@ async def test_many_that_become_ready_at_once_share_the_event_loop() -> None:
     async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=2) as manager:
         clients = [await manager.get_client(session_id) for session_id in "ab"]
         assert manager._engine is not None
-        assert [client._connection.pace for client in clients] == [manager._engine._parts.pace] * 2
+        assert [client._connection.pace for client in clients] == [manager._engine.parts.pace] * 2

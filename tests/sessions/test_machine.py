@@ -33,6 +33,7 @@ from prodisco_sandbox._cluster.metadata import (
     session_hash,
     uid,
 )
+from prodisco_sandbox._sessions.ends import Reason
 from prodisco_sandbox._sessions.table import Session
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 from tests.support.counts import count, full
@@ -159,14 +160,14 @@ class Machine(RuleBasedStateMachine):
             return noted
 
         log.error, log.warning = noting(log.error), noting(log.warning)  # type: ignore[method-assign]
-        end = engine._lives.end
+        end = engine.parts.ends.end
 
-        def watched_end(session: Session, reason: str, error: SandboxError | None = None) -> None:
+        def watched_end(session: Session, reason: Reason, error: SandboxError | None = None) -> None:
             if reason in ("reaped", "evicted") and self.pins[session.client]:
                 self.busy_when_ended.append(session.name)
             end(session, reason, error)
 
-        engine._lives.end = watched_end  # type: ignore[method-assign]
+        engine.parts.ends.end = watched_end  # type: ignore[method-assign]
 
     # The world
 

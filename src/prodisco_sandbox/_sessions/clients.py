@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from .._cluster.resource import Reading
 from ..errors import SandboxError, SandboxReplacedError
-from .parts import LostError, Parts
+from .ends import LostError
+from .parts import Parts
 from .table import Session, SessionState
 
 if TYPE_CHECKING:
@@ -18,24 +19,12 @@ CLOSE_TIMEOUT = 5.0
 
 
 class Clients:
-    """Makes and drops the clients of sessions.
+    """Makes and drops the clients of sessions; `factory` makes the client of a gRPC target."""
 
-    Args:
-        parts: The manager's parts.
-        factory: Makes the client of a gRPC target.
-        wait: Waits for the outcome of a session's check; returns its error.
-    """
-
-    def __init__(
-        self,
-        parts: Parts,
-        factory: Callable[[str], SandboxClient],
-        wait: Callable[[Session], Awaitable[SandboxError | None]],
-    ) -> None:
+    def __init__(self, parts: Parts, factory: Callable[[str], SandboxClient]) -> None:
         self._parts = parts
         self.shared = parts.shared
         self._factory = factory
-        self._wait = wait
 
     def client_for(self, session: Session, reading: Reading) -> SandboxClient | None:
         """The session's client for a running object; None: a newer status gives its target to another."""
@@ -153,7 +142,7 @@ class Clients:
         """Checks a session before a call to a server without fences whose connection has broken."""
         if session.state is SessionState.SUSPECT:
             self._parts.table.check(session)
-            error = await self._wait(session)
+            error = await self._parts.ends.outcome(session)
         else:
             error = session.outcome.error
         if error is not None:

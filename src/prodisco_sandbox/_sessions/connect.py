@@ -20,8 +20,9 @@ from ..errors import (
     SandboxUnavailableError,
 )
 from .clients import Clients
+from .ends import LostError, SpentError, SuspendedError
 from .inbox import News
-from .parts import LostError, Parts, SpentError, SuspendedError
+from .parts import Parts
 from .table import Session
 
 if TYPE_CHECKING:
@@ -40,85 +41,64 @@ REFUSAL_PAUSE, REFUSAL_BELIEVED = 1.0, 2.0
 """A pod that seems to be refused for good is read each second, and believed to be after two."""
 
 
-class Connect:
-    """Connects sessions to their machines."""
+async def look_at(parts: Parts, session: Session) -> None:
+    """Reads a suspect session's object, which must not take long.
 
-    def __init__(self, parts: Parts, clients: Clients) -> None:
-        self._parts = parts
-        self._clients = clients
+    Raises:
+        SandboxUnavailableError: No answer, or no turn to ask: it says nothing of its life.
+        LostError: As `refresh`.
+    """
+    patience = min(parts.config.ready_timeout, LOOK_TIMEOUT)
+    try:
+        async with asyncio.timeout(patience):
+            await refresh(parts, session, parts.now() + patience)
+    except TimeoutError as e:
+        raise SandboxUnavailableError(f"the API server did not answer a get within {patience:g} s") from e
 
-    async def __call__(
-        self, session: Session, deadline: float, *, exchange: bool = False, resume: bool = False
-    ) -> SandboxClient:
-        """Waits until the object is ready and its server healthy; makes the client.
 
-        A client that the session has is kept as long as it leads to the same pod.
-
-        Args:
-            session: It has an object.
-            deadline: On the loop's clock.
-            exchange: A name that an earlier pod still holds is not waited for: `SpentError`.
-            resume: The object was suspended: it needs a lease even if somebody else has started it.
-
-        Raises:
-            SpentError: It, or its pod, has come to its end, and nothing is lost with it.
-            LostError: It is gone, or being deleted.
-            SandboxFailedError: It will not be ready; SuspendedError: nor may it be started.
-            SandboxError: The API server could not be reached in time.
-        """
-        connecting = _Connecting(
-            self._parts, self._clients, session, deadline, exchange=exchange, resume=resume
+def failure(parts: Parts, session: Session, e: Exception) -> SandboxError:
+    """The error that those who wait for the session get."""
+    error: SandboxError
+    if isinstance(e, LostError):
+        error = SandboxFailedError(str(e))
+    elif isinstance(e, SandboxError):
+        return e
+    elif isinstance(e, TimeoutError) and session.machine.misplaced:
+        error = SandboxUnavailableError(
+            f"the address in the status of sandbox {session.name} leads to another machine, and the"
+            " status has not changed in time"
         )
-        with _telemetry.stages(session.trace, session.about) as stage:
-            return await connecting.run(stage)
-
-    async def look_at(self, session: Session) -> None:
-        """Reads a suspect session's object, which must not take long.
-
-        Raises:
-            SandboxUnavailableError: No answer, or no turn to ask: it says nothing of its life.
-            LostError: As `refresh`.
-        """
-        patience = min(self._parts.config.ready_timeout, LOOK_TIMEOUT)
-        try:
-            async with asyncio.timeout(patience):
-                await refresh(self._parts, session, self._parts.now() + patience)
-        except TimeoutError as e:
-            raise SandboxUnavailableError(f"the API server did not answer a get within {patience:g} s") from e
-
-    def failure(self, session: Session, e: Exception) -> SandboxError:
-        """The error that those who wait for the session get."""
-        error: SandboxError
-        if isinstance(e, LostError):
-            error = SandboxFailedError(str(e))
-        elif isinstance(e, SandboxError):
-            return e
-        elif isinstance(e, TimeoutError) and session.machine.misplaced:
-            error = SandboxUnavailableError(
-                f"the address in the status of sandbox {session.name} leads to another machine, and the"
-                " status has not changed in time"
-            )
-        elif isinstance(e, TimeoutError):
-            limit, seen = self._parts.config.ready_timeout, self._last_seen(session)
-            error = SandboxTimeoutError(
-                f"sandbox {session.name} was not ready within ready_timeout ({limit:g} s); last seen: {seen}"
-            )
-        else:
-            error = SandboxError(f"sandbox {session.name} failed: {type(e).__name__}: {e}")
-        error.__cause__ = e
-        return error
-
-    def _last_seen(self, session: Session) -> str:
-        if session.known.object is None:
-            return f"its creation has not been {'sent' if session.request is None else 'answered'}"
-        reading = self._parts.reading(session.known.object)
-        if reading.target is not None and session.client is not None:
-            return f"ready, but its server is not healthy ({session.client.health_error})"
-        return reading.text
+    elif isinstance(e, TimeoutError):
+        limit, seen = parts.config.ready_timeout, _last_seen(parts, session)
+        error = SandboxTimeoutError(
+            f"sandbox {session.name} was not ready within ready_timeout ({limit:g} s); last seen: {seen}"
+        )
+    else:
+        error = SandboxError(f"sandbox {session.name} failed: {type(e).__name__}: {e}")
+    error.__cause__ = e
+    return error
 
 
-class _Connecting:
-    """One connection to a session's machine, from the first reading to a healthy client."""
+def _last_seen(parts: Parts, session: Session) -> str:
+    if session.known.object is None:
+        return f"its creation has not been {'sent' if session.request is None else 'answered'}"
+    reading = parts.reading(session.known.object)
+    if reading.target is not None and session.client is not None:
+        return f"ready, but its server is not healthy ({session.client.health_error})"
+    return reading.text
+
+
+class Connecting:
+    """One connection to a session's machine, from the first reading to a healthy client.
+
+    Args:
+        parts: The manager's parts.
+        clients: Makes and drops the session's client.
+        session: It has an object.
+        deadline: On the loop's clock.
+        exchange: A name that an earlier pod still holds is not waited for: `SpentError`.
+        resume: The object was suspended: it needs a lease even if somebody else has started it.
+    """
 
     def __init__(
         self,
@@ -127,21 +107,31 @@ class _Connecting:
         session: Session,
         deadline: float,
         *,
-        exchange: bool,
-        resume: bool,
+        exchange: bool = False,
+        resume: bool = False,
     ) -> None:
-        self._parts = parts
-        self._clients = clients
-        self._session = session
-        self._deadline = deadline
-        self._exchange = exchange
-        self._resume = resume
+        self._parts, self._clients, self._session, self._deadline = parts, clients, session, deadline
+        self._exchange, self._resume = exchange, resume
         self._resource = parts.resources.resource
         self._restarted = False
         self._starts = 0
         self._refused_at: float | None = None
 
-    async def run(self, stage: Callable[[str], object]) -> SandboxClient:
+    async def run(self) -> SandboxClient:
+        """Waits until the object is ready and its server healthy; makes the client.
+
+        A client that the session has is kept as long as it leads to the same pod.
+
+        Raises:
+            SpentError: It, or its pod, has come to its end, and nothing is lost with it.
+            LostError: It is gone, or being deleted.
+            SandboxFailedError: It will not be ready; SuspendedError: nor may it be started.
+            SandboxError: The API server could not be reached in time.
+        """
+        with _telemetry.stages(self._session.trace, self._session.about) as stage:
+            return await self._run(stage)
+
+    async def _run(self, stage: Callable[[str], object]) -> SandboxClient:
         session = self._session
         session.machine.misplaced = False
         known = session.known

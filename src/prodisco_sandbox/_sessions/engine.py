@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import _telemetry
-from .._aio.pacing import Pace
-from .._aio.tasks import OwnedTasks
-from .._cluster import manifest, metadata
+from .._cluster import metadata
 from .._cluster.manifest import SANDBOX
 from .._cluster.metadata import Object
-from .._cluster.requests import SandboxResources
-from .._cluster.resource import Reading
-from .._cluster.watch import SandboxWatch
-from .._log import get_logger
 from ..config import SandboxManagerConfig
 from ..errors import SandboxCapacityError, SandboxError, SandboxFailedError, SandboxManagerClosedError
+from .ends import LostError
 from .inbox import News
-from .leases import Deadlines, Leases
 from .life import Lives
-from .parts import LostError, Parts
-from .past import Past
+from .parts import Parts
 from .shared import SharedSessions
-from .suspended import SuspendedObjects
-from .table import RETURNED, SERVING, Session, SessionState, SessionTable
+from .table import RETURNED, SERVING, Session, SessionState
 
 if TYPE_CHECKING:
     from ..client import SandboxClient
@@ -52,58 +43,21 @@ class Engine:
         client_factory: Callable[[str], SandboxClient],
         wall_clock: Callable[[], float],
     ) -> None:
-        self.table = SessionTable(config.max_sessions)
-        self.events: Counter[str] = Counter()
         self._config = config
-        self._log = get_logger("manager", self.events)
-        self._tasks = OwnedTasks(self.events)
-        self._resources = SandboxResources(config, api, self.events)
-        self._past = Past(self._resources.resource, manifest.grace_period(config), config.group)
-        selector = metadata.managed_selector(instance=config.instance_label, managed_by=config.managed_by)
-        everyone = metadata.managed_selector(managed_by=config.managed_by)
-        self._selector = selector
-        self._watch = SandboxWatch(self._resources, selector, self, survey=(everyone, self._past.survey))
+        self.parts = parts = Parts(config, api, wall_clock, self)
+        self.table, self.shared = parts.table, parts.shared
+        self._log, self._tasks, self._ends = parts.log, parts.tasks, parts.ends
+        self._resources, self._watch, self._suspended = parts.resources, parts.watch, parts.suspended
+        self._lives = Lives(parts, client_factory)
         self._watch_task: asyncio.Task[None] | None = None
         self._sweep_task: asyncio.Task[None] | None = None
-        self._suspended = SuspendedObjects(self._past.suspended_is_gone)
-        self.shared: SharedSessions | None = None
-        if config.shared:
-            self.shared = SharedSessions(
-                config,
-                self._resources,
-                self.table,
-                self._watch,
-                self._tasks,
-                self._read,
-                wall_clock,
-                self._lost,
-                self._evicted,
-            )
-            self.table.elsewhere, self.table.has_object = self.shared.elsewhere, self.shared.has
-        self._leases: Deadlines = self.shared or Leases(
-            self._resources, config.lease_duration, wall_clock, self._look
-        )
-        self._parts = Parts(
-            config=config,
-            resources=self._resources,
-            table=self.table,
-            leases=self._leases,
-            shared=self.shared,
-            suspended=self._suspended,
-            watch=self._watch,
-            tasks=self._tasks,
-            pace=Pace(STEPS_PER_PASS),
-            wall_clock=wall_clock,
-            log=self._log,
-        )
-        self._lives = Lives(self._parts, self._past, client_factory, self._wait)
         self._kind_checked = False
         self._closed = False
 
     def start(self) -> None:
         _telemetry.tables.add(self.table)
         self._tasks.supervise(self._reap, "sandbox-reaper")
-        self._tasks.supervise(self._leases.run, "sandbox-leases")
+        self._tasks.supervise(self.parts.leases.run, "sandbox-leases")
         if self.shared is not None:
             self._follow()
 
@@ -114,9 +68,6 @@ class Engine:
             if self._resources.resource is not SANDBOX and not self._kind_checked:
                 self._kind_checked = True
                 self._tasks.spawn(self._warn_of_other_kind(), "sandbox-other-kind")
-
-    def _read(self, sandbox: Object) -> Reading:
-        return self._parts.reading(sandbox)
 
     # Callers
 
@@ -142,7 +93,7 @@ class Engine:
             with _telemetry.span("sandbox.get_client", trace):
                 session = await self._awaited(session_id, owner, lasts)
         session.owner = session.owner or owner
-        session.last_used = self._parts.now()
+        session.last_used = self.parts.now()
         session.holds += hold
         if use:
             session.uses = session.uses + 1 if returns else max(session.uses, 1)
@@ -163,7 +114,7 @@ class Engine:
                 session.trace = _telemetry.here()
             error = None
             if session.state is not SessionState.READY:
-                error = await self._wait(session)
+                error = await self._ends.outcome(session)
             if session.state is SessionState.READY and self.shared is not None:
                 await self._outlives(session, self.shared, lasts)
             if session.state is SessionState.READY:
@@ -184,21 +135,10 @@ class Engine:
             finally:
                 session.waiters -= 1
 
-    def _lost(self, session: Session, reason: str) -> None:
-        """Somebody has deleted the object of a session."""
-        if session.state in SERVING:
-            self.table.dropped(session)
-            self._lives.lose(session, reason)
-
-    def _evicted(self, session: Session) -> None:
-        """The object of a session was deleted to make room for another's."""
-        self.table.dropped(session)
-        self._lives.end(session, "evicted")
-
     def _admit(self, session_id: str, owner: str | None) -> Session:
-        now, session_hash = self._parts.now(), metadata.session_hash(session_id)
-        name, incarnation = self._past.fresh_name(session_id, now)
-        recreated = self._past.was_here(session_hash)
+        now, session_hash = self.parts.now(), metadata.session_hash(session_id)
+        name, incarnation = self.parts.past.fresh_name(session_id, now)
+        recreated = self.parts.past.was_here(session_hash)
         session = Session(
             session_id=session_id,
             session_hash=session_hash,
@@ -208,14 +148,14 @@ class Engine:
             since=now,
             recreated=recreated,
             uses=RETURNED if recreated else 0,
-            after_eviction=self._past.was_evicted(session_hash),
+            after_eviction=self.parts.past.was_evicted(session_hash),
             trace=_telemetry.here(),
         )
         may_queue = self._config.capacity_timeout > 0 or self._config.when_full == "evict"
         try:
             self.table.admit(session, may_queue=may_queue)
         except SandboxCapacityError as e:
-            self._lives.refused(session, e)
+            self._ends.refused(session, e)
             raise
         self._follow()
         self._lives.begin(session)
@@ -224,7 +164,7 @@ class Engine:
     async def _warn_of_other_kind(self) -> None:
         """Warns of Sandboxes from before the warm pool, which are neither adopted nor cleaned up."""
         try:
-            found, _ = await self._resources.of(SANDBOX).list(self._selector)
+            found, _ = await self._resources.of(SANDBOX).list(self.parts.own_objects)
         except SandboxError as e:  # Such as a Role for claims only.
             self._log.info("sandbox_kind_not_checked", reason=str(e))
             return
@@ -235,25 +175,11 @@ class Engine:
                 reason="this instance_id has Sandboxes that are no claims: with warm_pool, use a new one",
             )
 
-    async def _wait(self, session: Session) -> SandboxError | None:
-        """Waits for the outcome of a creation or check; returns the error that it had."""
-        outcome = session.outcome
-        session.waiters += 1
-        try:
-            await outcome.wait()
-        finally:
-            session.waiters -= 1
-            session.last_used = self._parts.now()
-            if session.state is SessionState.QUEUED and not session.waiters:
-                self._lives.end(session, "withdrawn")
-        # One that became ready and was closed in the same pass of the loop has been closed.
-        return session.outcome.error if session.inbox.closed else outcome.error
-
     async def close(self, session_id: str) -> None:
         """Ends a session; returns once it is gone or its deletion is left to the background."""
         session = self.table.current.get(session_id)
         if session is not None:
-            self._lives.end(session, "closed", SandboxError("the session was closed while it was waited for"))
+            self._ends.end(session, "closed", SandboxError("the session was closed while it was waited for"))
             if self.shared is not None:
                 await self._deleted(session_id)
         closing = self.table.closing.get(session_id)
@@ -282,12 +208,12 @@ class Engine:
 
     async def _bury(self, session_id: str, session_hash: str) -> None:
         """Deletes what an earlier process has left of a session, where the watch has not told of it."""
-        selector = self._parts.selector(instance=self._config.instance_label, session=session_hash)
-        deadline = self._parts.now() + self._config.ready_timeout
+        selector = self.parts.selector(instance=self._config.instance_label, session=session_hash)
+        deadline = self.parts.now() + self._config.ready_timeout
         try:
             objects, _ = await self._resources.list(selector, deadline)
         except SandboxError as e:
-            name = self.sandbox_name(session_id, self._parts.now())
+            name = self.sandbox_name(session_id, self.parts.now())
             self._log.warning("sandbox_not_looked_for", sandbox=name, reason=str(e))
             return
         if session_id in self.table.current or session_id in self.table.closing:
@@ -300,9 +226,9 @@ class Engine:
 
     async def _bury_shared(self, session_id: str, shared: SharedSessions) -> None:
         """Deletes the object of a session that is in use elsewhere, or nowhere."""
-        name = self.sandbox_name(session_id, self._parts.now())
+        name = self.sandbox_name(session_id, self.parts.now())
         try:
-            seen = await shared.look_up(name, self._parts.now() + self._config.ready_timeout)
+            seen = await shared.look_up(name, self.parts.now() + self._config.ready_timeout)
         except SandboxError as e:
             self._log.warning("sandbox_not_looked_for", sandbox=name, reason=str(e))
             return
@@ -311,7 +237,7 @@ class Engine:
             self._lives.bury(session_id, metadata.session_hash(session_id), name, seen.uid)
 
     async def clean_up(self, *, all_instances: bool) -> int:
-        deadline = self._parts.now() + self._config.ready_timeout
+        deadline = self.parts.now() + self._config.ready_timeout
         run = self._lives.remove.clean_up(all_instances=all_instances, deadline=deadline)
         task = self._tasks.spawn(run, "sandbox-orphan-cleanup")
         try:
@@ -327,7 +253,7 @@ class Engine:
         """Whether it is in the table or, with `shared`, has an object."""
         if session_id in self.table.current:
             return True
-        return self.shared is not None and self.shared.has(self.sandbox_name(session_id, self._parts.now()))
+        return self.shared is not None and self.shared.has(self.sandbox_name(session_id, self.parts.now()))
 
     def count_sessions(self, owner: str) -> int:
         """How many sandboxes the sessions of an owner have, or are about to get."""
@@ -336,17 +262,13 @@ class Engine:
             return len(mine)
         return self.shared.of_owner(owner) + sum(not self.shared.has(session.name) for session in mine)
 
-    def make_room(self, owner: str) -> bool:
-        """Ends an idle session of an owner, if sessions are ended for others at all."""
-        return self._config.when_full == "evict" and self._lives.make_room_of(owner)
-
     def sandbox_name(self, session_id: str, now: float) -> str:
         """The name that the session's object has, or would have."""
         session = self.table.current.get(session_id) or self.table.closing.get(session_id)
         if session is not None:
             return session.name
         suspended = self._suspended.of(metadata.session_hash(session_id))
-        return self._past.fresh_name(session_id, now)[0] if suspended is None else suspended.name
+        return self.parts.past.fresh_name(session_id, now)[0] if suspended is None else suspended.name
 
     # The watch tells
 
@@ -363,7 +285,7 @@ class Engine:
             unseen = known.uid not in listed if known.uid else session.name not in names
             # One that is new to us may be too new for the list, but not if it is ready already.
             if known.claimed and unseen and (serving or (known.uid is not None and known.since < since)):
-                self._look(session)
+                self.table.look(session)
         self._suspended.listed(sandboxes)
         for session in self.table.closing.values():
             known = session.known
@@ -391,14 +313,14 @@ class Engine:
                 session.known.object = sandbox
             return
         if session.state is SessionState.CREATING or session.checking:
-            session.known.object, session.known.read_at = sandbox, self._parts.now()
+            session.known.object, session.known.read_at = sandbox, self.parts.now()
             session.inbox.post(News.SEEN)
             return
-        reading, machine = self._parts.reading(sandbox), session.machine
+        reading, machine = self.parts.reading(sandbox), session.machine
         if reading.phase == "ending":
             if metadata.is_deleting(sandbox):
                 self.table.dropped(session)
-            self._lives.lose(session, reading.text)
+            self._ends.lose(session, reading.text)
         elif reading.phase in ("dead", "suspended") or machine.is_another(reading.machine):
             if session.client is not None:
                 self._lives.clients.lose_machine(session, reading.text)
@@ -423,22 +345,14 @@ class Engine:
         if session.state is SessionState.CREATING and (session.known.used or self.shared is not None):
             session.inbox.post(News.LOOK)  # If it was suspended, the session gets another object.
         elif session.state is SessionState.CREATING:
-            self._lives.fail(session, SandboxFailedError(text))
+            self._ends.fail(session, SandboxFailedError(text))
         elif session.state in SERVING:
-            self._lives.lose(session, text)
+            self._ends.lose(session, text)
 
     def down(self) -> None:
         for session in self.table.current.values():
             if session.state is SessionState.CREATING:
                 session.inbox.post(News.LOOK)
-
-    def _look(self, session: Session) -> None:
-        """The session's object may be gone, or no longer ours: it is read now."""
-        if session.state is SessionState.CREATING:
-            session.inbox.post(News.LOOK)
-        else:
-            self.table.suspect(session)
-            self.table.check(session)
 
     def _session_of(self, sandbox: Object) -> Session | None:
         """The session that an object belongs to; not one of the same name's past."""
@@ -459,15 +373,15 @@ class Engine:
 
     async def _tick(self) -> None:
         timeout = self._config.session_idle_timeout
-        for session in self.table.idle(self._parts.now(), timeout):
-            await self._parts.pace()
-            since, now = session.idle_since(), self._parts.now()
+        for session in self.table.idle(self.parts.now(), timeout):
+            await self.parts.pace()
+            since, now = session.idle_since(), self.parts.now()
             if session.state in SERVING and since is not None and now - since >= timeout:
                 if self.shared is None:
                     self._log.info("sandbox_reaped", sandbox=session.name, idle=round(now - since, 3))
                 else:
                     self._log.info("sandbox_detached", sandbox=session.name, idle=round(now - since, 3))
-                self._lives.end(session, "reaped")
+                self._ends.end(session, "reaped")
         self._lives.remove.retry_now()
         if self._sweep_task is None or self._sweep_task.done():
             self._sweep_task = self._tasks.spawn(self._sweep(), "sandbox-sweep")
@@ -485,8 +399,8 @@ class Engine:
             if self.shared is not None:
                 await self.shared.delete_lapsed()
             if (self.table.current or self._suspended) and not self._watch.current:
-                since = self._parts.now()
-                self.synced((await self._resources.list(self._selector))[0], since)
+                since = self.parts.now()
+                self.synced((await self._resources.list(self.parts.own_objects))[0], since)
         except SandboxError as e:
             self._log.info("sandbox_sweep_failed", reason=str(e))
 
@@ -496,11 +410,11 @@ class Engine:
         """Ends everything; bounded by shutdown_timeout."""
         self._closed = True
         self._watch.settled.set()  # Nobody waits for it any more.
-        begun = self._parts.now()
+        begun = self.parts.now()
         deadline = begun + self._config.shutdown_timeout
         lives, remove = self._lives, self._lives.remove
         for session in list(self.table.current.values()):
-            lives.end(session, "shutdown", SandboxManagerClosedError("the manager has been shut down"))
+            self._ends.end(session, "shutdown", SandboxManagerClosedError("the manager has been shut down"))
         if self._config.has_random_instance_id:  # Nobody would come back to them.
             for session in self.table.closing.values():
                 self.table.delete_after_all(session)
@@ -517,11 +431,11 @@ class Engine:
         left = {session.name for session in self.table.closing.values()} | set(remove.abandoned)
         uncertain = set(remove.uncertain()) - left
         stuck = await self._tasks.end()
-        await self._leases.aclose()
+        await self.parts.leases.aclose()
         await self._resources.aclose()
         _telemetry.tables.discard(self.table)
         names = {"sandboxes": sorted(left), "may_appear": sorted(uncertain), "tasks": sorted(stuck)}
-        took = round(self._parts.now() - begun, 3)
+        took = round(self.parts.now() - begun, 3)
         if left or stuck:
             self._log.error("shutdown_incomplete", duration=took, **names)
         elif uncertain:

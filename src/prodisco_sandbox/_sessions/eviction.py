@@ -1,10 +1,17 @@
-"""Which session is ended to make room for another."""
+"""Which session is ended to make room for another, and how."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .._cluster import metadata
+
+if TYPE_CHECKING:
+    from .parts import Parts
+    from .table import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,13 +19,13 @@ class Holder:
     """A session that holds a slot, or is about to get one.
 
     Attributes:
-        session_id: Names it.
+        name: With `shared` its object's, else its session's id.
         owner: Whose it is; None: unknown.
         idle: For how many seconds nobody has used it; None: it may not be ended.
         returned: Whether somebody has come back to it after its first use.
     """
 
-    session_id: str
+    name: str
     owner: str | None
     idle: float | None = None
     returned: bool = False
@@ -71,7 +78,63 @@ def choose(
     return min(ranks, key=lambda ranked: ranked[0], default=(None, None))[1]
 
 
-def choose_own(holders: Sequence[Holder], owner: str, evict_after: float) -> Holder | None:
-    """The holder that its owner gives up for another session of its own; None: nobody."""
-    own = [holder for holder in holders if holder.owner == owner]
-    return choose(own, owner, slots=len(own), evict_after=evict_after, long_idle=0.0)
+class Eviction:
+    """Ends idle sessions for those in the queue that no slot is coming for.
+
+    Choice and end are one step without an await; with `shared` the end is the API server's, one at a time.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def make_room(self) -> None:
+        parts = self._parts
+        while (unserved := parts.table.first_unserved()) is not None:
+            first, served = unserved
+            if parts.shared is not None and parts.shared.evicting:
+                return
+            found = choose(
+                [*map(self._holder, served), *self._holders()],
+                self._owner(first.owner),
+                slots=parts.config.max_sessions,
+                evict_after=parts.config.evict_after,
+                long_idle=parts.config.session_idle_timeout / 2,
+            )
+            if found is None:
+                return
+            self._end(found)
+
+    def make_room_of(self, owner: str) -> bool:
+        """Ends the session that an owner gives up for another of its own. Returns whether there is one."""
+        parts, label = self._parts, self._owner(owner)
+        if parts.config.when_full != "evict" or not parts.table.may_evict:
+            return False
+        own = [holder for holder in self._holders() if holder.owner == label]
+        evict_after = parts.config.evict_after
+        found = choose(own, label, slots=len(own), evict_after=evict_after, long_idle=0.0)
+        if found is not None:
+            self._end(found)
+        return found is not None
+
+    def _owner(self, owner: str | None) -> str | None:
+        """With `shared` its label, which is all that the sessions of other managers tell."""
+        return owner if owner is None or self._parts.shared is None else metadata.owner_label(owner)
+
+    def _holder(self, session: Session) -> Holder:
+        return Holder(session.name, self._owner(session.owner))
+
+    def _holders(self) -> list[Holder]:
+        parts = self._parts
+        if parts.shared is None:
+            return parts.table.holders(parts.now())
+        unseen = [session for session in parts.table.holding() if not parts.shared.has(session.name)]
+        return [*map(self._holder, unseen), *parts.shared.holders()]
+
+    def _end(self, holder: Holder) -> None:
+        parts, idle = self._parts, holder.idle or 0.0
+        if parts.shared is not None:
+            parts.shared.evict(holder.name, idle)
+        else:
+            session = parts.table.current[holder.name]
+            parts.log.info("sandbox_evicted", sandbox=session.name, idle=round(idle, 3))
+            parts.ends.end(session, "evicted")

@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .._aio.pacing import backoff
 from .._aio.single_flight import SingleFlight
 from .._cluster import metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError, UnsupportedError
-from .._cluster.requests import SandboxResources
 from .._log import get_logger
 from ..errors import SandboxError, SandboxPermissionError
 from .table import LIVING, Session
+
+if TYPE_CHECKING:
+    from .parts import Parts
 
 PROBE = "sandbox-lease-probe"
 """Name of a Sandbox that does not exist; patching it tells whether one may patch."""
@@ -33,13 +35,14 @@ class Deadlines(ABC):
 
     Either every Sandbox has its deadline from birth or none has: before the first creation
     a probe asks whether patching is allowed, since a deadline that cannot be moved would
-    end a sandbox in use. Times are the wall clock's, which `wall_clock` tells.
+    end a sandbox in use. Times are the wall clock's.
     """
 
-    def __init__(self, resources: SandboxResources, wall_clock: Callable[[], float]) -> None:
-        self._log = get_logger("leases", resources.events)
-        self._resources = resources
-        self._wall_clock = wall_clock
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._log = get_logger("leases", parts.events)
+        self._resources = parts.resources
+        self._wall_clock = parts.wall_clock
         self._probe = SingleFlight("lease-probe", self._may_patch)
         self._refused_at: float | None = None
 
@@ -89,26 +92,11 @@ class Deadlines(ABC):
 
 
 class Leases(Deadlines):
-    """Keeps the deadlines of a manager's Sandboxes ahead, for as long as the manager lives.
+    """Keeps the deadlines of a manager's Sandboxes ahead, for as long as the manager lives."""
 
-    Args:
-        resources: Requests for the objects.
-        duration: How far ahead, in seconds; None: there are no leases.
-        wall_clock: The Unix time.
-        on_lost: Called with a session whose object turns out to be gone, or not ours.
-    """
-
-    def __init__(
-        self,
-        resources: SandboxResources,
-        duration: float | None,
-        wall_clock: Callable[[], float],
-        on_lost: Callable[[Session], None],
-    ) -> None:
-        super().__init__(resources, wall_clock)
-        self._enabled = duration is not None
-        self._duration = duration or 0.0
-        self._on_lost = on_lost
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._duration = parts.config.lease_duration or 0.0
         self._due: dict[Session, float] = {}
         self._failures: dict[Session, int] = {}
         self._added = asyncio.Event()
@@ -118,7 +106,7 @@ class Leases(Deadlines):
         return metadata.lease_time(self._wall_clock(), self._duration)
 
     async def allowed(self, deadline: float) -> bool:
-        return self._enabled and await super().allowed(deadline)
+        return self._duration > 0 and await super().allowed(deadline)
 
     def add(self, session: Session) -> None:
         """Renews the session's lease from now on, at half time."""
@@ -161,7 +149,7 @@ class Leases(Deadlines):
         except SandboxError as e:
             if isinstance(e, NotFoundError | PreconditionError):
                 # Gone, or not ours: then the session ends. If not, its lease goes on.
-                self._on_lost(session)
+                self._parts.table.look(session)
             attempt = self._failures[session] = self._failures.get(session, 0) + 1
             most = min(RETRY_MOST, self._duration / 8)
             pause = backoff(attempt - 1, first=RETRY_FIRST, most=most, jitter=0.0)

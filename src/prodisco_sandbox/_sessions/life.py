@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .. import _telemetry
 from .._cluster import manifest
 from ..errors import SandboxCapacityError, SandboxError, SandboxTimeoutError
 from ..results import SandboxRef
 from .clients import Clients
-from .connect import Connect, refresh
+from .connect import Connecting, failure, look_at, refresh
+from .ends import LostError, SpentError
 from .obtain import Obtain
-from .parts import LostError, Parts, SpentError
-from .past import Past
+from .parts import Parts
 from .remove import Remove
 from .shared import SharedSessions
 from .table import SERVING, Session, SessionState
@@ -33,28 +32,13 @@ EVICT_INTERVAL = 1.0
 
 
 class Lives:
-    """Lives all sessions of a manager.
+    """Lives all sessions of a manager; `factory` makes the client of a gRPC target."""
 
-    Args:
-        parts: The manager's parts.
-        past: What is known of sessions that are gone.
-        factory: Makes the client of a gRPC target.
-        wait: Waits for the outcome of a session's check; returns its error.
-    """
-
-    def __init__(
-        self,
-        parts: Parts,
-        past: Past,
-        factory: Callable[[str], SandboxClient],
-        wait: Callable[[Session], Awaitable[SandboxError | None]],
-    ) -> None:
+    def __init__(self, parts: Parts, factory: Callable[[str], SandboxClient]) -> None:
         self._parts = parts
-        self._past = past
-        self.clients = Clients(parts, factory, wait)
+        self.clients = Clients(parts, factory)
         self.remove = Remove(parts)
         self._obtain = Obtain(parts, self.clients, self.remove)
-        self._connect = Connect(parts, self.clients)
         self._tasks: dict[asyncio.Task[None], Session] = {}
         self.stopped = False
         """Shutdown no longer waits for lives: a session that ends now is not removed."""
@@ -73,58 +57,13 @@ class Lives:
             await asyncio.sleep(0)  # `_over` may begin another life, which deletes what was just suspended.
         self.stopped = True
 
-    def end(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
-        """Takes a session out of use at once; its life goes on with the removal.
-
-        Args:
-            session: Of one that has ended already, nothing happens.
-            reason: ``"closed"``, ``"reaped"``, ``"evicted"``, ``"failed"``, ``"lost"``, ``"shutdown"``,
-                ``"queued"`` (too long), ``"withdrawn"``.
-            error: What those who wait for it get; None: they ask again.
-        """
-        parts = self._parts
-        keep = reason in ("failed", "lost") and parts.must_keep(session)
-        stays = reason in ("reaped", "evicted") or (
-            reason == "shutdown" and not parts.config.has_random_instance_id
-        )
-        suspend = (keep or stays) and parts.may_suspend(session)
-        if parts.shared is not None:  # The cluster ends what nobody asked to end.
-            keep = reason not in ("closed", "evicted")
-        if not parts.table.close(session, error, reason, keep=keep, suspend=suspend):
-            return
-        session.trace = _telemetry.here(after=session.trace)
-        if session.remains.what == "kept" and parts.shared is None:
-            parts.log.warning("sandbox_kept", sandbox=session.name, reason=reason)
-        if reason == "evicted" or not (session.suspends or (parts.shared is not None and reason == "reaped")):
-            self._past.ended(session)
-        parts.leases.drop(session)
-
     def bury(self, session_id: str, session_hash: str, name: str, uid: str | None) -> None:
         """Deletes the object of an id that has no session, and retries until that succeeds."""
         session = Session(session_id=session_id, session_hash=session_hash, name=name)
         session.known.uid = uid
-        self._past.occupy(session.name, self._parts.now())
+        self._parts.past.occupy(session.name, self._parts.now())
         self._parts.table.bury(session)
         self.begin(session)
-
-    def lose(self, session: Session, reason: str, error: SandboxError | None = None) -> None:
-        """Ends a session whose object is gone, or is of no more use."""
-        lived = self._since(session.since)
-        if session.machine.lost:
-            self._parts.log.warning("sandbox_gone", sandbox=session.name, reason=reason, duration=lived)
-        else:
-            self._parts.log.warning("sandbox_lost", sandbox=session.name, reason=reason, duration=lived)
-        self.end(session, "lost", error)
-
-    def fail(self, session: Session, error: SandboxError) -> None:
-        """Ends a session that could not be created."""
-        took = self._since(session.since)
-        self._parts.log.warning("sandbox_failed", sandbox=session.name, **_told(error), duration=took)
-        self.end(session, "failed", error)
-
-    def refused(self, session: Session, error: SandboxError) -> None:
-        took = self._since(session.since)
-        self._parts.log.info("session_refused", sandbox=session.name, **_told(error), duration=took)
 
     # The life
 
@@ -148,7 +87,7 @@ class Lives:
             if not session.inbox.closed or task is None or task.uncancel():
                 raise
         except Exception as e:  # noqa: BLE001 - such as what a processor of events raises
-            self.end(session, "failed", self._connect.failure(session, e))
+            self._parts.ends.end(session, "failed", failure(self._parts, session, e))
         if session.state is SessionState.CLOSING:
             await self._close(session)
 
@@ -177,13 +116,13 @@ class Lives:
                 f"the session's previous sandbox {before.name} could not be"
                 f" {'suspended' if before.suspends else 'deleted'} in time"
             )
-        self.refused(session, error)
-        self.end(session, "queued", error)
+        parts.ends.refused(session, error)
+        self._parts.ends.end(session, "queued", error)
 
     async def _slot(self, session: Session, *, evicts: bool) -> None:
         """Waits for a slot; the first in the queue looks each second for a session to end."""
         if evicts:
-            self._make_room()
+            self._parts.eviction.make_room()
         while True:
             try:
                 async with asyncio.timeout(EVICT_INTERVAL if evicts else None):
@@ -191,37 +130,13 @@ class Lives:
                 return
             except TimeoutError:
                 if self._parts.table.is_first(session):
-                    self._make_room()
-
-    def _make_room(self) -> None:
-        """Ends idle sessions for those in the queue that no slot is coming for."""
-        parts, config = self._parts, self._parts.config
-        if parts.shared is not None:
-            parts.shared.make_room()
-            return
-        now, long_idle = parts.now(), config.session_idle_timeout / 2
-        while (found := parts.table.to_evict(now, config.evict_after, long_idle)) is not None:
-            self._evict(*found)
-
-    def make_room_of(self, owner: str) -> bool:
-        """Ends an idle session of an owner. Returns whether there is one."""
-        parts = self._parts
-        if parts.shared is not None:
-            return parts.shared.make_room_of(owner)
-        found = parts.table.own_to_evict(owner, parts.now(), parts.config.evict_after)
-        if found is not None:
-            self._evict(*found)
-        return found is not None
-
-    def _evict(self, session: Session, idle: float) -> None:
-        self._parts.log.info("sandbox_evicted", sandbox=session.name, idle=round(idle, 3))
-        self.end(session, "evicted")
+                    self._parts.eviction.make_room()
 
     async def _open(self, session: Session, asked_at: float) -> SandboxError | None:
         """Creating → ready. Returns why the cluster has no room for it, if it is queued again."""
         parts, session.since = self._parts, self._parts.now()
-        self._past.has_begun(session)
-        parts.table.rename(session, *self._past.fresh_name(session.session_id, session.since))
+        self._parts.past.has_begun(session)
+        parts.table.rename(session, *self._parts.past.fresh_name(session.session_id, session.since))
         deadline = session.since + parts.config.ready_timeout
         await parts.pace()
         try:
@@ -231,10 +146,10 @@ class Lives:
             if session.inbox.closed:
                 return None
             if isinstance(e, SandboxCapacityError) and await self._requeued(session, asked_at):
-                return self._connect.failure(session, e)
+                return failure(self._parts, session, e)
             if isinstance(e, LostError):
                 parts.table.dropped(session)
-            self.fail(session, self._connect.failure(session, e))
+            parts.ends.fail(session, failure(self._parts, session, e))
         else:
             kind = self._kind_of_start(session)
             if self._ready(session, client):
@@ -242,7 +157,7 @@ class Lives:
                     parts.log.info("sandbox_started_warm", sandbox=session.name, pod=session.machine.pod)
                 elif kind == "cold" and parts.config.warm_pool is not None:
                     parts.log.info("sandbox_started_cold", sandbox=session.name)
-                took, target = self._since(session.since), session.machine.target
+                took, target = self._parts.since(session.since), session.machine.target
                 parts.log.info("sandbox_ready", sandbox=session.name, target=target, kind=kind, duration=took)
         return None
 
@@ -276,16 +191,15 @@ class Lives:
         if suspended is not None:
             self._obtain.take_up(session, suspended)
         else:
-            look = self._past.may_have_one(session)
+            look = self._parts.past.may_have_one(session)
             if not look and not watch.surveyed:
                 look = await self._obtain.has_one(session)
             await self._obtain(session, deadline, look=look)
         try:
             if suspended is not None and not watch.current:
                 await refresh(self._parts, session, deadline)
-            return await self._connect(
-                session, deadline, exchange=not session.known.used, resume=suspended is not None
-            )
+            exchange, resume = not session.known.used, suspended is not None
+            return await self._connect(session, deadline, exchange=exchange, resume=resume)
         except SpentError as e:
             await self._obtain.replace(session, str(e), deadline)
         except LostError:
@@ -293,6 +207,9 @@ class Lives:
                 raise
             await self._obtain.anew(session, deadline)
         return await self._connect(session, deadline)
+
+    async def _connect(self, session: Session, deadline: float, **how: bool) -> SandboxClient:
+        return await Connecting(self._parts, self.clients, session, deadline, **how).run()
 
     async def _share(self, session: Session, shared: SharedSessions, deadline: float) -> SandboxClient:
         """Takes or makes the session's object and connects to it, until one lives long enough."""
@@ -319,7 +236,7 @@ class Lives:
         client.sandbox = SandboxRef(
             session.name, uid, incarnation, boot_id, after_eviction=session.after_eviction
         )
-        self._past.is_ready(session)
+        self._parts.past.is_ready(session)
         return self._parts.table.make_ready(session, client, self._parts.now())
 
     async def _check(self, session: Session) -> None:
@@ -327,7 +244,7 @@ class Lives:
         begun = self._parts.now()
         deadline = begun + self._parts.config.ready_timeout
         try:
-            await self._connect.look_at(session)  # The object first, then its server's health.
+            await look_at(self._parts, session)  # The object first, then its server's health.
             async with asyncio.timeout_at(deadline):
                 client = await self._connect(session, deadline)
         except Exception as e:  # noqa: BLE001 - whatever it is, those who wait get it
@@ -336,16 +253,16 @@ class Lives:
             if isinstance(e, LostError | SpentError):
                 if isinstance(e, LostError):
                     self._parts.table.dropped(session)
-                self.lose(session, str(e))
+                self._parts.ends.lose(session, str(e))
                 return
-            error = self._connect.failure(session, e)
+            error = failure(self._parts, session, e)
             in_time = isinstance(e, SandboxError) or not isinstance(e, TimeoutError)
-            if not (in_time or session.machine.misplaced or self._parts.must_keep(session)):
-                self.lose(session, "its server does not answer", error)
+            if not (in_time or session.machine.misplaced or self._parts.ends.must_keep(session)):
+                self._parts.ends.lose(session, "its server does not answer", error)
                 return
             # The cluster cannot be asked, the object not be started, or its machine not be
             # found: what it holds may be well.
-            took = self._since(begun)
+            took = self._parts.since(begun)
             self._parts.log.warning(
                 "sandbox_check_failed", sandbox=session.name, reason=str(error), duration=took
             )
@@ -367,7 +284,7 @@ class Lives:
         if found is not None:  # The session was closed before it took up its suspended object.
             self._obtain.take_up(session, found)
             await self.remove(session)
-        took = self._since(begun)
+        took = self._parts.since(begun)
         self._parts.log.info("sandbox_closed", sandbox=session.name, reason=session.ended, duration=took)
 
     def _over(self, task: asyncio.Task[None]) -> None:
@@ -382,18 +299,9 @@ class Lives:
         elif (
             parts.shared is None and not self.stopped and (session.known.uid or session.remains.needs_delete)
         ):
-            self._past.occupy(session.name, parts.now())
+            self._parts.past.occupy(session.name, parts.now())
         if session.suspends and session.remains.what == "another's":
-            self._past.suspended_is_gone(session.session_hash)
+            self._parts.past.suspended_is_gone(session.session_hash)
         parts.table.release(session)
         if found is not None and not (session.suspends or self.stopped):  # It was closed at the last moment.
             self.bury(session.session_id, session.session_hash, session.name, session.known.uid)
-
-    def _since(self, begun: float) -> float:
-        return round(self._parts.now() - begun, 3)
-
-
-def _told(error: SandboxError) -> dict[str, str]:
-    """What events say of an error; its class is one of the public ones."""
-    public = next(kind for kind in type(error).__mro__ if kind.__module__ == SandboxError.__module__)
-    return {"reason": str(error), "error": public.__name__}

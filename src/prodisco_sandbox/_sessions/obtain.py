@@ -21,8 +21,9 @@ from .._cluster.metadata import Object
 from .._cluster.requests import wait_to_retry
 from ..errors import SandboxConflictError, SandboxError, SandboxPermissionError
 from .clients import Clients
+from .ends import LostError
 from .inbox import News
-from .parts import LostError, Parts
+from .parts import Parts
 from .remove import Remove
 from .shared import SharedSessions
 from .suspended import Suspended

@@ -1,11 +1,11 @@
-"""What the steps of a session's life share, and the errors that they end with."""
+"""A manager's parts, which the steps of its sessions' lives share."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .._aio.pacing import Pace
 from .._aio.tasks import OwnedTasks
@@ -13,50 +13,60 @@ from .._cluster import manifest, metadata
 from .._cluster.metadata import Object
 from .._cluster.requests import SandboxResources
 from .._cluster.resource import Reading
-from .._cluster.watch import SandboxWatch
-from .._log import Logger
+from .._cluster.watch import SandboxWatch, WatchListener
+from .._log import get_logger
 from ..config import SandboxManagerConfig
-from ..errors import SandboxError, SandboxFailedError
+from .ends import Ends
+from .eviction import Eviction
+from .leases import Deadlines, Leases
+from .past import Past
+from .shared import SharedSessions
+from .suspended import SuspendedObjects
 from .table import Session, SessionTable
 
-if TYPE_CHECKING:
-    from .leases import Deadlines
-    from .shared import SharedSessions
-    from .suspended import SuspendedObjects
+STEPS_PER_PASS = 16
+"""Steps of lives in one pass of the event loop; 20 to 80 µs each until they wait."""
 
 
-class LostError(SandboxError):
-    """The session's object is no more, or no longer ours: there is nothing to delete."""
-
-
-class SpentError(SandboxFailedError):
-    """The object has come to its end and holds nothing: delete it, and make another."""
-
-
-class SuspendedError(SandboxFailedError):
-    """The object is suspended, and starting it was refused: it is kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The manager's parts that the steps work with."""
+    """Made once, and in this order: each part may use those before it at once, and all others later.
 
-    config: SandboxManagerConfig
-    resources: SandboxResources
-    table: SessionTable
-    leases: Deadlines
-    shared: SharedSessions | None
-    """In place of `leases`, with the setting of that name."""
-    suspended: SuspendedObjects
-    watch: SandboxWatch
-    tasks: OwnedTasks
-    pace: Pace
-    """Steps of lives in one pass of the event loop."""
-    wall_clock: Callable[[], float]
-    log: Logger
+    Attributes:
+        shared: The objects of the group, with the setting of that name.
+        leases: Writes the objects' deadlines; `shared`, where that is set.
+        pace: Steps of lives in one pass of the event loop.
+    """
+
+    def __init__(
+        self,
+        config: SandboxManagerConfig,
+        api: Any | None,
+        wall_clock: Callable[[], float],
+        listener: WatchListener,
+    ) -> None:
+        self.config = config
+        self.wall_clock = wall_clock
+        self.events: Counter[str] = Counter()
+        self.log = get_logger("manager", self.events)
+        self.tasks = OwnedTasks(self.events)
+        self.pace = Pace(STEPS_PER_PASS)
+        self.table = SessionTable(config.max_sessions)
+        self.resources = SandboxResources(config, api, self.events)
+        self.past = Past(self.resources.resource, manifest.grace_period(config), config.group)
+        self.suspended = SuspendedObjects(self.past.suspended_is_gone)
+        self.own_objects = self.selector(instance=config.instance_label)
+        survey = (self.selector(), self.past.survey)
+        self.watch = SandboxWatch(self.resources, self.own_objects, listener, survey=survey)
+        self.ends = Ends(self)
+        self.shared = SharedSessions(self) if config.shared else None
+        self.leases: Deadlines = self.shared or Leases(self)
+        self.eviction = Eviction(self)
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
+
+    def since(self, begun: float) -> float:
+        return round(self.now() - begun, 3)
 
     def watched(self, session: Session) -> bool:
         """Whether the watch tells of the session's object."""
@@ -76,19 +86,6 @@ class Parts:
         """Whether nothing is lost with it: its pod has ended, and no volume outlives that."""
         phase = self.reading(sandbox).phase
         return phase == "ending" or (phase in ("dead", "never") and not manifest.holds_volumes(sandbox))
-
-    def must_keep(self, session: Session) -> bool:
-        """Whether a session that fails leaves its object: it may hold what a user wants back."""
-        known = session.known
-        observed = known.object or {}
-        being_started = known.generation > 0  # since it was suspended
-        return known.used and (
-            manifest.holds_volumes(observed) or being_started or self.reading(observed).phase == "suspended"
-        )
-
-    def may_suspend(self, session: Session) -> bool:
-        """Whether the end of a session may suspend its object: it was in use, and is ours to patch."""
-        return self.config.on_idle == "suspend" and session.known.used and session.known.claimed
 
     def selector(self, *, instance: str | None = None, session: str | None = None) -> str:
         """Of the managed objects, those of an instance or a session."""

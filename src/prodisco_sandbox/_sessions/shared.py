@@ -11,23 +11,22 @@ import asyncio
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .._aio.tasks import OwnedTasks
 from .._cluster import metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError
 from .._cluster.metadata import Object
-from .._cluster.requests import SandboxResources
 from .._cluster.resource import Machine, Reading
-from .._cluster.watch import SandboxWatch
-from ..config import SandboxManagerConfig
 from ..errors import SandboxError, SandboxPermissionError, SandboxUnavailableError
-from .eviction import Holder, choose, choose_own
+from .ends import LostError
+from .eviction import Holder
 from .leases import Deadlines
-from .parts import LostError
-from .table import LIVING, RETURNED, SERVING, Session, SessionState, SessionTable
+from .table import LIVING, RETURNED, SERVING, Session, SessionState
+
+if TYPE_CHECKING:
+    from .parts import Parts
 
 BELIEVED_FOR = 90.0
 """Seconds for which what was last heard of an object counts; a watch gets a bookmark each minute."""
@@ -71,46 +70,19 @@ class Seen:
 
 
 class SharedSessions(Deadlines):
-    """The sessions of a group of managers, and the deadlines of those in use here.
+    """The sessions of a group of managers, and the deadlines of those in use here."""
 
-    Args:
-        config: Its `shared` is set.
-        resources: Requests for the objects.
-        table: The sessions in use here.
-        watch: Tells of the group's objects.
-        tasks: Own the writes, which no caller's cancellation reaches.
-        read: What an object says of itself.
-        wall_clock: The Unix time.
-        on_lost: Called with a session whose object turns out to be gone, or another, and with how.
-        on_evicted: Called with a session whose object was deleted to make room for another's.
-    """
-
-    def __init__(
-        self,
-        config: SandboxManagerConfig,
-        resources: SandboxResources,
-        table: SessionTable,
-        watch: SandboxWatch,
-        tasks: OwnedTasks,
-        read: Callable[[Object], Reading],
-        wall_clock: Callable[[], float],
-        on_lost: Callable[[Session, str], None],
-        on_evicted: Callable[[Session], None],
-    ) -> None:
-        super().__init__(resources, wall_clock)
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        config = parts.config
         self._idle, self._skew = config.session_idle_timeout, config.clock_skew
-        self._evict_after = config.evict_after
         # A use must show in the deadline before its session may be evicted.
         evicts = config.when_full == "evict"
         self.slack = max(config.evict_after, LEAST_SLACK) if evicts else self._idle / 2
         self._at_birth = max(self._idle + self.slack, config.ready_timeout + self._skew)
         self._patience = config.ready_timeout
-        self._table = table
-        self._watch = watch
-        self._tasks = tasks
-        self._read = read
-        self._tell_lost = on_lost
-        self._tell_evicted = on_evicted
+        self._table, self._watch = parts.table, parts.watch
+        self._table.elsewhere, self._table.has_object = self.elsewhere, self.has
         self._eviction: asyncio.Task[None] | None = None
         self._seen: dict[str, Seen] = {}
         self._writes: dict[Session, asyncio.Task[None]] = {}
@@ -178,7 +150,7 @@ class SharedSessions(Deadlines):
 
     def _note(self, obj: Object) -> Seen:
         name, uid, generation = metadata.name(obj), metadata.uid(obj), metadata.generation(obj)
-        said = self._read(obj)
+        said = self._parts.reading(obj)
         pod = name if said.machine.pod == name else said.machine.pod  # One text instead of two.
         reading = Reading(
             said.phase, said.target, sys.intern(said.text), None, Machine(pod, said.machine.ips)
@@ -241,32 +213,13 @@ class SharedSessions(Deadlines):
 
     # Eviction
 
-    def make_room(self) -> None:
-        """Begins to end an idle session, of whichever manager, for the first in the queue."""
-        unserved = self._table.first_unserved()
-        if unserved is None or (self._eviction is not None and not self._eviction.done()):
-            return
-        first, served = unserved
-        found = choose(
-            [*map(_holder, served), *self._holders()],
-            _holder(first).owner,
-            slots=self._table.max_sessions,
-            evict_after=self._evict_after,
-            long_idle=self._idle / 2,
-        )
-        if found is not None:
-            self._begin_eviction(found)
+    @property
+    def evicting(self) -> bool:
+        return self._eviction is not None and not self._eviction.done()
 
-    def make_room_of(self, owner: str) -> bool:
-        """Begins to end an idle session of an owner. Returns whether there is one."""
-        label = metadata.owner_label(owner)
-        found = choose_own(self._holders(), label, self._evict_after) if self._table.may_evict else None
-        if found is not None:
-            self._begin_eviction(found)
-        return found is not None
-
-    def _holders(self) -> list[Holder]:
-        holders = [_holder(session) for session in self._table.holding() if session.name not in self._seen]
+    def holders(self) -> list[Holder]:
+        """What `eviction` chooses from: objects, whichever manager uses them."""
+        holders = []
         for name, seen in self._seen.items():
             if seen.reading.phase == "ending" or self._has_lapsed(seen):
                 continue
@@ -279,9 +232,10 @@ class SharedSessions(Deadlines):
             holders.append(Holder(name, seen.owner, idle, returned))
         return holders
 
-    def _begin_eviction(self, found: Holder) -> None:
-        run = self._evict(found.session_id, self._seen[found.session_id], found.idle or 0.0)
-        self._eviction = self._tasks.spawn(run, f"evict:{found.session_id}")
+    def evict(self, name: str, idle: float) -> None:
+        """Begins to end a session, of whichever manager, for another."""
+        run = self._evict(name, self._seen[name], idle)
+        self._eviction = self._parts.tasks.spawn(run, f"evict:{name}")
 
     async def _evict(self, name: str, seen: Seen, idle: float) -> None:
         """Deletes an object as it was seen: a use that has moved its deadline wins."""
@@ -297,7 +251,8 @@ class SharedSessions(Deadlines):
         self._log.info("sandbox_evicted", sandbox=name, idle=round(idle, 3))
         session = self._table.named(name)
         if session is not None and session.known.uid == seen.uid:
-            self._tell_evicted(session)
+            self._table.dropped(session)
+            self._parts.ends.end(session, "evicted")
 
     # Deadlines
 
@@ -356,7 +311,7 @@ class SharedSessions(Deadlines):
                 return
             write = self._writes.get(session)
             if write is None:
-                write = self._tasks.spawn(self._write(session, lasts), f"deadline:{name}")
+                write = self._parts.tasks.spawn(self._write(session, lasts), f"deadline:{name}")
                 self._writes[session] = write
                 write.add_done_callback(lambda _: self._writes.pop(session, None))
             await asyncio.wait({write})
@@ -390,7 +345,8 @@ class SharedSessions(Deadlines):
         await self.look_up(name, deadline, always=True)
         if self._own(session) is None:
             text = f"sandbox {name} was deleted"
-            self._tell_lost(session, text)
+            if session.state in SERVING:
+                self._parts.ends.dropped(session, text)
             raise LostError(text)
 
     async def _move(self, session: Session, seen: Seen, lasts: float, deadline: float) -> bool:
@@ -455,8 +411,3 @@ class SharedSessions(Deadlines):
         if abs(ahead) > self._skew / 2:
             self._log.warning("clocks_apart", ahead=round(ahead, 1), clock_skew=self._skew)
         return round(ahead, 1)
-
-
-def _holder(session: Session) -> Holder:
-    owner = None if session.owner is None else metadata.owner_label(session.owner)
-    return Holder(session.name, owner)

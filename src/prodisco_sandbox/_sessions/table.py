@@ -21,7 +21,7 @@ from .._cluster.metadata import Object
 from .._cluster.resource import Reading
 from .._telemetry import Trace
 from ..errors import SandboxCapacityError, SandboxError
-from .eviction import Holder, choose, choose_own
+from .eviction import Holder
 from .inbox import Inbox, News
 from .machines import Machine, Machines
 
@@ -339,23 +339,8 @@ class SessionTable:
         first = next((s for s in islice(self._queue, to_come, None) if s.may_start), None)
         return None if first is None else (first, list(islice(self._queue, to_come)))
 
-    def to_evict(self, now: float, evict_after: float, long_idle: float) -> tuple[Session, float] | None:
-        """The session that is to be ended for `first_unserved`, and for how long it has been idle."""
-        if (unserved := self.first_unserved()) is None:
-            return None
-        first, served = unserved
-        holders = [*(Holder(s.session_id, s.owner) for s in served), *self._holders(now)]
-        found = choose(
-            holders, first.owner, slots=self.max_sessions, evict_after=evict_after, long_idle=long_idle
-        )
-        return None if found is None else (self.current[found.session_id], found.idle or 0.0)
-
-    def own_to_evict(self, owner: str, now: float, evict_after: float) -> tuple[Session, float] | None:
-        """The session of an owner that is to be ended for another one of its own."""
-        found = choose_own(self._holders(now), owner, evict_after) if self.may_evict else None
-        return None if found is None else (self.current[found.session_id], found.idle or 0.0)
-
-    def _holders(self, now: float) -> list[Holder]:
+    def holders(self, now: float) -> list[Holder]:
+        """What `eviction` chooses from."""
         holders = []
         for session in self.holding():
             since = session.idle_since() if session.state in SERVING else None
@@ -458,6 +443,14 @@ class SessionTable:
         session.outcome = Outcome()
         session.inbox.post(News.LOOK)
         return True
+
+    def look(self, session: Session) -> None:
+        """The session's object may be gone, or no longer ours: its life reads it now."""
+        if session.state is SessionState.CREATING:
+            session.inbox.post(News.LOOK)
+        else:
+            self.suspect(session)
+            self.check(session)
 
     def checked(self, session: Session, error: SandboxError) -> None:
         """The check found out nothing: the session stays suspect, and the next use checks again."""
