@@ -10,11 +10,8 @@ from collections import deque
 def backoff(attempt: int, *, first: float = 0.1, most: float = 5.0, jitter: float = 0.5) -> float:
     """Seconds to wait before the next try: doubling, with jitter, so that retries spread out.
 
-    Args:
-        attempt: How many tries have failed before the latest one.
-        first: The pause after the first failure.
-        most: The longest pause.
-        jitter: The share of the pause that is random.
+    `attempt` counts the tries that have failed before the latest one; `jitter` is the share of the pause
+    that is random.
     """
     pause = min(most, first * 2.0 ** min(attempt, 30))
     return pause * (1 - jitter + jitter * random.random())

@@ -54,11 +54,7 @@ class SingleFlight(Generic[T]):
             self._task = None
 
     async def aclose(self) -> T | None:
-        """Ends a run under way.
-
-        Returns:
-            What an earlier run gave.
-        """
+        """Ends a run under way. Returns what an earlier one gave."""
         task, self._task = self._task, None
         if task is None:
             return None

@@ -72,11 +72,7 @@ class OwnedTasks:
         return self.spawn(forever(), name)
 
     async def end(self) -> list[str]:
-        """Cancels all tasks but the caller's, and waits a moment for their end.
-
-        Returns:
-            The names of tasks that would not end.
-        """
+        """Cancels all tasks but the caller's; returns the names of those that would not end."""
         pending = self._tasks - {asyncio.current_task()}
         for task in pending:
             task.cancel()

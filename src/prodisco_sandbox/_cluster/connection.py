@@ -43,16 +43,9 @@ class Connection:
         return await self._open() if self._given is None else self._given
 
     async def renew(self, since: int) -> bool:
-        """Renews the credentials after a 401, unless that has been done meanwhile.
+        """After a 401: renews the credentials, unless that was done since the request (see `renewals`).
 
-        Args:
-            since: `renewals` when the request was sent.
-
-        Returns:
-            Whether the request may succeed now.
-
-        Raises:
-            SandboxUnavailableError: New credentials could not be loaded.
+        Returns whether the request may succeed now. `SandboxUnavailableError`: they could not be loaded.
         """
         client = (await self.api()).client
         if not hasattr(client, "renew_credentials"):

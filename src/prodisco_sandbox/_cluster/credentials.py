@@ -32,19 +32,12 @@ T = TypeVar("T")
 
 
 async def open_custom_objects_api() -> Any:
-    """Connects as the environment says: in-cluster if there is one, else by kubeconfig.
+    """A ``CustomObjectsApi`` as the environment says: in-cluster if there is one, else by kubeconfig.
 
-    KUBECONFIG may name several files, separated by colons; K8S_CONTEXT names the
-    context, else the files' current-context counts. An exec credential plugin is run again
-    when its token has expired, and a projected service account token, which rotates, is read
-    again every minute.
-
-    Returns:
-        A ``CustomObjectsApi`` whose ``api_client`` is an `OwnClient`, which the caller closes.
-
-    Raises:
-        SandboxUnavailableError: There is no usable configuration; the message says
-            where it was looked for.
+    KUBECONFIG may name several files, separated by colons; K8S_CONTEXT names the context, else
+    current-context counts. An exec credential plugin is run again when its token has expired, and a
+    projected service account token, which rotates, is read again every minute. The caller closes the
+    `OwnClient` in ``api_client``. `SandboxUnavailableError` says where a configuration was looked for.
     """
     credentials, configuration = Credentials(), Configuration()
     await credentials.load(configuration)
@@ -66,8 +59,7 @@ class OwnClient(ApiClient):  # type: ignore[misc]
     async def renew_credentials(self) -> None:
         """Loads the credentials anew, whatever lifetime they claimed to have.
 
-        Raises:
-            SandboxUnavailableError: They cannot be loaded; the old ones stay in use.
+        `SandboxUnavailableError`: they cannot be loaded; the old ones stay in use.
         """
         fresh = Configuration()
         await self._credentials.load(fresh, again=True)
@@ -102,14 +94,9 @@ class Credentials:
         self._turn = asyncio.Lock()
 
     async def load(self, configuration: Configuration, *, again: bool = False) -> None:
-        """Fills the configuration in.
+        """Fills an empty configuration in; `again`: what was loaded before is no longer good.
 
-        Args:
-            configuration: An empty one.
-            again: What was loaded before is no longer good: ask for new credentials.
-
-        Raises:
-            SandboxUnavailableError: There is no usable configuration.
+        `SandboxUnavailableError`: there is no usable one.
         """
         looked = "in-cluster (KUBERNETES_SERVICE_HOST is not set)"
         try:

@@ -14,21 +14,14 @@ _LISTS = ("clusters", "contexts", "users")
 
 
 class KubeconfigError(Exception):
-    """A kubeconfig that is no use."""
+    """The message names the file and what is wrong with it, and holds no secret."""
 
 
 def read_kubeconfig(files: str, context: str | None) -> dict[str, Any]:
     """Merges kubeconfig files as kubectl does, and checks that the context is whole.
 
-    Args:
-        files: Paths, separated by colons. Files that do not exist are passed over.
-        context: The context to use; None: current-context.
-
-    Returns:
-        The merged file, with that context as current-context.
-
-    Raises:
-        KubeconfigError: The message names the file and what is wrong with it, and holds no secret.
+    `files` are paths, separated by colons; those that do not exist are passed over. The answer is the
+    merged file, with `context`, or else its own, as current-context.
     """
     merged: dict[str, Any] = {"current-context": context, **{kind: {} for kind in _LISTS}}
     paths = existing(files)
@@ -101,7 +94,7 @@ def _items(path: Path, kind: str, content: dict[str, Any]) -> list[dict[str, Any
 
 
 def _named(merged: dict[str, Any], kind: str, name: object, where: str) -> dict[str, Any]:
-    """The entry of that name: its mapping."""
+    """The mapping of an entry."""
     if not isinstance(name, str) or name not in merged[kind]:
         known = ", ".join(map(repr, merged[kind])) or "none"
         raise KubeconfigError(f"{where} has no {kind.removesuffix('s')} {name!r} (it has {known})")

@@ -16,11 +16,7 @@ from .metadata import Object
 
 
 class CustomObjects:
-    """A CustomObjectsApi, plain or real.
-
-    Attributes:
-        can_discover: Whether it can be asked for the API versions that are served.
-    """
+    """A CustomObjectsApi, plain or real; `can_discover`: it can be asked for the API versions."""
 
     def __init__(self, api: Any) -> None:
         self._api = api
@@ -33,11 +29,7 @@ class CustomObjects:
         return getattr(self._api, "api_client", None)
 
     async def call(self, method: str, *args: object, **options: object) -> Any:
-        """Calls a method without the options that its signature does not take.
-
-        Raises:
-            UnsupportedError: There is no such method, or it cannot watch.
-        """
+        """Calls a method without the options that it does not take; `UnsupportedError`: it cannot do that."""
         bound = getattr(self._api, method, None)
         if bound is None:
             raise UnsupportedError(f"this CustomObjectsApi has no {method}")
@@ -74,11 +66,7 @@ def served(answer: Any) -> set[str] | None:
 
 
 def line_reader(response: Any) -> Callable[[], Awaitable[bytes]]:
-    """What reads the next line of a watch.
-
-    Raises:
-        UnsupportedError: The API object has answered with a list instead of a stream.
-    """
+    """What reads the next line of a watch; `UnsupportedError`: the API object has answered with a list."""
     readline = getattr(getattr(response, "content", None), "readline", None)
     if not inspect.iscoroutinefunction(readline):
         raise UnsupportedError("this CustomObjectsApi does not stream: it cannot watch")

@@ -133,7 +133,7 @@ def grace_period(config: SandboxManagerConfig) -> float:
 
 
 def pod_name(sandbox: Object) -> str:
-    """The name of its pod: its own, unless the controller has noted another."""
+    """Its own, unless the controller has noted another."""
     noted = ((sandbox.get("metadata") or {}).get("annotations") or {}).get(f"{GROUP}/pod-name")
     return noted if isinstance(noted, str) and noted else name(sandbox)
 

@@ -65,7 +65,6 @@ def managed_selector(
 
 
 def matches(obj: Object, selector: str) -> bool:
-    """Whether the labels fit an equality selector."""
     found = labels(obj)
     return all(found.get(key) == value for key, value in (part.split("=", 1) for part in selector.split(",")))
 
@@ -75,7 +74,6 @@ def labels(obj: Object) -> dict[str, str]:
 
 
 def instance(obj: Object) -> str | None:
-    """The manager that owns it."""
     return labels(obj).get(LABEL_INSTANCE)
 
 

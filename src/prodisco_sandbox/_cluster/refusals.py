@@ -34,11 +34,7 @@ _PERMANENT = re.compile(
 def missing_rule(text: str, group: str, resource: str, verb: str) -> str | None:
     """What RBAC misses, in words; None where it was not RBAC that refused.
 
-    Args:
-        text: The message of a Status with 403.
-        group: API group, resource and verb to name where the text names none.
-        resource: See `group`.
-        verb: See `group`.
+    Group, resource and verb are named where the text, a 403's, names none.
     """
     found = _RBAC.match(text)
     if found is None and text and not _UNEXPLAINED.fullmatch(text.strip()):
@@ -72,14 +68,9 @@ def exceeded_quota(text: str) -> bool:
 def permanent_refusal(text: str) -> bool:
     """Whether what a controller reports will stay until somebody changes something.
 
-    Args:
-        text: A condition's message, such as that of Ready with reason ReconcilerError: one
-            error a line. A single line may still be a lie of a moment (a service account that
-            comes a second after its namespace), so let several readings agree.
-
-    Returns:
-        False for what may pass (a conflict, an old pod of the same name, an API server that
-        starts) and for a quota, which `exceeded_quota` tells.
+    Not what may pass (a conflict, an old pod of the same name, an API server that starts), nor a quota.
+    `text` is a condition's message, one error a line. A single line may still be a lie of a moment (a
+    service account that comes a second after its namespace): let several readings agree.
     """
     return any(
         is_denied(line) or (_PERMANENT.search(line) is not None and not may_pass(line))

@@ -130,7 +130,6 @@ class SandboxResources:
         return other
 
     async def aclose(self) -> None:
-        """Closes the connection that was opened here; one that was passed in stays open."""
         for discovery in self._discoveries:
             await discovery.aclose()
         await self.connection.aclose()
@@ -138,11 +137,9 @@ class SandboxResources:
     # The API version
 
     async def api_version(self, deadline: float | None = None) -> str:
-        """The API version in use: as configured, else the newest that is served.
+        """As configured, else the newest that is served.
 
-        Raises:
-            SandboxUnavailableError: The cluster cannot be reached, or serves none of the
-                versions (the message says what to install).
+        `SandboxUnavailableError`: the cluster cannot be reached, or serves none; it says what to install.
         """
         if self._config.api_version != "auto":
             return self._config.api_version
@@ -189,10 +186,7 @@ class SandboxResources:
     # The verbs
 
     async def create(self, body: Object) -> Object | None:
-        """Creates an object; one request, never repeated here.
-
-        Returns:
-            The created object, or None where the API object does not return one.
+        """Creates an object; one request, never repeated here. None where the API returns no object.
 
         Raises:
             AlreadyExistsError: The name is taken.
@@ -202,7 +196,6 @@ class SandboxResources:
         return lenient.created(await self._request("create", body))
 
     async def get(self, name: str, deadline: float | None = None) -> Object | None:
-        """Reads an object; None if there is none."""
         try:
             found = await self._request("get", name, deadline=deadline)
         except NotFoundError:
@@ -234,13 +227,10 @@ class SandboxResources:
     async def delete(
         self, name: str, uid: str | None, deadline: float | None = None, *, version: str | None = None
     ) -> bool:
-        """Deletes the object that has this uid; one that is gone, or another, is fine.
+        """Deletes the object that has this uid, unless it has changed since `version`; tells whether it did.
 
-        A uid of None is for API objects that give none: it deletes whatever has the name.
-        With the resourceVersion that the caller has seen, an object that has changed since stays.
-
-        Returns:
-            Whether there was something to delete.
+        A uid of None is for API objects that give none: it deletes whatever has the name. One that is gone,
+        or another, is fine.
         """
         # The camelCase dict is the wire's own form of V1DeleteOptions.
         wanted = {"uid": uid, "resourceVersion": version}
@@ -256,14 +246,7 @@ class SandboxResources:
     ) -> Object | None:
         """Applies a JSON merge patch (RFC 7386); metadata.uid in it is a precondition.
 
-        Args:
-            name: The object's.
-            body: The patch.
-            deadline: As for all requests.
-            status: Patch the status subresource, as a controller does.
-
-        Raises:
-            NotFoundError, PreconditionError, UnsupportedError: As they say.
+        With `status` it goes to that subresource, as a controller's does.
         """
         verb = "patch_status" if status else "patch"
         patched = await self._request(verb, name, body, deadline=deadline, _content_type=MERGE_PATCH)
@@ -272,12 +255,8 @@ class SandboxResources:
     async def watch(self, selector: str, resource_version: str) -> AsyncGenerator[tuple[str, Object], None]:
         """One watch request: yields (type, object) until the server ends it.
 
-        The first pair is ``("OPEN", {})``: the server has accepted the request.
-
-        Raises:
-            ExpiredError: The resourceVersion is too old: list again.
-            UnsupportedError: The API object cannot stream.
-            SandboxError: As for the other requests.
+        The first pair is ``("OPEN", {})``: the server has accepted the request. `ExpiredError`: list again;
+        `UnsupportedError`: the API object cannot stream.
         """
         response = await self._request(
             "watch",
@@ -435,11 +414,11 @@ class SandboxResources:
 async def wait_to_retry(
     log: Logger, error: RetryableError, verb: str, attempt: int, deadline: float | None, sandbox: str | None
 ) -> None:
-    """Waits after a request has failed for a reason that may pass.
+    """Waits after a failure that may pass; raises it again if there is no time for another try.
 
     Args:
         log: Tells of it.
-        error: The failure, raised again if there is no time for another try.
+        error: The failure.
         verb: Of the request.
         attempt: How many tries have failed before this one.
         deadline: On the loop's clock; None: there is no other try.

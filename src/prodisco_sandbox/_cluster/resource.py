@@ -42,13 +42,7 @@ Phase = Literal["starting", "running", "suspended", "dead", "ending", "never"]
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where the status says that the pod is.
-
-    Attributes:
-        pod: The pod's name.
-        ips: Its addresses.
-        service: The DNS name of its Service, if there is one.
-    """
+    """Where the status says that the pod is: its name and addresses, and the DNS name of its Service."""
 
     pod: str = ""
     ips: tuple[str, ...] = ()
@@ -178,10 +172,7 @@ class Resource:
         }
 
     def deadline_spec(self, lease: str | None) -> Object:
-        """The spec fields of a deadline; of None: those that take it away.
-
-        The default shutdownPolicy, Retain, would keep the object beyond it.
-        """
+        """The spec fields of a deadline; of None: those that take it away. By default it would be kept."""
         fields = {"shutdownTime": lease} | ({} if lease is None else {"shutdownPolicy": "Delete"})
         return fields if self.lifecycle is None else {self.lifecycle: fields}
 
@@ -199,9 +190,9 @@ class Resource:
     def reading(self, obj: Object, config: SandboxManagerConfig, *, now: float, since: int = 0) -> Reading:
         """What the object says of itself.
 
-        Running means that the endpoint is known and that the Ready condition is True, or
-        that the controller reports no Ready condition at all. A Service alone is not
-        enough: it exists before its pod is ready.
+        Running means that the endpoint is known and that the Ready condition is True, or that the
+        controller reports no Ready condition at all. A Service alone is not enough: it exists before its
+        pod is ready.
 
         Args:
             obj: As the API server returns it.

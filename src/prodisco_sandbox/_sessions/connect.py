@@ -44,9 +44,7 @@ REFUSAL_PAUSE, REFUSAL_BELIEVED = 1.0, 2.0
 async def look_at(parts: Parts, session: Session) -> None:
     """Reads a suspect session's object, which must not take long.
 
-    Raises:
-        SandboxUnavailableError: No answer, or no turn to ask: it says nothing of its life.
-        LostError: As `refresh`.
+    `SandboxUnavailableError`, no answer or no turn to ask, says nothing of its life. Else as `refresh`.
     """
     patience = min(parts.config.ready_timeout, LOOK_TIMEOUT)
     try:
@@ -92,10 +90,6 @@ class Connecting:
     """One connection to a session's machine, from the first reading to a healthy client.
 
     Args:
-        parts: The manager's parts.
-        clients: Makes and drops the session's client.
-        session: It has an object.
-        deadline: On the loop's clock.
         exchange: A name that an earlier pod still holds is not waited for: `SpentError`.
         resume: The object was suspended: it needs a lease even if somebody else has started it.
     """
@@ -174,11 +168,7 @@ class Connecting:
         return self._parts.reading(observed, known.generation, strict=True)
 
     async def _started_again(self, reading: Reading) -> bool:
-        """Starts what is suspended, and restarts what is dead, where that keeps volumes.
-
-        Returns:
-            Whether its spec was changed.
-        """
+        """Starts what is suspended, and what is dead but has volumes; tells whether it did."""
         session, observed = self._session, self._session.known.object or {}
         match reading.phase:
             case "ending":
@@ -293,13 +283,7 @@ class Connecting:
         self._session.machine.misplaced = False
 
     async def _set_mode(self, mode: Literal["Running", "Suspended"]) -> None:
-        """Starts or suspends the object; what the controller saw before does not count any more.
-
-        Raises:
-            LostError: It is gone, or another.
-            SuspendedError: The manager may not patch.
-            SandboxError: The API server could not be reached in time.
-        """
+        """Starts or suspends the object; what the controller saw before does not count any more."""
         session, known = self._session, self._session.known
         observed = known.object or {}
         spec = self._resource.mode_spec(str(observed.get("apiVersion")), mode)
@@ -330,11 +314,7 @@ class Connecting:
 
 
 async def refresh(parts: Parts, session: Session, deadline: float) -> None:
-    """Reads the session's object.
-
-    Raises:
-        LostError: It is gone, another, being deleted, or claimed by another manager.
-    """
+    """Reads the session's object. `LostError`: it is gone, being deleted, or somebody else's."""
     known, asked = session.known, parts.now()
     found = await parts.resources.get(session.name, deadline)
     if found is None:

@@ -55,10 +55,7 @@ class Ends:
     def end(self, session: Session, reason: Reason, error: SandboxError | None = None) -> None:
         """Takes a session out of use at once; its life goes on with the removal.
 
-        Args:
-            session: Of one that has ended already, nothing happens.
-            reason: See `FATES`.
-            error: What those who wait for it get; None: they ask again.
+        What has ended already stays as it is. Those who wait get `error`; None: they ask again.
         """
         parts = self._parts
         fate = FATES[reason][parts.shared is not None]
@@ -105,7 +102,6 @@ class Ends:
         self.lose(session, reason)
 
     def fail(self, session: Session, error: SandboxError) -> None:
-        """Ends a session that could not be created."""
         took = self._parts.since(session.since)
         self._parts.log.warning("sandbox_failed", sandbox=session.name, **_told(error), duration=took)
         self.end(session, "failed", error)

@@ -62,7 +62,6 @@ class Engine:
             self._follow()
 
     def _follow(self) -> None:
-        """Starts the watch, unless it runs."""
         if self._watch_task is None:
             self._watch_task = self._tasks.supervise(self._watch.run, "sandbox-watch")
             if self._resources.resource is not SANDBOX and not self._kind_checked:
@@ -100,7 +99,6 @@ class Engine:
         return session
 
     async def _awaited(self, session_id: str, owner: str | None, lasts: float) -> Session:
-        """The session, as soon as it is ready."""
         for _ in range(ROUNDS):
             session = self.table.current.get(session_id)
             if session is None and self.shared is not None:
@@ -182,17 +180,14 @@ class Engine:
             self._ends.end(session, "closed", SandboxError("the session was closed while it was waited for"))
             if self.shared is not None:
                 await self._deleted(session_id)
-        closing = self.table.closing.get(session_id)
-        if closing is None and self.shared is not None and not self._lives.stopped:
-            # The session may have ended before it has taken the object that another manager has made.
-            if session is None or session.known.uid is None:
-                run = self._bury_shared(session_id, self.shared)
-                await asyncio.wait({self._tasks.spawn(run, "sandbox-bury")})
-        elif closing is None and self._config.on_idle == "suspend" and not self._lives.stopped:
+        if session_id not in self.table.closing and not self._lives.stopped:
             session_hash = metadata.session_hash(session_id)
+            # With `shared` it may have ended before it has taken the object that another manager has made.
+            looks = self.shared is not None and (session is None or session.known.uid is None)
+            looks = looks or (self._config.on_idle == "suspend" and not self._watch.current)
             if (found := self._suspended.take(session_hash)) is not None:
                 self._lives.bury(session_id, session_hash, found.name, metadata.uid(found.object))
-            elif not self._watch.current:
+            elif looks:
                 await asyncio.wait({self._tasks.spawn(self._bury(session_id, session_hash), "sandbox-bury")})
         await self._deleted(session_id)
 
@@ -207,34 +202,24 @@ class Engine:
             waited, closing = closing, self.table.closing.get(session_id)
 
     async def _bury(self, session_id: str, session_hash: str) -> None:
-        """Deletes what an earlier process has left of a session, where the watch has not told of it."""
-        selector = self.parts.selector(instance=self._config.instance_label, session=session_hash)
+        """Deletes what another manager or an earlier process has made for a session that has nothing here."""
+        name = self.sandbox_name(session_id, self.parts.now())
         deadline = self.parts.now() + self._config.ready_timeout
         try:
-            objects, _ = await self._resources.list(selector, deadline)
-        except SandboxError as e:
-            name = self.sandbox_name(session_id, self.parts.now())
-            self._log.warning("sandbox_not_looked_for", sandbox=name, reason=str(e))
-            return
-        if session_id in self.table.current or session_id in self.table.closing:
-            return  # It was asked for again meanwhile, and adopts the object.
-        for found in objects:
-            if not metadata.is_deleting(found):
-                self._suspended.take(session_hash)
-                self._lives.bury(session_id, session_hash, metadata.name(found), metadata.uid(found))
-                return
-
-    async def _bury_shared(self, session_id: str, shared: SharedSessions) -> None:
-        """Deletes the object of a session that is in use elsewhere, or nowhere."""
-        name = self.sandbox_name(session_id, self.parts.now())
-        try:
-            seen = await shared.look_up(name, self.parts.now() + self._config.ready_timeout)
+            if self.shared is not None:
+                seen = await self.shared.look_up(name, deadline)
+                left = [] if seen is None or seen.reading.phase == "ending" else [(name, seen.uid)]
+            else:
+                selector = self.parts.selector(instance=self._config.instance_label, session=session_hash)
+                objects, _ = await self._resources.list(selector, deadline)
+                left = [(metadata.name(o), metadata.uid(o)) for o in objects if not metadata.is_deleting(o)]
         except SandboxError as e:
             self._log.warning("sandbox_not_looked_for", sandbox=name, reason=str(e))
             return
-        is_free = session_id not in self.table.current and session_id not in self.table.closing
-        if seen is not None and seen.reading.phase != "ending" and is_free:
-            self._lives.bury(session_id, metadata.session_hash(session_id), name, seen.uid)
+        # If it was asked for again meanwhile, it takes the object.
+        if left and session_id not in self.table.current and session_id not in self.table.closing:
+            self._suspended.take(session_hash)
+            self._lives.bury(session_id, session_hash, *left[0])
 
     async def clean_up(self, *, all_instances: bool) -> int:
         deadline = self.parts.now() + self._config.ready_timeout
@@ -355,7 +340,7 @@ class Engine:
                 session.inbox.post(News.LOOK)
 
     def _session_of(self, sandbox: Object) -> Session | None:
-        """The session that an object belongs to; not one of the same name's past."""
+        """Not a session of the same name's past."""
         session = self.table.named(metadata.name(sandbox))
         if session is None:
             return None

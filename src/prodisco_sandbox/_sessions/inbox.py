@@ -58,7 +58,6 @@ class Inbox:
         return self._waiter
 
     async def get(self) -> News:
-        """Waits for news, and takes all there is."""
         await self.arrival()
         return self.take_all()
 

@@ -61,11 +61,7 @@ class Deadlines(ABC):
         """A session has no object any more, or has ended."""
 
     async def allowed(self, deadline: float) -> bool:
-        """Whether a Sandbox that is about to be made has a deadline.
-
-        Raises:
-            SandboxError: The probe got no answer. Nothing was created.
-        """
+        """Whether a new Sandbox gets a deadline. `SandboxError`: the probe got no answer."""
         now = asyncio.get_running_loop().time()
         if self._refused_at is not None and now - self._refused_at < REFUSAL_HOLDS:
             return False
@@ -87,7 +83,6 @@ class Deadlines(ABC):
         return True
 
     async def aclose(self) -> None:
-        """Ends a probe under way."""
         await self._probe.aclose()
 
 
@@ -119,7 +114,6 @@ class Leases(Deadlines):
         self._failures.pop(session, None)
 
     async def run(self) -> None:
-        """Renews what is due, until it is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             self._added.clear()

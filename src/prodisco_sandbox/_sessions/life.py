@@ -44,7 +44,6 @@ class Lives:
         """Shutdown no longer waits for lives: a session that ends now is not removed."""
 
     def begin(self, session: Session) -> None:
-        """Begins the life of a session that was admitted to the table."""
         task = self._parts.tasks.spawn(self._live(session), f"sandbox:{session.name}")
         self._tasks[task] = session
         # Not the life's own last step: a task that is cancelled early never takes it.
@@ -92,7 +91,6 @@ class Lives:
             await self._close(session)
 
     async def _queue(self, session: Session, asked_at: float, refusal: SandboxError | None) -> None:
-        """Waits for a slot."""
         parts, config, before = self._parts, self._parts.config, session.after
         patience = config.capacity_timeout
         if before is not None and before.ended != "evicted":
@@ -271,7 +269,6 @@ class Lives:
             self._ready(session, client)
 
     async def _close(self, session: Session) -> None:
-        """Closing: closes the client, and deletes the object."""
         begun = self._parts.now()
         if session.request is not None and not session.request.done():
             await asyncio.wait({session.request})

@@ -119,13 +119,11 @@ class Machines:
         return None if other is session or shared else other
 
     def forget(self, session: Session) -> None:
-        """The session's machine is gone, and it has no client any more."""
         self.vacate(session)
         session.client = session.machine.target = None
         session.machine.ips = ()
 
     def leave(self, session: Session) -> None:
-        """The session has ended."""
         self.vacate(session)
         for boot_id in session.machine.boot_ids:
             del self._by_boot_id[boot_id]

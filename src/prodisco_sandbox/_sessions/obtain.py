@@ -38,8 +38,6 @@ INCARNATIONS = 100
 
 
 class Obtain:
-    """Gives sessions their objects."""
-
     def __init__(self, parts: Parts, clients: Clients, remove: Remove) -> None:
         self._parts = parts
         self._resource = parts.resources.resource
@@ -57,7 +55,6 @@ class Obtain:
 
         Raises:
             SandboxConflictError: The name is taken by somebody else's object.
-            SandboxError: The API server refused, or could not be reached in time.
         """
         attempt = names = 0
         while names < INCARNATIONS:
@@ -226,10 +223,7 @@ class Obtain:
     # Sharing
 
     async def share(self, session: Session, shared: SharedSessions, deadline: float) -> None:
-        """Takes the session's object, whichever manager has made it; creates it if there is none.
-
-        One that is being deleted is waited for. Arguments and errors as for a call.
-        """
+        """Takes the session's object, whoever has made it, or creates it; waits for the end of an old one."""
         parts, name, attempt = self._parts, session.name, 0
         while True:
             seen = await shared.look_up(name, deadline)
@@ -283,11 +277,7 @@ class Obtain:
     async def _resolve_conflict(
         self, session: Session, error: AlreadyExistsError, attempt: int, deadline: float
     ) -> bool:
-        """The name is taken: adopts the session's own object, or moves to another name.
-
-        Returns:
-            Whether an object was adopted; otherwise create again.
-        """
+        """The name is taken: adopts the session's own object (then True), or moves to another name."""
         if adopted := await self._adopt_existing(session, attempt, deadline):
             return True
         if adopted is not None:
@@ -311,8 +301,7 @@ class Obtain:
     async def _adopt_existing(self, session: Session, attempt: int, deadline: float) -> bool | None:
         """Adopts the newest object that the session has by its label; deletes those that are spent.
 
-        Returns:
-            Whether one was adopted; False: look again; None: there is none.
+        Returns None where there is none, False where it is to be looked at again.
         """
         parts = self._parts
         found, _ = await parts.resources.list(parts.selector(session=session.session_hash), deadline)

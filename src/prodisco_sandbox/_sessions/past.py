@@ -62,7 +62,6 @@ class Past:
         return self._ended.get(session_hash, False)
 
     def ended(self, session: Session) -> None:
-        """Notes how a session has ended."""
         if session.ended in ("failed", "lost") and not session.remains.needs_delete:
             # Its object was kept, or perhaps claimed by another manager.
             self._stray(session.session_hash)

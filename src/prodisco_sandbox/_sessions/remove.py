@@ -37,11 +37,7 @@ class Remove:
         """Objects that shutdown had to leave because the API server refuses to delete them."""
 
     def retry_now(self, *, last_chance: bool = False) -> None:
-        """Repeats the deletes that have failed.
-
-        Args:
-            last_chance: From now on, what the API server refuses for good is abandoned.
-        """
+        """Repeats the deletes that have failed. Since the `last_chance` a refusal is final."""
         self._last_chance = self._last_chance or last_chance
         self._again.set()
         self._again = asyncio.Event()

@@ -89,7 +89,6 @@ class SharedSessions(Deadlines):
 
     @property
     def known(self) -> int:
-        """How many objects the group has."""
         return len(self._seen)
 
     # What the cluster holds
@@ -99,12 +98,7 @@ class SharedSessions(Deadlines):
         return name in self._seen
 
     async def listed(self) -> None:
-        """Waits until the group's objects are known, which tells who has a sandbox already.
-
-        Raises:
-            SandboxPermissionError: The manager may not watch them.
-            SandboxUnavailableError: They could not be listed within ready_timeout.
-        """
+        """Waits until the group's objects are known, which tells who has a sandbox already."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._patience):
                 await self._watch.settled.wait()
@@ -260,12 +254,7 @@ class SharedSessions(Deadlines):
         return metadata.lease_time(math.ceil(self._wall_clock() + self._at_birth), 0)
 
     async def allowed(self, deadline: float) -> bool:
-        """Always True.
-
-        Raises:
-            SandboxPermissionError: The manager may not patch: it could not keep a session alive.
-            SandboxError: The probe got no answer.
-        """
+        """Always True; `SandboxPermissionError`: it could not keep a session alive."""
         self._refused_at = None  # Not without asking.
         if not await super().allowed(deadline):
             raise SandboxPermissionError(
@@ -274,11 +263,7 @@ class SharedSessions(Deadlines):
         return True
 
     def admit(self, session: Session, lasts: float) -> Coroutine[Any, Any, None] | None:
-        """Sees to it that the session's object outlives a use by an idle timeout.
-
-        Args:
-            session: It has an object.
-            lasts: How long the use may last, in seconds.
+        """Sees to it that the session's object outlives a use of so many seconds by an idle timeout.
 
         Returns:
             None: it does. Else the use must wait for this, which is safe to cancel; it raises
@@ -396,12 +381,7 @@ class SharedSessions(Deadlines):
             await self._extend(session, lasts)
 
     def measure(self, made: Object, sent: float) -> float | None:
-        """How far this clock is ahead of the cluster's, by an object that was just made; within a second.
-
-        Args:
-            made: As the API server has returned it.
-            sent: The Unix time here at which it was asked for.
-        """
+        """How far this clock is ahead of the cluster's, by an object asked for at `sent`; within a second."""
         created = metadata.unix_time(made["metadata"].get("creationTimestamp"))
         if created is None:
             return None

@@ -35,12 +35,7 @@ class Suspended:
 
 
 class SuspendedObjects:
-    """The suspended objects of an instance, by their sessions' hash; kept up to date by the watch.
-
-    Args:
-        on_gone: Called with the hash of a session whose object was deleted, or claimed by another
-            manager.
-    """
+    """The suspended objects of an instance, by their sessions' hash; kept up to date by the watch."""
 
     def __init__(self, on_gone: Callable[[str], object]) -> None:
         self._by_session: dict[str, Suspended] = {}
@@ -72,7 +67,6 @@ class SuspendedObjects:
         return found is not None and found.is_own
 
     def left(self, session: Session, obj: Object) -> None:
-        """A session's object has been suspended."""
         self._by_session[session.session_hash] = Suspended(_without_template(obj), session.incarnation, True)
 
     def seen(self, obj: Object, *, is_suspended: bool) -> None:

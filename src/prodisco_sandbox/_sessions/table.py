@@ -161,7 +161,6 @@ class Session:
 
     @property
     def about(self) -> dict[str, str]:
-        """Attributes of its spans."""
         return {"sandbox.name": self.name}
 
     @property
@@ -219,7 +218,6 @@ class SessionTable:
         return len(self.current) + len(self.closing)
 
     def named(self, name: str) -> Session | None:
-        """The session whose object has this name."""
         return self._by_name.get(name)
 
     # Slots
@@ -229,20 +227,10 @@ class SessionTable:
         return self._slots + self.elsewhere()[0] >= self.max_sessions
 
     def admit(self, session: Session, *, may_queue: bool) -> bool:
-        """Registers a new session.
+        """Registers a session of an id that has no current one. Returns whether it has a slot.
 
-        A session whose predecessor is still closing always queues: it takes over the
-        slot unless somebody came before it.
-
-        Args:
-            session: Its id has no current session.
-            may_queue: Whether it may wait for a slot.
-
-        Returns:
-            Whether it has a slot and is to be created now.
-
-        Raises:
-            SandboxCapacityError: There is no slot, and it may not queue.
+        One whose predecessor is still closing always queues: it takes over the slot unless somebody came
+        before it. `SandboxCapacityError`: there is no slot, and it may not queue.
         """
         session.after = self.closing.get(session.session_id)
         start = session.after is None and (self.has_object(session.name) or not self.is_full)
@@ -268,11 +256,7 @@ class SessionTable:
         self._by_name[session.name] = session
 
     def release(self, session: Session) -> list[Session]:
-        """Closing → gone.
-
-        Returns:
-            The sessions that got a slot thereby and are to be created now.
-        """
+        """Closing → gone. Returns the sessions that got a slot thereby."""
         if session.state is not SessionState.CLOSING:
             return []
         session.state = SessionState.GONE
@@ -284,11 +268,7 @@ class SessionTable:
         return self.start_waiting()
 
     def start_waiting(self) -> list[Session]:
-        """Gives free slots to those who wait for one.
-
-        Returns:
-            The sessions that got one and are to be created now.
-        """
+        """Gives free slots to those who wait for one. Returns the sessions that got one."""
         started: list[Session] = []
         full = False
         for waiting in list(self._queue):
@@ -407,11 +387,7 @@ class SessionTable:
     # Its state
 
     def make_ready(self, session: Session, client: SandboxClient, now: float) -> bool:
-        """Creating or suspect → ready.
-
-        Returns:
-            False: the session has ended meanwhile.
-        """
+        """Creating or suspect → ready. Returns False if the session has ended meanwhile."""
         if session.state not in LIVING:
             return False
         if session.state is SessionState.CREATING:
@@ -466,7 +442,7 @@ class SessionTable:
         keep: bool = False,
         suspend: bool = False,
     ) -> bool:
-        """Takes a session out of use.
+        """Takes a session out of use: if it was queued it is gone, else it holds its slot until `release`.
 
         Args:
             session: A current one; of others it has been done.
@@ -476,8 +452,7 @@ class SessionTable:
             suspend: Its object is suspended instead of deleted; with `keep` only if it has one for certain.
 
         Returns:
-            Whether there is anything to undo: then it is closing and holds its slot
-            until `release`. A queued session is gone at once.
+            Whether there is anything to undo.
         """
         if self.current.get(session.session_id) is not session:
             return False
@@ -552,5 +527,4 @@ class SessionTable:
         return Counter(session.state for session in (*self.current.values(), *closing))
 
     def waiting(self) -> int:
-        """How many callers wait for a session."""
         return sum(session.waiters for session in self.current.values())
