@@ -35,7 +35,24 @@ def test_an_error_survives_copy_and_pickle(kind: type[SandboxError], status: int
         assert str(same) == "no slot for session 5e"
         assert same.args == error.args
         assert same.status == status
-        assert same.__notes__ == ["try again later"]
+        assert same.__notes__ == [page_of(kind), "try again later"]
+        same.add_note("in five minutes")
+    assert error.__notes__ == [page_of(kind), "try again later"]
+
+
+def page_of(kind: type[SandboxError]) -> str:
+    return f"What to do: docs/troubleshooting.md#{kind.__name__.lower()} of prodisco-sandbox"
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_the_traceback_of_an_error_names_its_page(kind: type[SandboxError]) -> None:
+    error = kind("no slot")
+    assert "".join(traceback.format_exception(error)).endswith(f"{kind.__name__}: no slot\n{page_of(kind)}\n")
+    assert str(error) == "no slot"
+
+
+def test_the_page_of_a_subclass_is_that_of_the_public_class() -> None:
+    assert Own("gone").__notes__ == [page_of(SandboxFailedError)]
 
 
 def test_status_is_none_unless_something_was_said() -> None:

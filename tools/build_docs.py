@@ -173,6 +173,15 @@ def check_links(site: Path) -> int:
     return checked
 
 
+def check_pages_of_errors(site: Path, names: Iterable[str]) -> None:
+    """Checks that the page that each error names has a section for it."""
+    for name in names:
+        [note] = getattr(importlib.import_module("prodisco_sandbox"), name)("no slot").__notes__
+        found = re.search(r"docs/(\S+)\.md#(\S+)", note)
+        if found is None or found[2] not in _Page((site / f"{found[1]}.html").read_text()).anchors:
+            raise SystemExit(f"{name}: the site does not have what its note names: {note}")
+
+
 def undocumented(site: Path, names: Iterable[str]) -> list[str]:
     """Those of the names that are not in the site's index."""
     from sphinx.util.inventory import InventoryFile  # type: ignore[import-not-found, unused-ignore]
@@ -205,6 +214,7 @@ def main() -> None:
     members = sorted({member for name in names for member in public_members(name)})
     if missing := undocumented(site, [*names, *members]):
         raise SystemExit("not in the reference:\n" + "\n".join(missing))
+    check_pages_of_errors(site, [name.rpartition(".")[2] for name in public_names()["errors"]])
     links = check_links(site)
     print(f"{site}: {len(names)} public names, {len(members)} members of theirs, {links} links checked")
 

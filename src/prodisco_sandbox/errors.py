@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Self
 
+_PAGE = "docs/troubleshooting.md"
+"""Of prodisco-sandbox's documentation: it has a section for each class."""
+
 
 class SandboxError(Exception):
     """Base of all errors of this library.
@@ -22,7 +25,8 @@ class SandboxError(Exception):
         └── SandboxPermissionError      401 or 403: the credentials do not suffice
 
     Where an error has a cause (an answer of the API server, a gRPC status, a broken
-    connection), the cause is chained as ``__cause__``.
+    connection), the cause is chained as ``__cause__``. A note below the traceback names
+    the class's section of the documentation; ``str(error)`` is the message alone.
 
     Attributes:
         status: What the other side said: an HTTP status code of the Kubernetes API
@@ -33,6 +37,8 @@ class SandboxError(Exception):
     def __init__(self, message: str, *, status: int | str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        public = next(kind for kind in type(self).__mro__ if kind.__module__ == __name__)
+        self.add_note(f"What to do: {_PAGE}#{public.__name__.lower()} of prodisco-sandbox")
 
     def copy_for_waiter(self) -> Self:
         """Returns a copy with the same cause, for one more waiter to raise.
@@ -45,7 +51,8 @@ class SandboxError(Exception):
         return copied
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (str(self),), {**self.__dict__})
+        # Notes of its own: what is added to a copy is not added to the original.
+        return (type(self), (str(self),), {**self.__dict__, "__notes__": [*self.__notes__]})
 
 
 class SandboxManagerClosedError(SandboxError):

@@ -319,6 +319,10 @@ def test_every_error_is_explained() -> None:
     explained = re.findall(r"^### (Sandbox\w*Error)$", TROUBLESHOOTING, re.MULTILINE)
     classes = [found for found in vars(errors) if found.endswith("Error")]
     assert sorted(explained) == sorted(classes)
+    for found in classes:
+        [note] = getattr(errors, found)("no slot").__notes__
+        path, anchor = re.fullmatch(r"What to do: (.+)#(\w+) of prodisco-sandbox", note).groups()  # type: ignore[union-attr]
+        assert anchor in slugs(ROOT / path)
 
 
 # Versions
