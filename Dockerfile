@@ -20,6 +20,9 @@ RUN groupadd --gid 65532 sandbox \
     && install -d -o 65532 -g 65532 -m 0700 /tmp/prodisco-scripts
 
 FROM base AS source
+# Git's data, which have the version, are not copied: a release gives its own.
+ARG VERSION=0.1.0
+ENV SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION}
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src

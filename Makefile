@@ -62,9 +62,11 @@ typing: ## a user's program under mypy and pyright, both strict, against the whe
 	@cd tests/user && ../../.venv-typing/bin/python -m mypy --strict --config-file= --cache-dir=/dev/null .
 	@cd tests/user && ../../.venv-typing/bin/python -m pyright --pythonpath ../../.venv-typing/bin/python .
 
-release-check: ## all of a release but the upload: sdist, wheel, changelog, and the tag if there is one
+release-check: ## all of a release but the upload, and the workflows (DIST=directory: keep what is built there)
 	@$(MAKE) --no-print-directory .venv-release/.tools VENV=.venv-release EXTRAS=release
-	@.venv-release/bin/python tools/release_check.py
+	@.venv-release/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@.venv-release/bin/zizmor --quiet --offline .github/workflows
+	@.venv-release/bin/python tools/release_check.py $(DIST)
 
 $(VENV)/benchmarks.json:
 	@$(MAKE) --no-print-directory bench
