@@ -6,9 +6,23 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
+from typing import Self
 from urllib.parse import quote
 
 from ._checks import env_flag, env_int, integer, wrong
+
+
+class GuardedTarget(str):
+    """A gRPC target whose server demands a token, which clients of this target send with every call."""
+
+    __slots__ = ("token",)
+    token: str
+
+    def __new__(cls, target: str, token: str) -> Self:
+        made = super().__new__(cls, target)
+        made.token = token
+        return made
+
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), without its closing NUL.

@@ -48,6 +48,7 @@ class Server:
         command: Sequence[str] = (sys.executable, "-m", "prodisco_sandbox.server"),
         address: Sequence[str] | None = None,
         zygote: bool = False,
+        token: str = "",
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -65,6 +66,9 @@ class Server:
                 env={**os.environ, "TMPDIR": str(directory), **(env or {})},
             )
         try:
+            if token:
+                self.process.stdin.write(f"{token}\n".encode())  # type: ignore[union-attr]
+                self.process.stdin.flush()  # type: ignore[union-attr]
             self.target = self._target()
             if zygote:
                 self.wait_for_zygote()

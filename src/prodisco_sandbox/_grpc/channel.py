@@ -12,9 +12,10 @@ import grpc
 import grpc.aio
 
 from .._aio.single_flight import SingleFlight
-from .._targets import grpc_address
+from .._targets import GuardedTarget, grpc_address
 from ..config import TlsConfig
 from ..errors import SandboxError, SandboxTimeoutError
+from ..proto import metadata as names
 from .codec import MAX_MESSAGE_BYTES
 
 _T = TypeVar("_T")
@@ -84,6 +85,7 @@ class Channel:
     Attributes:
         grpc_channel: gRPC's own, once it is made.
         features: What the server can beyond the protocol; None: it has not answered yet.
+        metadata: What every call carries for the server to answer it.
         has_own_health_only: Whether the server lacks the standard health service.
     """
 
@@ -95,6 +97,7 @@ class Channel:
         self.features: frozenset[str] | None = None
         self.has_own_health_only = False
         self._address = grpc_address(target)
+        self.metadata = ((names.TOKEN, target.token),) if isinstance(target, GuardedTarget) else ()
         self._credentials: SingleFlight[grpc.ChannelCredentials] | None = None
         if tls is not None:
             self._credentials = SingleFlight(

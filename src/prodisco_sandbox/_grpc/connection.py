@@ -205,7 +205,7 @@ class Connection:
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         expectations = () if self.fence is None else self.fence.expectations()
-        return expectations + _telemetry.headers()
+        return self.channel.metadata + expectations + _telemetry.headers()
 
     # Calls that wait for code
 

@@ -28,7 +28,7 @@ class Clients:
 
     def client_for(self, session: Session, reading: Reading) -> SandboxClient | None:
         """The session's client for a running object; None: a newer status gives its target to another."""
-        parts, machine, target, ips = self._parts, session.machine, str(reading.target), reading.machine.ips
+        parts, machine, target, ips = self._parts, session.machine, reading.target or "", reading.machine.ips
         if session.client is not None and (machine.target != target or machine.differs(reading.machine)):
             self.discard(session)
         machine.ips, machine.pod = ips or machine.ips, reading.machine.pod

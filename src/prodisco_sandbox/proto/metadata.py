@@ -22,6 +22,8 @@ aside: nothing that the caller may have left is on this machine."""
 FILES: Final = "files"
 """The feature of a server that has the FileService of files.proto."""
 
+TOKEN: Final = "prodisco-token"  # noqa: S105
+"""In a request: the token of a server that demands one; without it, every call is UNAUTHENTICATED."""
 EXPECT_POD: Final = "prodisco-expect-pod"
 """In a request: the name of the pod that it is meant for."""
 EXPECT_BOOT: Final = "prodisco-expect-boot"

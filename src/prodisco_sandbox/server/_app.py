@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ._interpreter import Processes
 from ._options import Options, OptionsError
 from ._removal import remove_tree
 from ._service import SandboxService
+from ._token import RequireToken, read_token
 from ._tracing import tracing
 from ._undecodable import Undecodable
 
@@ -141,14 +142,17 @@ async def serve(options: Options) -> None:
         raise OptionsError(f"the server needs Linux, not {sys.platform}: its kernel confines the code")
     stop = _Stop()
     stop.on_signals()
+    guard = [RequireToken(read_token())] if options.require_token else []
     directories = Directories(options)
     try:
-        await _serve(options, directories, stop)
+        await _serve(options, directories, stop, guard)
     finally:
         directories.remove()
 
 
-async def _serve(options: Options, directories: Directories, stop: _Stop) -> None:
+async def _serve(
+    options: Options, directories: Directories, stop: _Stop, guard: Sequence[RequireToken]
+) -> None:
     containment = Containment(options, directories.workspace, directories.temporary)
     try:
         processes = Processes(containment, options)
@@ -157,7 +161,7 @@ async def _serve(options: Options, directories: Directories, stop: _Stop) -> Non
         service = SandboxService(options, executions, cache)
         files = FileService(directories.workspace, options.workspace_limit, processes.usage, executions.began)
         fence = Fence(uuid.uuid4().hex, options.pod_name, FEATURES)
-        server, standard_health = await _server(service, files, fence)
+        server, standard_health = await _server(service, files, [*guard, *tracing(), fence, Undecodable()])
         target = _transport.bind(server, options)
         processes.install()
         if options.workspace is not None:
@@ -185,10 +189,12 @@ async def _serve(options: Options, directories: Directories, stop: _Stop) -> Non
         containment.close()
 
 
-async def _server(service: SandboxService, files: FileService, fence: Fence) -> tuple[grpc.aio.Server, Any]:
+async def _server(
+    service: SandboxService, files: FileService, interceptors: Sequence[Any]
+) -> tuple[grpc.aio.Server, Any]:
     """The gRPC server with all its services, and the one that tells its health."""
     standard_health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[*tracing(), fence, Undecodable()])
+    server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=interceptors)
     sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(service, server)
     add_to_server(files, server)
     health_pb2_grpc.add_HealthServicer_to_server(standard_health, server)

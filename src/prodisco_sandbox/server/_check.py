@@ -8,7 +8,10 @@ import ssl
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from prodisco_sandbox.proto import metadata as names
+
 from ._options import Options
+from ._token import read_token
 
 _TIMEOUT = 3.0
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
@@ -22,6 +25,7 @@ def check(options: Options) -> str | None:
     """
     if options.transport_mode != "insecure":
         return _handshake(options)
+    metadata = ((names.TOKEN, read_token().decode()),) if options.require_token else ()
     target = options.socket_target
     if options.host is not None:
         host = _LOOPBACK.get(options.host, options.host)
@@ -29,7 +33,7 @@ def check(options: Options) -> str | None:
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=_TIMEOUT
+                health_pb2.HealthCheckRequest(), timeout=_TIMEOUT, metadata=metadata
             )
         except grpc.RpcError as error:
             return f"{target}: {error.code().name}: {error.details()}"

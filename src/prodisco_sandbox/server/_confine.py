@@ -183,14 +183,17 @@ def identity(path: str | os.PathLike[str] | int) -> tuple[int, int]:
 
 
 def landlock(
-    version: int, writable: Sequence[tuple[str, tuple[int, int] | None]], hidden: Sequence[str]
+    version: int,
+    writable: Sequence[tuple[str, tuple[int, int] | None]],
+    hidden: Sequence[str],
+    readable: Sequence[str] = (),
 ) -> None:
     """Confines this process and its descendants for good; needs no_new_privs.
 
     They can write only below `writable` (a path counts only while it has the `identity`
-    given with it, if any), cannot read the files `hidden`, and cannot trace
-    (and so not see into) processes outside; from `LANDLOCK_SCOPES` on they cannot signal
-    those either.
+    given with it, if any), and cannot read the files `hidden`, nor anything in directories
+    among them but what is `writable` or `readable`. They cannot trace (and so not see into)
+    processes outside; from `LANDLOCK_SCOPES` on they cannot signal those either.
     """
     write = _WRITE_FILE | _REMOVE_AND_MAKE
     write |= (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
@@ -214,9 +217,10 @@ def landlock(
         for path, known in writable:
             _allow(ruleset, path, write | read, known)
         carved, allowed = _all_but(hidden)
-        for path in carved:
+        # A right to list a directory holds for those below it, too.
+        for path in () if any(map(os.path.isdir, hidden)) else carved:
             _allow(ruleset, path, _READ_DIR)
-        for path in allowed:
+        for path in (*allowed, *readable):
             _allow(ruleset, path, read)
         _check(
             _libc.syscall(_SYS_LANDLOCK_RESTRICT_SELF, ruleset, ctypes.c_uint32(0)), "landlock_restrict_self"
@@ -248,17 +252,24 @@ def _allow(ruleset: int, path: str, rights: int, known: tuple[int, int] | None =
 
 
 def _all_but(hidden: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The directories above the hidden files, and the paths of all that is beside them."""
+    """The directories above the hidden paths, and the paths of all that is beside them."""
     hidden = [os.path.realpath(path) for path in hidden]
+    directories: list[str] = []
+    for path in hidden:
+        while path != "/":
+            path = os.path.dirname(path)  # noqa: PLW2901, PTH120
+            if path not in directories:
+                directories.append(path)
     allowed: list[str] = []
-    directories = ["/"] if hidden else []
-    for directory in directories:  # grows while it is walked
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.path in hidden:
-                    continue
-                if any(path.startswith(entry.path + "/") for path in hidden):
-                    directories.append(entry.path)
-                elif not entry.is_symlink():
-                    allowed.append(entry.path)
+    for directory in directories:
+        try:
+            entries = os.scandir(directory)
+        except PermissionError:
+            continue  # What this user cannot list is allowed to nobody.
+        with entries:
+            allowed += [
+                entry.path
+                for entry in entries
+                if entry.path not in hidden and entry.path not in directories and not entry.is_symlink()
+            ]
     return directories, allowed

@@ -41,6 +41,7 @@ class Containment:
 
     def __init__(self, options: Options, workspace: Path, temporary: Path) -> None:
         self._options = options
+        self._hide = [] if options.hide is None else [options.hide.resolve()]
         self.workspace = workspace
         self.temporary = temporary
         # Their identities at start: code that may write to the directory above can put a link in
@@ -65,6 +66,15 @@ class Containment:
             name.startswith("PYTHON") and name != "PYTHONDONTWRITEBYTECODE" and name in os.environ
             for name in options.pass_env
         )
+        # Python may be installed below them, in a virtual environment for instance.
+        self._shown = [
+            str(path)
+            for path in _readable()
+            if any(path.resolve().is_relative_to(above) for above in self._hide)
+        ]
+        # A right to what is below it would hold for a hidden directory, too.
+        covers_hidden = any(path.is_relative_to(_confine.SHARED_MEMORY) for path in self._hide)
+        self._common: list[tuple[str, None]] = [] if covers_hidden else [(_confine.SHARED_MEMORY, None)]
         self._warn()
         if hidden := [
             path for path in self._hidden() if any(path.is_relative_to(w) for w in self._writable())
@@ -103,7 +113,9 @@ class Containment:
             "max_processes": options.max_processes if self._counts_by_user else None,
             "landlock": self._landlock,
             "writable": [(str(path), _confine.identity(held)) for path, held in self._held.items()],
+            "common": self._common,
             "hidden": [str(path) for path in self._hidden()],
+            "readable": self._shown,
         }
 
     def _short_temporary(self) -> Path | None:
@@ -117,7 +129,8 @@ class Containment:
 
     def _hidden(self) -> list[Path]:
         key = self._options.tls_key
-        return [] if key is None or self._options.transport_mode == "insecure" else [key]
+        keys = [] if key is None or self._options.transport_mode == "insecure" else [key]
+        return [*keys, *self._hide]
 
     @property
     def descriptors(self) -> list[int]:

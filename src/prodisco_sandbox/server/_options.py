@@ -39,12 +39,15 @@ class Options:
     """None: a private temporary directory."""
     cache_dir: Path
     exit_with_parent: bool
+    require_token: bool
+    """The first line of standard input is what every call must carry."""
     check: bool
     """Only ask a running server with these settings whether it is well."""
     isolation: str
     pod_name: str | None
     """None: the server runs in no pod, or was not given its name."""
     writable: tuple[Path, ...]
+    hide: Path | None
     pass_env: tuple[str, ...]
     grace_period: float
     max_concurrent: int
@@ -161,6 +164,7 @@ SETTINGS = (
     _Setting("isolation", "SANDBOX_ISOLATION", _one_of("process", "bwrap"), "process", "process, or bwrap: namespaces by bubblewrap"),
     _Setting("pod-name", "SANDBOX_POD_NAME", _pod_name, None, "name of the pod that this server runs in; calls meant for another one are refused"),
     _Setting("writable", "SANDBOX_WRITABLE", _paths, "", "further directories, separated by colons, that executions may write to"),
+    _Setting("hide", "SANDBOX_HIDE", _path, None, "directory of which executions see only what they may write to and what Python needs; takes Landlock, or bwrap"),
     _Setting("pass-env", "SANDBOX_PASS_ENV", _names, "", "variables, separated by commas, that executions inherit; by default none"),
     _Setting("grace-period", "SANDBOX_GRACE_PERIOD", _seconds, "3", "seconds that running executions get at shutdown"),
     _Setting("max-concurrent", "SANDBOX_MAX_CONCURRENT", _integer(1, 1000), "8", "executions that run at once"),
@@ -189,7 +193,9 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     """
     env = os.environ if environ is None else environ
     given = vars(_parser().parse_args(argv))
-    values: dict[str, Any] = {name: given.pop(name) for name in ("exit_with_parent", "check", "zygote")}
+    values: dict[str, Any] = {
+        name: given.pop(name) for name in ("exit_with_parent", "require_token", "check", "zygote")
+    }
     explicit = {name for name, text in given.items() if text is not None}
     for setting in SETTINGS:
         field = setting.name.replace("-", "_")
@@ -228,6 +234,12 @@ def _parser() -> argparse.ArgumentParser:
         "--exit-with-parent",
         action="store_true",
         help="end at once, leaving nothing behind, when standard input ends: the parent is gone",
+    )
+    parser.add_argument(
+        "--require-token",
+        action="store_true",
+        help="take a token from the first line of standard input, and refuse calls that do not carry it as"
+        " prodisco-token in their metadata",
     )
     parser.add_argument(
         "--zygote",

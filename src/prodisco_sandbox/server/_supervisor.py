@@ -285,8 +285,8 @@ def _child(
         os.chmod(job["cwd"], 0o700)  # noqa: PTH101
         os.chdir(job["cwd"])
     if job["landlock"]:
-        writable = [*job["writable"], (_confine.SHARED_MEMORY, None)]
-        _confine.landlock(job["landlock"], writable, job["hidden"])
+        writable = [*job["writable"], *job["common"]]
+        _confine.landlock(job["landlock"], writable, job["hidden"], job["readable"])
     if job["reads_environment"]:
         _replace(job, codes)
     gc.freeze()
