@@ -36,7 +36,7 @@ case "$6" in */1/socket)
     while :; do sleep 60; done
 esac
 echo "listening on unix:$6"
-read -r _
+read -r _ && read -r _
 """
 
 

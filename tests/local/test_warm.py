@@ -152,7 +152,7 @@ async def test_a_deleted_sandbox_is_replaced_without_a_word(tmp_path: Path) -> N
 
 
 async def test_a_claim_without_a_server_that_is_ready_starts_its_own(tmp_path: Path) -> None:
-    never = stub(tmp_path, "#!/bin/sh\nread -r _\n")
+    never = stub(tmp_path, "#!/bin/sh\nread -r _ && read -r _\n")
     async with LocalCluster(python=never, warm=1) as cluster:
         api = cluster.custom_objects_api
         await claim(cluster, "a")

@@ -290,7 +290,7 @@ async def test_what_local_sandboxes_can_do_to_one_another_is_said_where_clients_
 ) -> None:
     async with managed(["--local", "--warm", "0", "--transport", transport]):
         pass
-    assert ("code in one can read the files of others" in caplog.text) == (transport == "http")
+    assert ("code in one can read what this user can" in caplog.text) == (transport == "http")
 
 
 def test_what_is_started_ahead_is_not_suspended(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,11 +21,12 @@ Object = dict[str, Any]
 
 AT = ("agents.x-k8s.io", "v1beta1", "prodisco", "sandboxes")
 
-# In place of Python: a server that is there at once, and ends when its input does.
+# In place of Python: a server that is there at once, and ends when its input does, which begins
+# with its token.
 STUB = """\
 #!/bin/sh
 echo "listening on unix:$6"
-read -r _
+read -r _ && read -r _
 exit 0
 """
 

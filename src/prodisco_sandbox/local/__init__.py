@@ -34,7 +34,8 @@ PASSED = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 OWN_OPTIONS = (
     "--socket", "--host", "--port", "--transport-mode", "--tls-cert", "--tls-key", "--tls-ca", "--pod-name",
-    "--workspace", "--cache-dir", "--exit-with-parent", "--check", "--help", "-h",
+    "--workspace", "--cache-dir", "--hide", "--exit-with-parent", "--require-token", "--check", "--help",
+    "-h",
 )  # fmt: skip
 """Options of the server that are the cluster's to set, or that keep it from serving."""
 
@@ -75,7 +76,10 @@ class LocalCluster:
     is started in. Several may run at once.
 
     These are processes of the same user on the same machine: a sandbox in name only. Run
-    no code there that you would not run yourself.
+    no code there that you would not run yourself. With Landlock (Linux 5.13; signals since
+    6.12) sandboxes are kept from each other: of `directory`, code sees what is its own
+    server's only, and each server answers only this process, which alone has its token.
+    Without, ``sandboxes_not_separated`` is logged.
 
     Args:
         custom_objects_api: A kubernetes_asyncio ``CustomObjectsApi`` whose Sandboxes to
@@ -90,7 +94,8 @@ class LocalCluster:
         pass_env: Names of variables that the servers inherit; they get no others.
         max_starting: How many servers may be starting at the same time.
         directory: Where the cluster makes its own directory, with access for this user
-            only; None: the system's directory for temporary files.
+            only; None: the system's directory for temporary files. Code in the sandboxes
+            sees nothing else in it, but for its own files and a Python that is installed there.
         poll_interval: How often the Sandboxes are listed where they cannot be watched, in
             seconds.
         warm: How many servers are started ahead.
@@ -137,7 +142,8 @@ class LocalCluster:
         self._config = SandboxManagerConfig(mode="multi", namespace=namespace, api_version=api_version)
         self._fake = FakeCustomObjectsApi() if custom_objects_api is None else None
         self._api = self._fake if custom_objects_api is None else custom_objects_api
-        self._keeper = Keeper(_base(directory))
+        self._base = _base(directory)
+        self._keeper = Keeper(self._base)
         self._controller: Controller | None = None
         self._max_starting = max_starting
         self._closing: asyncio.Task[None] | None = None
@@ -231,6 +237,7 @@ class LocalCluster:
         """
         if self._controller is not None or self._closing is not None:
             raise SandboxError("a cluster is started once: make a new one")
+        from ..server import _confine
         from ._controller import Controller
 
         self._controller = Controller(
@@ -249,6 +256,12 @@ class LocalCluster:
             await outlast(self._close())
             raise
         self._settled.set()
+        version = _confine.landlock_version()
+        in_namespaces = any(arg.rpartition("=")[2] == "bwrap" for arg in self._server_args)
+        if version < _confine.LANDLOCK_SCOPES and not in_namespaces:
+            what = "signal the servers" if version else "read the files, and signal the servers,"
+            text = f"the code of a sandbox can {what} of others"
+            log.warning("sandboxes_not_separated", landlock=version, reason=text)
         if self._closing is not None:  # By another task meanwhile.
             await outlast(self._close())  # type: ignore[unreachable]
             raise SandboxError("the cluster was closed while it started")
@@ -292,6 +305,9 @@ class LocalCluster:
         # -P: a file in its working directory must not pass for a module.
         argv = [self._python, "-P", "-m", "prodisco_sandbox.server", "--exit-with-parent"]
         argv += ["--socket", str(directory / "socket"), "--workspace", str(workspace)]
+        # Other clusters of this user lie there, too.
+        hidden = directory.parent if self._base == Path("/") else self._base
+        argv += ["--require-token", "--hide", str(hidden)]
         # Many servers share this machine, and a zygote takes memory of its own in each.
         argv += ["--cache-dir", str(directory / "cache-dir"), "--no-zygote"]
         return argv + self._server_args, {**self._env, "TMPDIR": str(directory / "tmp")}

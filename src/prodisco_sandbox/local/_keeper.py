@@ -158,6 +158,8 @@ class Keeper:
                 _provide(self._root / workspace)
             log = os.open(server.directory / LOG, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             theirs, server.input = os.pipe2(os.O_CLOEXEC)
+            if token := order.get("token"):
+                os.write(server.input, f"{token}\n".encode())
             server.output, out = os.pipe2(os.O_CLOEXEC)
             keeper = os.getpid()
             server.pid = os.fork()

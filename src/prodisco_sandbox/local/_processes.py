@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .._log import get_logger
+from .._targets import GuardedTarget
 from ..errors import SandboxUnavailableError
 from ._keeper import remove
 
@@ -65,16 +66,17 @@ class ServerProcess:
 
     Attributes:
         directory: Its own; gone once it has ended.
-        target: Where it serves, as a gRPC target; None before and after.
+        target: Where it serves, as a gRPC target, and the token that it demands; None before and after.
         exit: How it ended; None until nothing of it is left, neither process nor file.
     """
 
     def __init__(self, keeper: Keeper, key: str, directory: Path) -> None:
         self.directory = directory
-        self.target: str | None = None
+        self.target: GuardedTarget | None = None
         self.exit: Exit | None = None
         self._keeper = keeper
         self._key = key
+        self._token = os.urandom(32).hex()
         self._settled = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -91,13 +93,22 @@ class ServerProcess:
     def start(self, argv: Sequence[str], env: Mapping[str, str], workspace: Path | None = None) -> None:
         """Starts it, in its directory, with standard error in ``server.log`` there. Once.
 
+        Its token is the first line of its standard input.
+
         Args:
             argv: Program and arguments.
             env: Its environment.
             workspace: A `Keeper.new_workspace` to be there when it starts.
         """
         name = workspace and workspace.name
-        self._keeper.send(do="start", server=self._key, argv=list(argv), env=dict(env), workspace=name)
+        self._keeper.send(
+            do="start",
+            server=self._key,
+            argv=list(argv),
+            env=dict(env),
+            workspace=name,
+            token=self._token,
+        )
 
     def stop(self) -> None:
         """Asks it to end, and kills it if it does not. Idempotent."""
@@ -113,7 +124,7 @@ class ServerProcess:
     def on_first_line(self, line: str) -> None:
         prefix, _, target = line.partition("listening on ")
         if target and not prefix:
-            self.target = target.strip()
+            self.target = GuardedTarget(target.strip(), self._token)
             self._settled.set()
 
     def on_end(self, status: int, text: str) -> None:

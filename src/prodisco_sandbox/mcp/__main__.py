@@ -125,8 +125,8 @@ async def _manager(args: argparse.Namespace, found: dict[str, Any]) -> AsyncIter
     server_args, pass_env = server_settings(args.server_option, os.environ)
     if args.transport == "http":
         logging.getLogger("prodisco_sandbox.mcp").warning(
-            "local sandboxes are processes of one user: code in one can read the files of others and call"
-            " their servers; serve only clients that may"
+            "local sandboxes are processes of one user: code in one can read what this user can, but for the"
+            " files of other sandboxes; serve only clients that may"
         )
     settings = manager_settings(found)
     cluster = LocalCluster(
