@@ -416,13 +416,69 @@ async def test_an_exceeded_quota_of_pods_queues_again() -> None:
         await manager.get_client("a")
         api.pod_refusal = QUOTA
         asking = asyncio.create_task(manager.get_client("b"))
-        await asyncio.sleep(10)
+        await asyncio.sleep(8.5)  # Between two tries.
         assert manager.stats().queued == 1
         assert len(api.objects) == 1
         api.pod_refusal = ""
         await manager.on_session_closed("a")
         await asking
         assert now() < 15
+
+
+async def test_a_newcomer_does_not_pass_one_that_was_queued_again() -> None:
+    waits = {**SHARED, "capacity_timeout": 60.0}
+    async with cluster() as api, managed(api, **waits) as manager:
+        await manager.get_client("a")
+        api.quota = 1
+        early = asyncio.create_task(manager.get_client("early"))
+        await settle()
+        late = asyncio.create_task(manager.get_client("late"))
+        await settle()
+        assert manager.stats().queued == 2
+        await manager.on_session_closed("a")
+        await early
+        assert not late.done()
+        late.cancel()
+
+
+async def test_a_quota_that_was_raised_is_noticed_though_nothing_ends() -> None:
+    waits = {**SHARED, "capacity_timeout": 60.0}
+    async with cluster() as api, managed(api, **waits) as manager:
+        await manager.get_client("a")
+        api.quota = 1
+        asking = [asyncio.create_task(manager.get_client(name)) for name in "bcd"]
+        await asyncio.sleep(10.5)
+        tries = sum(request.verb == "create" for request in api.requests)
+        assert tries <= 4 + 11  # Only the first in the queue tries again, once a second.
+        api.quota = None
+        await asyncio.gather(*asking)
+        assert now() < 15
+
+
+EVICTS = {**SHARED, "when_full": "evict", "capacity_timeout": 60.0}
+
+
+async def test_under_a_quota_an_idle_session_is_evicted() -> None:
+    async with cluster() as api, managed(api, **EVICTS) as manager:
+        await manager.get_client("a")
+        await asyncio.sleep(100)
+        await manager.get_client("b")
+        api.quota = 2
+        await manager.get_client("c")
+        assert manager.stats().evicted == 1
+        assert manager.sandbox_name("a") not in alive(api)
+        assert now() < 105
+
+
+async def test_nobody_else_is_evicted_where_another_takes_the_room() -> None:
+    async with cluster() as api, managed(api, **{**EVICTS, "capacity_timeout": 20.0}) as manager:
+        for name in "abc":
+            await manager.get_client(name)
+        await asyncio.sleep(100)
+        api.quota = 0
+        with pytest.raises(SandboxCapacityError, match="exceeded quota"):
+            await manager.get_client("d")
+        assert manager.stats().evicted == 1
 
 
 async def test_nobody_queues_again_for_who_has_gone() -> None:

@@ -47,6 +47,24 @@ def test_admitted_sessions_hold_slots_up_to_the_cap_and_then_are_refused() -> No
     assert table.counts() == {SessionState.CREATING: 2}
 
 
+def test_room_that_the_cluster_refused_is_tried_again_and_never_beyond_the_cap() -> None:
+    table = SessionTable(2)
+    taken = 0
+    table.elsewhere = lambda: (taken, 0)
+    first = admit(table, "a")
+    table.requeue(first)
+    second = admit(table, "b", may_queue=True)
+    assert (table.slots, states(first, second)) == (0, ["queued", "queued"])
+    table.try_room()
+    assert (table.slots, states(first, second)) == (1, ["creating", "queued"])
+    taken = 2
+    for _ in range(3):
+        table.try_room()
+    assert (table.slots, states(first, second)) == (2, ["creating", "queued"])
+    table.close(second, None)
+    assert table.slots == 2, "nobody waits: what was refused then is no matter now"
+
+
 def test_a_slot_comes_back_exactly_once() -> None:
     table = SessionTable(1)
     session = admit(table, "a")

@@ -96,12 +96,13 @@ class Eviction:
             found = choose(
                 [*map(self._holder, served), *self._holders()],
                 self._owner(first.owner),
-                slots=parts.config.max_sessions,
+                slots=parts.table.slots,
                 evict_after=parts.config.evict_after,
                 long_idle=parts.config.session_idle_timeout / 2,
             )
             if found is None:
                 return
+            first.has_evicted = True
             self._end(found)
 
     def make_room_of(self, owner: str) -> bool:

@@ -27,7 +27,7 @@ from .table import SERVING, Session, SessionState
 if TYPE_CHECKING:
     from ..client import SandboxClient
 
-EVICT_INTERVAL = 1.0
+LOOK_INTERVAL = 1.0
 """How often the first in the queue looks for a session to end, in seconds."""
 
 
@@ -100,7 +100,7 @@ class Lives:
         for _ in range(2):
             try:
                 async with asyncio.timeout_at(until):
-                    await self._slot(session, evicts=evicts)
+                    await self._slot(session, evicts=evicts, tries=refusal is not None)
                 return
             except TimeoutError:
                 if session.state is not SessionState.QUEUED:
@@ -117,18 +117,20 @@ class Lives:
         parts.ends.refused(session, error)
         self._parts.ends.end(session, "queued", error)
 
-    async def _slot(self, session: Session, *, evicts: bool) -> None:
-        """Waits for a slot; the first in the queue looks each second for a session to end."""
+    async def _slot(self, session: Session, *, evicts: bool, tries: bool) -> None:
+        """Waits for a slot; the first in the queue looks each second for a session to end, and for room."""
         if evicts:
             self._parts.eviction.make_room()
         while True:
             try:
-                async with asyncio.timeout(EVICT_INTERVAL if evicts else None):
+                async with asyncio.timeout(LOOK_INTERVAL if evicts or tries else None):
                     await session.inbox.get()
                 return
             except TimeoutError:
                 if self._parts.table.is_first(session):
-                    self._parts.eviction.make_room()
+                    if evicts:
+                        self._parts.eviction.make_room()
+                    self._parts.table.try_room()
 
     async def _open(self, session: Session, asked_at: float) -> SandboxError | None:
         """Creating → ready. Returns why the cluster has no room for it, if it is queued again."""

@@ -145,6 +145,8 @@ class Session:
     last_used: float = 0.0
     uses: int = 0
     """How often somebody began to use it; all who have waited for its creation count once."""
+    has_evicted: bool = False
+    """Another session was ended to make room for it."""
     after_eviction: bool = False
     """Its id's sandbox before was ended to make room for another's."""
     outcome: Outcome = field(default_factory=Outcome)
@@ -212,6 +214,8 @@ class SessionTable:
         self._queue: dict[Session, None] = {}
         self._by_name: dict[str, Session] = {}
         self._slots = 0
+        self._room: int | None = None
+        """How many slots the cluster had room for when it last refused one; only while sessions wait."""
         self._starts_fail = False
 
     def __len__(self) -> int:
@@ -223,8 +227,14 @@ class SessionTable:
     # Slots
 
     @property
+    def slots(self) -> int:
+        """How many sessions there may be at once, as far as is known."""
+        known = self._room if self._queue and self._room is not None else self.max_sessions
+        return min(known, self.max_sessions)
+
+    @property
     def is_full(self) -> bool:
-        return self._slots + self.elsewhere()[0] >= self.max_sessions
+        return self._slots + self.elsewhere()[0] >= self.slots
 
     def admit(self, session: Session, *, may_queue: bool) -> bool:
         """Registers a session of an id that has no current one. Returns whether it has a slot.
@@ -240,6 +250,7 @@ class SessionTable:
         if start:
             self._start(session)
         else:
+            self._room = self._room if self._queue else None
             self._queue[session] = None
         return start
 
@@ -286,6 +297,14 @@ class SessionTable:
         self._slots -= 1
         session.state = SessionState.QUEUED
         self._queue = {session: None, **self._queue}
+        self._room = self._slots + self.elsewhere()[0]
+        self._starts_fail = self._starts_fail or session.has_evicted
+
+    def try_room(self) -> None:
+        """Gives the first in the queue a slot that the cluster has refused: there may be room by now."""
+        if self._room is not None and self._slots_to_come() == 0:
+            self._room += 1
+            self.start_waiting()
 
     def leave_to_background(self, session: Session) -> None:
         """Whoever waits for the end of a closing session goes on."""
@@ -296,7 +315,7 @@ class SessionTable:
         """Slots that are free, or will be soon: not those whose deletion was left to the background."""
         ending = [s for s in self.closing.values() if s.has_slot and s.released and not s.released.is_set()]
         taken, leaving = self.elsewhere()
-        return max(0, self.max_sessions - self._slots - taken + leaving + len(ending))
+        return max(0, self.slots - self._slots - taken + leaving + len(ending))
 
     def is_first(self, session: Session) -> bool:
         return next(iter(self._queue), None) is session
