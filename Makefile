@@ -50,8 +50,9 @@ bench: $(VENV)/.installed ## the benchmarks of docs/benchmarks.md (BENCH=--quick
 plot: .venv-plot/.tools $(VENV)/benchmarks.json ## draw docs/benchmarks.svg from what the last make bench has measured
 	@.venv-plot/bin/python tools/plot.py $(VENV)/benchmarks.json docs/benchmarks.svg
 
-picture: $(VENV)/.installed ## draw docs/demo.svg from what the demo prints
+picture: $(VENV)/.installed ## draw docs/demo.svg from what the demo prints, and the badges
 	@$(PY) examples/demo.py | $(PY) tools/picture.py docs/demo.svg
+	@$(PY) tools/badges.py docs/badges
 
 docs: ## the documentation site, in .venv-docs/site/html; warnings and broken links are errors
 	@$(MAKE) --no-print-directory venv VENV=.venv-docs EXTRAS="docs mcp server"

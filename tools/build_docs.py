@@ -93,9 +93,10 @@ def on_site(text: str, path: Path, picture: Callable[[str], str]) -> str:
 
     def link(match: re.Match[str]) -> str:
         bang, label, target = match.groups()
+        label = LINK.sub(link, label)
         file, hash_, anchor = target.partition("#")
         if not file or urlsplit(target).scheme:
-            return match[0]
+            return f"{bang}[{label}]({target})"
         found = (path.parent / file).resolve()
         if not found.exists():
             raise SystemExit(f"{path.relative_to(ROOT)}: {target} does not exist")

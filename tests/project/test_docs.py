@@ -351,3 +351,17 @@ def test_the_versions_that_are_supported_are_those_that_are_tested() -> None:
     for thing, title in (("Kubernetes", "kube-apiserver"), ("agent-sandbox", "definitions of agent-sandbox")):
         [row] = [line for line in cluster.splitlines() if line.startswith(f"| {title} |")]
         assert re.findall(r"\d+\.\d+\.\d+", row) == table[thing][1].split(", ")
+
+
+def test_what_tests_the_versions_is_there() -> None:
+    table = supported()
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for thing in table.keys() - {"", "---"}:
+        named = re.findall(r"`(.*?)`", table[thing][-1])
+        assert named, thing
+        for text in named:
+            is_there = text.startswith("make ") and text.removeprefix("make ") in targets
+            assert is_there or text in (*jobs, "ci", "setup-envtest") or (ROOT / text).exists(), text
+    kubernetes = [version.rstrip(".x") for version in jobs["envtest"]["strategy"]["matrix"]["kubernetes"]]
+    assert f"takes {' and '.join(kubernetes)}," in table["Kubernetes"][-1]

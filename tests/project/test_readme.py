@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import subprocess
@@ -58,3 +59,12 @@ def test_the_first_example_is_a_program_that_runs(tmp_path: Path) -> None:
     assert "kind='output'" in rest
     assert rest.count("kind='result'") == 1
     assert done.stderr == ""
+
+
+def test_the_badges_are_those_that_the_script_draws() -> None:
+    script = importlib.import_module("tools.badges")
+    badges = script.badges()
+    drawn = {f"{name}.svg": script.draw(*parts) for name, parts in badges.items()}
+    assert drawn == {path.name: path.read_text() for path in ROOT.glob("docs/badges/*")}
+    shown = re.findall(r"!\[(.*?)\]\(docs/badges/(.*?)\.svg\)", README.read_text())
+    assert shown == [(f"{label}: {text}", name) for name, (label, text) in badges.items()]
