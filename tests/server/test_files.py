@@ -201,7 +201,7 @@ def test_a_directory_becomes_a_link_under_a_write(beneath: Beneath, tmp_path: Pa
     (workspace / "d").mkdir()
     upload = Upload(beneath, ["d", "f"])
     upload.begin()
-    upload.write(b"content")
+    upload.write([b"content"])
     (workspace / "d").rmdir()
     (workspace / "d").symlink_to(outside)
     with pytest.raises(NotADirectoryError):
@@ -216,7 +216,7 @@ def test_a_file_becomes_a_link_under_a_write(beneath: Beneath, tmp_path: Path, n
     (outside / "f").write_text("secret")
     upload = Upload(beneath, ["f"])
     upload.begin()
-    upload.write(b"content")
+    upload.write([b"content"])
     (workspace / "f").symlink_to(outside / "f")
     upload.commit()
     upload.close()
@@ -239,7 +239,7 @@ def test_what_is_written_is_replaced_under_the_write(
     monkeypatch.setattr(os, "rename", swapped)
     upload = Upload(beneath, ["f"])
     upload.begin()
-    upload.write(b"content")
+    upload.write([b"content"])
     with pytest.raises(OSError, match="replaced"):
         upload.commit()
     upload.close()
@@ -448,6 +448,28 @@ async def test_a_write_that_is_cut_off_leaves_nothing(here: Here, named: bool) -
     await here.files.write("f", bytes(3 * MIB))
 
 
+async def test_pieces_of_any_size_make_one_file(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_files, "BATCH", 5_000)
+    monkeypatch.setattr(_files, "IOV_MAX", 10)
+    sizes = [0, 1, 4_999, 5_000, 12_345, *[1] * 25, 0]
+    data = [bytes([number]) * size for number, size in enumerate(sizes)]
+    await here.files.write("f", pieces(*data))
+    assert await here.files.read("f") == b"".join(data)
+
+
+def test_the_kernel_writes_less_than_it_is_given(
+    beneath: Beneath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.writev
+    monkeypatch.setattr(os, "writev", lambda file, buffers: real(file, [buffers[0], buffers[1][:2]]))
+    upload = Upload(beneath, ["f"])
+    upload.begin()
+    upload.write([b"one", b"two", memoryview(b"three")])
+    upload.commit()
+    upload.close()
+    assert (tmp_path / "workspace/f").read_bytes() == b"onetwothree"
+
+
 @pytest.mark.parametrize("named", ["named"], indirect=True)
 def test_what_a_killed_server_left_is_removed(beneath: Beneath, tmp_path: Path, named: bool) -> None:
     upload = Upload(beneath, ["f"])
@@ -561,6 +583,19 @@ async def test_many_mebibytes_both_ways_in_constant_memory(tmp_path: Path) -> No
     await large(tmp_path, 96 * MIB)
 
 
+@pytest.mark.slow
+async def test_the_memory_of_a_message_is_used_for_the_next(tmp_path: Path) -> None:
+    taken = []
+    with running(tmp_path) as server:
+        async with SandboxClient(server.target) as client:
+            for _ in range(6):  # The first ones make the heaps as large as they get.
+                before = page_faults(server.pid)
+                await client.files.write("f", bytes(32 * MIB))
+                taken.append((page_faults(server.pid) - before) // 32)
+    # Memory that goes back to the kernel after each message takes more than 30 pages for each MiB.
+    assert min(taken) < 10, taken
+
+
 async def large(directory: Path, size: int) -> None:
     """Writes and reads a file of that size; neither side may hold more than a part of it."""
     block = os.urandom(MIB)
@@ -588,3 +623,8 @@ def peak(pid: int) -> int:
     """The most memory that a process has had so far, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def page_faults(pid: int) -> int:
+    """How often the kernel has given a page of memory to a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])

@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.server import _confine
-from prodisco_sandbox.server._app import Directories
-from prodisco_sandbox.server._options import parse
+from prodisco_sandbox.server._app import Directories, serve
+from prodisco_sandbox.server._options import OptionsError, parse
 from prodisco_sandbox.server._removal import _flatten
 from tests.support.nested import nest, removed_by_force
 from tests.support.patience import PATIENCE, until
@@ -399,3 +399,23 @@ def test_one_that_stays_put_does_not_keep_the_others(tmp_path: Path, monkeypatch
 async def test_a_locked_workspace_can_be_used_again(stub: Stub) -> None:
     assert (await stub.Execute(code("import os; os.chmod('.', 0)"))).success
     assert (await stub.Execute(code("open('x', 'w'); print('ok')"))).output == "ok\n"
+
+
+async def test_nothing_stays_open_after_the_end(tmp_path: Path) -> None:
+    def opened() -> list[str]:
+        links = Path("/proc/self/fd").iterdir()
+        return [found for link in links if (found := _target(link)).startswith(str(tmp_path))]
+
+    (tmp_path / "socket").touch()
+    options = parse(
+        ["--workspace", f"{tmp_path}/w", "--cache-dir", f"{tmp_path}/c", "--socket", f"{tmp_path}/socket"]
+    )
+    with pytest.raises(OptionsError, match="not a socket"):
+        await serve(options)
+    assert opened() == []
+
+
+def _target(link: Path) -> str:
+    with contextlib.suppress(FileNotFoundError):  # The descriptor that lists them.
+        return str(link.readlink())
+    return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import logging
@@ -61,6 +62,11 @@ _KILL_TIMEOUT = 15.0
 _LINGER = 0.2
 """Seconds that connections stay open after the last answer, for clients to read it: closing a
 connection on which a client still sends discards what it has not read yet."""
+_KEPT_FREE = 32 << 20
+"""Bytes of freed memory, at the end of each heap, that the allocator keeps for the next messages."""
+_LARGEST_KEPT = 16 << 20
+"""Bytes from which a single allocation goes back to the kernel as soon as it is freed."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _FIRST_SPARES = 0.1
 """Seconds before spares are started, so that the first health check is answered quickly."""
 _LAST_ANSWERS = 1.0
@@ -140,6 +146,7 @@ async def serve(options: Options) -> None:
     """
     if sys.platform != "linux":
         raise OptionsError(f"the server needs Linux, not {sys.platform}: its kernel confines the code")
+    _keep_freed_memory()
     stop = _Stop()
     stop.on_signals()
     guard = [RequireToken(read_token())] if options.require_token else []
@@ -150,16 +157,29 @@ async def serve(options: Options) -> None:
         directories.remove()
 
 
+def _keep_freed_memory() -> None:
+    """Has glibc keep the memory of a message for the next one: new pages cost more than all copies of it.
+
+    Processes that are started do not inherit it. Other C libraries have no such function.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+
+
 async def _serve(
     options: Options, directories: Directories, stop: _Stop, guard: Sequence[RequireToken]
 ) -> None:
-    containment = Containment(options, directories.workspace, directories.temporary)
-    try:
+    with contextlib.ExitStack() as stack:
+        containment = Containment(options, directories.workspace, directories.temporary)
+        stack.callback(containment.close)
         processes = Processes(containment, options)
         cache = ScriptCache(options.cache_dir, options.cache_limit)
         executions = Executions(options, processes, cache)
         service = SandboxService(options, executions, cache)
         files = FileService(directories.workspace, options.workspace_limit, processes.usage, executions.began)
+        stack.callback(files.close)
         fence = Fence(uuid.uuid4().hex, options.pod_name, FEATURES)
         server, standard_health = await _server(service, files, [*guard, *tracing(), fence, Undecodable()])
         target = _transport.bind(server, options)
@@ -185,8 +205,6 @@ async def _serve(
                 await asyncio.wait_for(stop.at_once.wait(), linger)
             await server.stop(_LAST_ANSWERS)
             await processes.close()
-    finally:
-        containment.close()
 
 
 async def _server(

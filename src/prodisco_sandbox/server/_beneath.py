@@ -213,10 +213,13 @@ class Upload:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._file = os.open(self._temporary, flags, 0o666, dir_fd=root)
 
-    def write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
+    def write(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Appends pieces: at most as many as the kernel takes in one call."""
+        written = os.writev(self._file, pieces)
+        if written < sum(map(len, pieces)):
+            rest = memoryview(b"".join(pieces))[written:]
+            while rest:  # The first call that writes nothing says why.
+                rest = rest[os.write(self._file, rest) :]
 
     def commit(self) -> Entry:
         """Gives the file its name, and makes the directories above it."""

@@ -30,6 +30,9 @@ _T = TypeVar("_T")
 
 CHUNK = 1 << 20
 """Bytes of a file in one message."""
+BATCH = 2 << 20
+"""Bytes, and `IOV_MAX` the pieces, that are gathered for a thread to write."""
+IOV_MAX = os.sysconf("SC_IOV_MAX")
 DEFAULT_LISTED = 1_000
 MOST_LISTED = 10_000
 """Entries of one answer: the longest paths still fit into a message."""
@@ -120,8 +123,9 @@ class FileService:
             await context.abort(_Code.INVALID_ARGUMENT, "the first message must hold the path")
         names = await _names(first.path, context)
         upload = Upload(self._beneath, names)
-        size = 0
-        writing: asyncio.Future[None] | None = None  # While the next piece comes.
+        size = batched = 0
+        batch: list[bytes | memoryview] = []
+        writing: asyncio.Future[None] | None = None  # While the next batch comes.
         async with self._transfer(context), _failures(context, first.path):
             try:
                 await _in_thread(upload.begin)
@@ -134,15 +138,20 @@ class FileService:
                     size += len(data)
                     self._unfinished += len(data)
                     await self._check_room(ENTRY, context)
+                    batch.append(data)
+                    if size - batched < BATCH and len(batch) < IOV_MAX:
+                        continue
                     if writing is not None:
                         await _done(writing)
-                    writing = asyncio.get_running_loop().run_in_executor(None, upload.write, data)
+                    writing = asyncio.get_running_loop().run_in_executor(None, upload.write, batch)
+                    batch, batched = [], size
                 else:
                     await context.abort(
                         _Code.INVALID_ARGUMENT, "it ended without its size: nothing was written"
                     )
                 if writing is not None:
                     await _done(writing)
+                await _in_thread(lambda: upload.write(batch))
                 if _size(request) != size:
                     text = f"the last message must hold the size, of {size:,} bytes: nothing was written"
                     await context.abort(_Code.INVALID_ARGUMENT, text)
