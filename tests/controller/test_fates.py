@@ -113,7 +113,7 @@ async def test_a_pod_that_the_namespace_forbids_is_said_soon(cluster: Controlled
         begun = time.monotonic()
         with pytest.raises(SandboxFailedError, match='violates PodSecurity "restricted:latest"'):
             await manager.get_client("session")
-        assert time.monotonic() - begun < manager._config.ready_timeout / 2
+        assert time.monotonic() - begun < manager.config.ready_timeout / 2
         await manager.on_session_closed("session")
         assert await cluster.sandbox(manager.sandbox_name("session")) is None
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime as dt
 import os
 import secrets
-import signal
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prodisco_sandbox._cluster.manifest import SANDBOX
-from tests.support import PROGRAMS
+from tests.support.killed import killed
 from tests.support.patience import until
 from tests.support.pods import NAMESPACE, READY, Pods, managed, output
 
@@ -51,24 +49,9 @@ async def test_a_killed_manager_is_succeeded_or_its_lease_ends(
 
 
 async def run_and_kill(directory: Path, instance: str, *sessions: str, warm_pool: str | None = None) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        PROGRAMS / "e2e_manager.py",
-        *(NAMESPACE, instance, str(LEASE), *sessions),
-        env={
-            "PATH": os.environ["PATH"],
-            "KUBECONFIG": os.environ["KUBECONFIG"],
-            "TMPDIR": str(directory),  # A killed process leaves kubernetes_asyncio's certificates.
-            **({} if warm_pool is None else {"SANDBOX_WARM_POOL": warm_pool}),
-        },
-        stdout=asyncio.subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(READY):
-            said = await process.stdout.readline()
-    finally:
-        process.kill()
-        await process.communicate()
-    assert said == b"ready\n"
-    assert process.returncode == -signal.SIGKILL
+    kubeconfig = directory / "kubeconfig"
+    kubeconfig.write_bytes(Path(os.environ["KUBECONFIG"]).read_bytes())
+    settings: dict[str, Any] = {"instance_id": instance, "lease_duration": LEASE, "warm_pool": warm_pool}
+    code = "open('kept', 'w').write('42')"
+    async with killed(kubeconfig, *sessions, code=code, namespace=NAMESPACE, ready_timeout=READY, **settings):
+        pass

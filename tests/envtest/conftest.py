@@ -15,7 +15,7 @@ from tests.support.envtest import (
     Controller,
     Definitions,
     Namespace,
-    connected,
+    controlled,
     made_namespace,
 )
 
@@ -70,5 +70,5 @@ async def namespace(
 
 @pytest.fixture
 async def controller(namespace: Namespace) -> AsyncIterator[Controller]:
-    async with connected(namespace.server, pool=8) as api, Controller(namespace, api) as controller:
+    async with controlled(namespace) as controller:
         yield controller

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import calendar
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,8 @@ import pytest
 
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import lease_time
-from tests.support import PROGRAMS, ROOT
 from tests.support.envtest import Controller, Namespace, Object
+from tests.support.killed import killed
 from tests.support.patience import until
 
 pytestmark = pytest.mark.envtest
@@ -27,7 +24,13 @@ async def test_a_killed_manager_is_succeeded_or_its_lease_ends(
 ) -> None:
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(namespace.server.kubeconfig())
-    await asyncio.to_thread(run_and_kill, kubeconfig, namespace.name, "server-0", 20, "again", "never")
+    settings: dict[str, Any] = {
+        "namespace": namespace.name,
+        "instance_id": "server-0",
+        "lease_duration": 20.0,
+    }
+    async with killed(kubeconfig, "again", "never", stubs=True, **settings):
+        pass
     left = {sandbox["metadata"]["name"]: sandbox for sandbox in await namespace.list()}
     assert set(left) == {SANDBOX.name("again"), SANDBOX.name("never")}
     assert all(sandbox["spec"]["shutdownPolicy"] == "Delete" for sandbox in left.values())
@@ -46,23 +49,6 @@ async def test_a_killed_manager_is_succeeded_or_its_lease_ends(
         assert lease_end(await namespace.get(SANDBOX.name("again"))) > ends
         assert manager.stats().lost == 0
     assert not await namespace.list()
-
-
-def run_and_kill(kubeconfig: Path, *args: object) -> None:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, str(PROGRAMS / "envtest_manager.py"), *map(str, args)],
-        # A killed process leaves the certificates that kubernetes_asyncio writes to files.
-        env=os.environ
-        | {"KUBECONFIG": str(kubeconfig), "PYTHONPATH": path, "TMPDIR": str(kubeconfig.parent)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        process.kill()
-    assert said == "ready\n"
 
 
 def lease_end(sandbox: Object) -> float:

@@ -24,11 +24,11 @@ from tests.support.envtest import (
     Gate,
     Namespace,
     Wrapped,
-    condition,
-    connected,
+    controlled,
     made_namespace,
     ready,
 )
+from tests.support.managers import conditions
 from tests.support.patience import until
 
 pytestmark = pytest.mark.envtest
@@ -51,18 +51,18 @@ async def test_a_sandbox_deleted_with_kubectl_is_replaced(
 
 
 ENDED = [
-    condition("Ready", "False", "PodFailed", "Pod failed: OOMKilled"),
-    condition("Finished", "True", "PodSucceeded"),
+    conditions("PodFailed", "Pod failed: OOMKilled"),
+    conditions("PodSucceeded", kind="Finished", status="True"),
 ]
 
 
-@pytest.mark.parametrize("ended", ENDED, ids=lambda found: found["reason"])
+@pytest.mark.parametrize("ended", ENDED, ids=["PodFailed", "PodSucceeded"])
 async def test_a_pod_that_has_ended_is_noticed_and_replaced_by_the_next_use(
     namespace: Namespace, controller: Controller, ended: dict[str, Any]
 ) -> None:
     async with namespace.managed() as manager:
         first = await manager.get_client("session")
-        await namespace.patch_status(manager.sandbox_name("session"), {"conditions": [ended]})
+        await namespace.patch_status(manager.sandbox_name("session"), ended)
         await until(lambda: manager.stats().lost == 1, "the condition to be noticed")
         assert len(await namespace.list()) == 1, "that says nothing of the Sandbox"
         assert await manager.get_client("session") is not first
@@ -105,8 +105,7 @@ async def test_a_compaction_cuts_the_watch_and_nothing_is_missed(
     caplog.set_level(logging.INFO, "prodisco_sandbox.watch")
     gate = Gate(uncached.manager_api)
     async with (
-        connected(uncached.server, pool=8) as api,
-        Controller(uncached, api),
+        controlled(uncached),
         uncached.managed(api=gate) as manager,
     ):
         ids = [f"session-{i}" for i in range(4)]
@@ -115,7 +114,7 @@ async def test_a_compaction_cuts_the_watch_and_nothing_is_missed(
         gate.close()
         await until(lambda: gate.waiting, "the watch's end")
         await uncached.delete(names[0])
-        await uncached.patch_status(names[1], {"conditions": [ENDED[0]]})
+        await uncached.patch_status(names[1], ENDED[0])
         await asyncio.to_thread(uncached.server.compact)
         assert manager.stats().lost == 0
         gate.open()

@@ -516,12 +516,14 @@ async def test_an_execution_that_expires_after_a_later_use_does_not_set_the_cloc
 
 
 async def test_an_asynchronous_execution_counts_for_its_timeout_and_the_margin(
-    server: FakeSandboxServer,
+    server: FakeSandboxServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.script("ExecuteAsync", StartedExecution("e", ExecutionState.PENDING))
     async with SandboxClient(server.target, deadline_margin=7.0) as client:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         await client.execute_async(code="x", timeout=3.0)
-        [deadline] = client._connection.usage.executions.values()
-        assert begun + 10 <= deadline <= loop.time() + 10
+        assert client.in_flight == 1
+        put_forward(monkeypatch, 10.0)
+        assert client.in_flight == 0
+        assert begun + 10 <= client.last_used <= loop.time()

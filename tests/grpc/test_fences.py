@@ -50,10 +50,15 @@ CALLS: dict[str, Call] = {
 
 
 class Meant:
-    """A server, and a client of it as a manager makes it: meant for one pod."""
+    """A server, and a client of it as a manager makes it: meant for one pod.
 
-    def __init__(self, **options: Any) -> None:
+    `_expect` is how a manager says so, and `_boot_id` what the client has learnt: without a manager
+    there is no other way to either.
+    """
+
+    def __init__(self, *, margin: float = 5.0, **options: Any) -> None:
         self.server = FakeSandboxServer(files=True, **options)
+        self._margin = margin
         self.reasons: list[str] = []
         self.looks = 0
         self.error: SandboxError | None = None
@@ -65,7 +70,7 @@ class Meant:
 
     async def __aenter__(self) -> Self:
         await self.server.start()
-        self.client = SandboxClient(self.server.target)
+        self.client = SandboxClient(self.server.target, deadline_margin=self._margin)
         self.client._expect(POD, self.reasons.append, self.look)
         return self
 
@@ -302,21 +307,19 @@ async def test_a_server_that_was_not_told_its_pod_is_fenced_by_its_boot_id() -> 
         assert meant.server.calls == []
 
 
-async def test_failures_of_the_connection_are_no_other_machine(
-    server: FakeSandboxServer, meant: Meant
-) -> None:
-    await meant.client.execute(code="1")
-    meant.client._margin = 0.1  # Of the call that gets no answer.
-    server.script("Execute", FakeStatus("UNAVAILABLE"), FakeStatus("INTERNAL"), NEVER)
-    for timeout in (None, None, 1):
-        with pytest.raises(SandboxError) as caught:
-            await SandboxClient.execute(meant.client, code="1", timeout=timeout)
-        assert not isinstance(caught.value, SandboxReplacedError)
-    await server.kill()
-    with pytest.raises(SandboxError) as caught:
+async def test_failures_of_the_connection_are_no_other_machine() -> None:
+    async with Meant(pod_name=POD, margin=0.1) as meant:
         await meant.client.execute(code="1")
-    assert not isinstance(caught.value, SandboxReplacedError)
-    assert meant.reasons == []
+        meant.server.script("Execute", FakeStatus("UNAVAILABLE"), FakeStatus("INTERNAL"), NEVER)
+        for timeout in (None, None, 1):
+            with pytest.raises(SandboxError) as caught:
+                await SandboxClient.execute(meant.client, code="1", timeout=timeout)
+            assert not isinstance(caught.value, SandboxReplacedError)
+        await meant.server.kill()
+        with pytest.raises(SandboxError) as caught:
+            await meant.client.execute(code="1")
+        assert not isinstance(caught.value, SandboxReplacedError)
+        assert meant.reasons == []
 
 
 async def test_a_direct_client_is_meant_for_whoever_answers(server: FakeSandboxServer) -> None:

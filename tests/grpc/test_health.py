@@ -36,7 +36,10 @@ def count_channels(monkeypatch: pytest.MonkeyPatch) -> list[grpc.aio.Channel]:
 
 
 def note_deadlines(client: SandboxClient, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long each call of a health service may take, from now on."""
+    """How long each call of a health service may take, from now on.
+
+    Not as the server sees it: gRPC rounds what it sends.
+    """
     given: list[float] = []
     call = client._connection._call
 

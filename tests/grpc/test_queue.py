@@ -176,8 +176,8 @@ async def test_who_is_late_and_answers_no_health_check_is_suspect(mute: Setup, a
 async def test_a_server_that_no_longer_says_when_code_begins(queue: Setup) -> None:
     """What a client knows of a server is what its last answer says."""
     await queue.client.health_check()
-    queue.server._features = ()
     await queue.server.kill()
+    queue.server = FakeSandboxServer(port=int(queue.server.target.rpartition(":")[2]))
     await queue.server.start()
     async with asyncio.timeout(PATIENCE):
         assert await queue.client.wait_for_healthy(PATIENCE)

@@ -84,7 +84,7 @@ async def test_who_is_refused_is_refused_at_once_or_in_time_and_leaves_nothing_i
             asking = (manager.get_client(f"refused-{first + n}") for n in range(callers))
             for outcome in await asyncio.gather(*asking, return_exceptions=True):
                 assert isinstance(outcome, SandboxCapacityError)
-            assert now() - begun == pytest.approx(manager._config.capacity_timeout, abs=0.01)
+            assert now() - begun == pytest.approx(manager.config.capacity_timeout, abs=0.01)
             stats = manager.stats()
             assert (stats.queued, stats.waiting, stats.ready) == (0, 0, SLOTS)
             assert stats.events["session_refused"] == first + callers

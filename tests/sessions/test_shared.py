@@ -284,7 +284,7 @@ async def test_an_unreachable_sandbox_is_kept_and_not_extended() -> None:
         await two.get_client("s")
         [mine] = clients.made
         mine.healthy = False
-        clients._make = lambda target: type(mine)(target, healthy=False)
+        clients.make = lambda target: type(mine)(target, healthy=False)
         mine.fail()
         before = deadline(api)
         await asyncio.sleep(SLACK + 1)

@@ -26,13 +26,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import signal
 import socket
 import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ from kubernetes_asyncio.client import ApiException, CoreV1Api
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.claim import CLAIM
 from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX
-from tests.support import PROGRAMS
 from tests.support.envtest import (
     DEPLOY,
     GROUP,
@@ -53,6 +51,7 @@ from tests.support.envtest import (
     Object,
     made_namespace,
 )
+from tests.support.killed import killed
 from tests.support.patience import PATIENCE, until, wait
 from tests.support.ports import free_ports
 
@@ -170,28 +169,9 @@ class ControlledNamespace(Namespace):
         async with manager:
             yield manager
 
-    @asynccontextmanager
-    async def killed(self, *sessions: str, **settings: Any) -> AsyncIterator[None]:
+    def killed(self, *sessions: str, **settings: Any) -> AbstractAsyncContextManager[None]:
         """A manager with a sandbox for each session, in a process that is killed at the end."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            PROGRAMS / "controller_manager.py",
-            *(json.dumps(self._settings(settings)), *sessions),
-            env={
-                "KUBECONFIG": str(self.server.directory / "admin.kubeconfig"),
-                "TMPDIR": str(self.server.directory),  # It is killed, and leaves files.
-            },
-            stdout=asyncio.subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(PATIENCE):
-                assert await process.stdout.readline() == b"ready\n"
-            yield
-        finally:
-            process.kill()
-            await process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        return killed(self.server.directory / "admin.kubeconfig", *sessions, **self._settings(settings))
 
     def config(self, **settings: Any) -> SandboxManagerConfig:
         return SandboxManagerConfig(mode="multi", **self._settings(settings))

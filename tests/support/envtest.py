@@ -16,11 +16,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 import pytest
 import yaml
+from kubernetes_asyncio import watch
 from kubernetes_asyncio.client import (
     ApiClient,
     ApiException,
@@ -34,7 +35,7 @@ from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_MANAGED_BY, session_hash
 from tests.support import ROOT
 from tests.support.apiserver import ApiServer
-from tests.support.managers import Clients
+from tests.support.managers import Clients, conditions
 from tests.support.patience import PATIENCE, until, wait
 from tests.support.sandbox_crd import sandbox_crd
 
@@ -46,6 +47,8 @@ CRD = f"{PLURAL}.{GROUP}"
 VERSIONS = ("v1beta1", "v1alpha1")
 """What the compact definition serves; the first is the stored one."""
 MERGE_PATCH = "application/merge-patch+json"
+AWAY = (ApiException, aiohttp.ClientError, OSError)
+"""What a request raises while the API server restarts."""
 VERBS = {"create", "delete", "get", "list", "patch", "watch"}
 """What a manager does, and its Roles allow."""
 DEPLOY = ROOT / "deploy"
@@ -331,136 +334,81 @@ class Gate(Wrapped):
 # What agent-sandbox does
 
 
-def condition(kind: str, status: str, reason: str, message: str = "") -> Object:
-    now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {
-        "type": kind,
-        "status": status,
-        "reason": reason,
-        "message": message,
-        "lastTransitionTime": now,
-    }
-
-
 def ready(sandbox: Object) -> Object:
     """The status of a Sandbox whose pod is up."""
     name, namespace = sandbox["metadata"]["name"], sandbox["metadata"]["namespace"]
     address = ".".join(map(str, uuid.UUID(sandbox["metadata"]["uid"]).bytes[:3]))  # No two pods have one.
-    status: Object = {
-        "conditions": [condition("Ready", "True", "DependenciesReady", "Pod is Ready; Service Exists")],
-        "podIPs": [f"10.{address}"],
-    }
+    status = conditions("DependenciesReady", status="True") | {"podIPs": [f"10.{address}"]}
     if sandbox["spec"].get("service") or sandbox["apiVersion"].endswith("v1alpha1"):
         status |= {"service": name, "serviceFQDN": f"{name}.{namespace}.svc.cluster.local"}
     return status
 
 
 class Controller:
-    """Plays the agent-sandbox controller for a namespace: writes status, honours shutdownTime.
+    """Plays the agent-sandbox controller for a namespace, without pods: writes status, honours shutdownTime.
 
-    It runs no pods. `status` gives what to write for a new Sandbox, None for nothing (yet).
+    Attributes:
+        seen: All Sandboxes that there are, by uid.
+        created: The uids of all that there ever were.
     """
 
-    def __init__(
-        self,
-        namespace: Namespace,
-        api: CustomObjectsApi,
-        status: Callable[[Object], Object | None] = ready,
-        pause: float = 0.0,
-    ) -> None:
-        self.namespace = namespace
-        self.status = status
-        self.pause = pause
+    def __init__(self, namespace: Namespace, api: CustomObjectsApi) -> None:
         self.seen: dict[str, Object] = {}
-        """All Sandboxes that there are, by uid."""
         self.created: set[str] = set()
-        """The uids of all that there ever were."""
-        self.answered: dict[str, float] = {}
-        """When the status write of a Sandbox was acknowledged, by name, on the loop's clock."""
         self._api = api
         self._at = (GROUP, namespace.version, namespace.name, PLURAL)
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Self:
-        self._spawn(self._watch())
-        self._spawn(self._expire())
-        return self
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._expire(), name="shutdownTime")
+            while True:
+                self.seen.clear()
+                with contextlib.suppress(*AWAY):
+                    async with watch.Watch() as watching:
+                        async for event in watching.stream(
+                            self._api.list_namespaced_custom_object, *self._at
+                        ):
+                            sandbox, uid = event["object"], event["object"]["metadata"]["uid"]
+                            if event["type"] == "DELETED":
+                                self.seen.pop(uid, None)
+                                continue
+                            self.seen[uid] = sandbox
+                            if uid not in self.created:
+                                self.created.add(uid)
+                                tasks.create_task(self._make_ready(sandbox), name="status")
+                await asyncio.sleep(0.05)
 
-    async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        for task in (await asyncio.wait(self._tasks))[0]:
-            if not task.cancelled():
-                task.result()
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work, name="controller")
-        self._tasks.add(task)
-
-    async def _watch(self) -> None:
-        while True:
-            with contextlib.suppress(ApiException, aiohttp.ClientError, OSError):
-                page = await self._api.list_namespaced_custom_object(*self._at, _request_timeout=PATIENCE)
-                self.seen = {}
-                for sandbox in page["items"]:
-                    self._changed({**sandbox, "apiVersion": page["apiVersion"]})
-                await self._follow(page["metadata"]["resourceVersion"])
-            await asyncio.sleep(0.05)
-
-    async def _follow(self, version: str) -> None:
-        response = await self._api.list_namespaced_custom_object(
-            *self._at, watch=True, resource_version=version, _preload_content=False
-        )
-        try:
-            while line := await response.content.readline():
-                event = json.loads(line)
-                if event["type"] == "DELETED":
-                    self.seen.pop(event["object"]["metadata"]["uid"], None)
-                elif event["type"] in ("ADDED", "MODIFIED"):
-                    self._changed(event["object"])
-                else:
-                    return
-        finally:
-            response.close()
-
-    def _changed(self, sandbox: Object) -> None:
-        uid = sandbox["metadata"]["uid"]
-        self.seen[uid] = sandbox
-        if uid not in self.created:
-            self.created.add(uid)
-            self._spawn(self._reconcile(sandbox))
-
-    async def _reconcile(self, sandbox: Object) -> None:
-        await asyncio.sleep(self.pause)
-        status = self.status(sandbox)
-        if status is None or sandbox.get("status"):
-            return
-        name = sandbox["metadata"]["name"]
-        while True:
+    async def _make_ready(self, sandbox: Object) -> None:
+        at = (*self._at, sandbox["metadata"]["name"], {"status": ready(sandbox)})
+        while not sandbox.get("status"):
             try:
-                await self._api.patch_namespaced_custom_object_status(
-                    *self._at, name, {"status": status}, _content_type=MERGE_PATCH, _request_timeout=PATIENCE
+                sandbox = await self._api.patch_namespaced_custom_object_status(
+                    *at, _content_type=MERGE_PATCH, _request_timeout=PATIENCE
                 )
-            except ApiException as e:
-                if e.status == 404:
+            except AWAY as e:
+                if getattr(e, "status", None) == 404:
                     return
-            except (aiohttp.ClientError, OSError):
-                pass
-            else:
-                self.answered[name] = asyncio.get_running_loop().time()
-                return
-            await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)
 
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(0.05)
-            now = time.time()
             for sandbox in list(self.seen.values()):
-                end = sandbox["spec"].get("shutdownTime")
-                if end is None or dt.datetime.fromisoformat(end).timestamp() > now:
-                    continue
-                if sandbox["spec"].get("shutdownPolicy") == "Delete":
-                    with contextlib.suppress(ApiException, aiohttp.ClientError, OSError):
-                        await self._api.delete_namespaced_custom_object(
-                            *self._at, sandbox["metadata"]["name"], _request_timeout=PATIENCE
-                        )
+                spec, name = sandbox["spec"], sandbox["metadata"]["name"]
+                end = dt.datetime.fromisoformat(spec.get("shutdownTime", "9999-01-01T00:00:00Z"))
+                if spec.get("shutdownPolicy") == "Delete" and end.timestamp() <= time.time():
+                    with contextlib.suppress(*AWAY):
+                        await self._api.delete_namespaced_custom_object(*self._at, name)
+
+
+@asynccontextmanager
+async def controlled(namespace: Namespace) -> AsyncIterator[Controller]:
+    async with connected(namespace.server, pool=8) as api:
+        controller = Controller(namespace, api)
+        running = asyncio.create_task(controller.run(), name="controller")
+        try:
+            yield controller
+        finally:
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running

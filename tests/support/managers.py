@@ -69,10 +69,10 @@ class Clients:
 
     def __init__(self, make: Callable[[str], StubClient] = StubClient) -> None:
         self.made: list[StubClient] = []
-        self._make = make
+        self.make = make
 
     def __call__(self, target: str) -> StubClient:
-        self.made.append(self._make(target))
+        self.made.append(self.make(target))
         return self.made[-1]
 
 
