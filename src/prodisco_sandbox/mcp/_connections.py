@@ -1,15 +1,11 @@
-"""What connections over HTTP may cost, and what becomes of a call whose connection drops."""
+"""What connections over HTTP may cost."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator
 from typing import Any
 
-import anyio
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("prodisco_sandbox.mcp")
@@ -27,50 +23,6 @@ TOO_LARGE = (
     b"The request is over the limit of 4 MiB. Pass less code and data in one call, or let the code make or"
     b" fetch the data.\n"
 )
-
-_DROPPED = "prodisco_sandbox.dropped"
-
-
-class NoteDrops:
-    """ASGI middleware that lets a call know that its connection has dropped (`ends_with_connection`)."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        dropped = scope[_DROPPED] = asyncio.Event()
-
-        async def noted() -> Message:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                dropped.set()
-            return message
-
-        await self._app(scope, noted, send)
-
-
-@contextlib.asynccontextmanager
-async def ends_with_connection(request: Any) -> AsyncIterator[None]:
-    """Cancels the block once the connection of a request drops, as the SDK does from 2026-07-28 on.
-
-    Before, it lets the call run on for a client that resumes the stream, which needs an event store: a server
-    with one does not have `NoteDrops`.
-    """
-    dropped = request.scope.get(_DROPPED) if isinstance(request, Request) else None
-    if dropped is None:
-        yield
-        return
-    with anyio.CancelScope() as scope:
-
-        async def watch() -> None:
-            await dropped.wait()
-            scope.cancel()
-
-        watching = asyncio.create_task(watch(), name="sandbox-connection")
-        try:
-            yield
-        finally:
-            watching.cancel()
 
 
 def raise_descriptors() -> None:

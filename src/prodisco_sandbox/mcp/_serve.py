@@ -19,9 +19,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from ..manager import SandboxManager
+from . import _resuming
 from ._auth import LogRefusals
-from ._connections import BACKLOG, Complaints, NoteDrops, SayLimit
+from ._connections import BACKLOG, Complaints, SayLimit
 from ._lifespan import sandbox_lifespan
+from ._resuming import Links
 from ._stdio import Stdio
 from ._telemetry import ContinueTrace, add_metrics
 from ._tool import SandboxTools, add_sandbox_tools
@@ -136,8 +138,10 @@ async def serve_http(
         transport_security=security,
         stateless_http=stateless,
     )
+    _resuming.let_resume(server)
     app.add_middleware(ContinueTrace)
-    app.add_middleware(NoteDrops)
+    # Without sessions there is no stream to resume.
+    app.add_middleware(Links, grace=0.0 if stateless else _resuming.RESUME_WITHIN)
     app.add_middleware(SayLimit)
     if server.settings.auth is not None:
         app.add_middleware(LogRefusals)

@@ -22,7 +22,6 @@ from ..results import ExecutionState
 from . import _parameters as p
 from . import _texts as texts
 from ._audit import CallRecord, audited
-from ._connections import ends_with_connection
 from ._environment import Environment
 from ._files import add_file_tools, name_files
 from ._identity import Handles, Policy
@@ -39,6 +38,7 @@ from ._reading import (
     object_arguments,
     read_call,
 )
+from ._resuming import ends_with_connection
 from ._sandboxes import CLEANUP_TIMEOUT, RefusedError, Sandboxes, Use
 
 log = get_logger("mcp")
@@ -255,7 +255,7 @@ class SandboxTools:
             self._quiet.clear()
             try:
                 result = result_of(SandboxOutput(), texts.DROPPED)
-                async with ends_with_connection(ctx.request_context.request):
+                async with ends_with_connection(ctx.request_context.request, ctx.request_id):
                     result = await self._answer(ctx, sandbox, work, record, make=make)
                 return result  # noqa: RET504 - the block may have been left without
             finally:
