@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,8 +34,8 @@ CODE = "print('alices-secret')"
 class Listening(FakeSandboxServer):
     """Remembers the metadata of the calls that it got."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.metadata: list[dict[str, Any]] = []
 
     def _recorded(self, rpc: str, request: Any, context: Any) -> Any:
@@ -184,6 +185,69 @@ async def test_an_asynchronous_execution_counts_once_its_end_is_seen(
     await client.get_execution("e-1")
     await client.get_execution("e-1")
     assert observed.values("executions") == {"timeout": 1}
+
+
+async def test_every_call_on_files_is_a_span(observed: Observed, tmp_path: Path) -> None:
+    async with Listening(workspace=tmp_path) as server, SandboxClient(server.target) as client:
+        with observed.tracer.start_as_current_span("request") as request:
+            await client.files.make_directory("alices-secret")
+            await client.files.write("alices-secret/a", b"alices-secret")
+            assert await client.files.read("alices-secret/a") == b"alices-secret"
+            await client.files.list()
+            await client.files.stat("alices-secret")
+            await client.files.remove("alices-secret", recursive=True)
+    spans = observed.spans("sandbox.files")
+    rpcs = ["MakeDirectory", "Write", "Read", "List", "Stat", "Remove"]
+    assert [dict(span.attributes or {}) for span in spans] == [{"rpc.method": rpc} for rpc in rpcs]
+    sent = [metadata["traceparent"].split("-")[2] for metadata in server.metadata]
+    assert sent == [f"{span.context.span_id:016x}" for span in spans]
+    assert {parent(span) for span in spans} == {ident(request)}
+    assert {span.kind for span in spans} == {SpanKind.CLIENT}
+    assert "alices-secret" not in observed.texts()
+
+
+async def test_calls_on_files_that_fail_are_marked(observed: Observed, tmp_path: Path) -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"alices-secret"
+        raise KeyError("alices-secret")
+
+    async with Listening(workspace=tmp_path) as server, SandboxClient(server.target) as client:
+        for call in (client.files.stat("alices-secret"), client.files.read("alices-secret")):
+            with pytest.raises(SandboxError):
+                await call
+        with pytest.raises(KeyError):
+            await client.files.write("a", broken())
+        server.script("Read", NEVER)
+        closed = asyncio.create_task(client.files.read("a"))
+        await until(lambda: [call.rpc for call in server.calls].count("Read") == 2)
+        await client.close()
+        with pytest.raises(SandboxError, match="closed"):
+            await closed
+    found = [(span.status.status_code, (span.attributes or {})["error.type"]) for span in observed.spans()]
+    names = ["SandboxError", "SandboxError", "KeyError", "SandboxUnavailableError"]
+    assert found == [(StatusCode.ERROR, name) for name in names]
+    assert "alices-secret" not in observed.texts()
+
+
+async def test_the_span_of_a_read_ends_with_it(observed: Observed, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(3 << 20))
+    async with Listening(workspace=tmp_path) as server, SandboxClient(server.target) as client:
+        async with client.files.open_read("a") as stream:
+            await anext(stream)
+            assert observed.spans() == []
+        assert observed.span("sandbox.files").status.status_code is StatusCode.UNSET
+        async for _ in client.files.open_read("a"):
+            break
+        await until(lambda: len(observed.spans()) == 2)
+        server.script("Read", NEVER)
+        read = asyncio.create_task(client.files.read("a"))
+        await until(lambda: [call.rpc for call in server.calls].count("Read") == 3)
+        read.cancel()
+        await asyncio.wait([read])
+    left, dropped, cancelled = observed.spans()
+    assert "error.type" not in {**(left.attributes or {}), **(dropped.attributes or {})}
+    assert cancelled.status.status_code is StatusCode.UNSET
+    assert (cancelled.attributes or {})["error.type"] == "CancelledError"
 
 
 def test_the_library_does_not_import_opentelemetry() -> None:

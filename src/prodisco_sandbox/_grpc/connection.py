@@ -255,8 +255,9 @@ class Connection:
 
     async def start_transfer(self, rpc: str, patience: float, *request: Any) -> FileCall:
         """Begins to read or write a file; counted until its end."""
-        method = await self._method(_METHODS[rpc], rpc, patience)
-        call = FileCall(self, rpc, method(*request, metadata=self._metadata()), patience)
+        with _telemetry.transfer(rpc) as span:
+            method = await self._method(_METHODS[rpc], rpc, patience)
+            call = FileCall(self, rpc, method(*request, metadata=self._metadata()), patience, span)
         self._add(call)
         self.usage.begin()
         return call

@@ -15,6 +15,7 @@ from .execution_call import EOF, cancellations
 from .failures import SUSPICIOUS
 
 if TYPE_CHECKING:
+    from .._telemetry.otel import Call
     from .connection import Connection
 
 _T = TypeVar("_T")
@@ -31,11 +32,15 @@ class FileCall:
         has_ended: Whether its end is noted.
     """
 
-    def __init__(self, connection: Connection, rpc: str, call: Any, patience: float) -> None:
+    def __init__(
+        self, connection: Connection, rpc: str, call: Any, patience: float, span: Call | None
+    ) -> None:
         self._connection = connection
         self.rpc = rpc
         self._call = call
         self._patience = patience
+        self._span = span
+        self._stepping = False
         self.is_use, self.has_ended = True, False
         self._failure: SandboxError | None = None
         self._unverified = True
@@ -64,6 +69,11 @@ class FileCall:
 
     def end(self, failure: SandboxError | None = None) -> None:
         """Cancels the call if it has not ended; `failure` is what its reader gets."""
+        self._release(failure)
+        if self._span is not None and not self._stepping:
+            self._span.end()
+
+    def _release(self, failure: SandboxError | None = None) -> None:
         call, self._call = self._call, None
         if call is not None:
             self._failure = failure
@@ -71,6 +81,17 @@ class FileCall:
             self._connection.call_ended(self)
 
     async def _step(self, step: Callable[[Any], Awaitable[_T]]) -> _T:
+        self._stepping = True
+        try:
+            return await self._attempt(step)
+        except BaseException as error:
+            if self._span is not None:
+                self._span.end(error=error)
+            raise
+        finally:
+            self._stepping = False
+
+    async def _attempt(self, step: Callable[[Any], Awaitable[_T]]) -> _T:
         where = f"{self.rpc} on {self._connection.target}"
         cancelled_before = cancellations()
         try:
@@ -79,18 +100,18 @@ class FileCall:
             async with asyncio.timeout(self._patience):
                 return await step(self._call)
         except grpc.aio.AioRpcError as error:
-            self.end()
+            self._release()
             raise self._connection.failure(self.rpc, error, SUSPICIOUS) from error.with_traceback(None)
         except SandboxError:
-            self.end()
+            self._release()
             raise
         except TimeoutError:
-            self.end()
+            self._release()
             self._connection.suspect()
             text = f"{where}: DEADLINE_EXCEEDED: the server was silent for {self._patience:.3g} s"
             raise SandboxTimeoutError(text, status="DEADLINE_EXCEEDED") from None
         except asyncio.CancelledError as error:
-            self.end()
+            self._release()
             if cancellations() == cancelled_before:
                 failure = self._failure or SandboxError(f"{where}: the call was ended")
                 raise failure.copy_for_waiter() from None

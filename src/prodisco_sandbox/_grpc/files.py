@@ -7,6 +7,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .. import _telemetry
 from .._checks import integer, wrong
 from ..errors import SandboxError
 from ..proto import files_pb2 as pb
@@ -110,7 +111,7 @@ class SandboxFiles:
             raise wrong("data", type(data), "bytes, str or an async iterable of them")
         request = pb.WriteRequest(path=_path(path))
         content = _bytes(data) if isinstance(data, Data) else data
-        with _explained(self._connection, "Write"):
+        with _explained(self._connection, "Write"), _telemetry.files("Write"):
             call = await self._connection.start_transfer("Write", self._timeout)
             try:
                 await call.write(request.SerializeToString())
@@ -166,7 +167,7 @@ class SandboxFiles:
         return _info(await self._call("MakeDirectory", pb.MakeDirectoryRequest(path=_path(path))))
 
     async def _call(self, rpc: str, request: Any) -> Any:
-        with _explained(self._connection, rpc):
+        with _explained(self._connection, rpc), _telemetry.files(rpc):
             return await self._connection.use(rpc, request, self._timeout)
 
 

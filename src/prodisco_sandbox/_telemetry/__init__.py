@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from weakref import WeakSet
 
 if TYPE_CHECKING:
-    from .otel import Execution
+    from .otel import Call, Execution
 
 ANNOTATION = "opentelemetry.io/trace-context"
 """From which agent-sandbox's controller continues a trace: a JSON object of W3C headers."""
@@ -154,6 +154,18 @@ def execution(rpc: str) -> AbstractContextManager[Execution | None]:
     """A span from here to `Execution.end`, current in the block, whose exception ends it."""
     otel = _otel() if rpc.startswith("Execute") else None
     return _OFF if otel is None else otel.Execution(rpc)
+
+
+def files(rpc: str) -> AbstractContextManager[object]:
+    """A span of a call on files, around the block and current in it."""
+    otel = _otel()
+    return _OFF if otel is None else otel.files(rpc)
+
+
+def transfer(rpc: str) -> AbstractContextManager[Call | None]:
+    """The same for a file that is read after the block: to `Call.end`, or an exception of the block."""
+    otel = _otel() if rpc == "Read" else None
+    return _OFF if otel is None else otel.Call("sandbox.files", rpc)
 
 
 # Metrics

@@ -114,12 +114,11 @@ def stages(at: Trace | None, attributes: Mapping[str, str]) -> Iterator[Callable
         begun.end()
 
 
-class Execution:
-    """One execution: its span, and its outcome in the metrics."""
+class Call:
+    """A span from here to `end`, current in the block."""
 
-    def __init__(self, rpc: str) -> None:
-        self._span = begin("sandbox.execute", None, {"rpc.method": rpc}, SpanKind.CLIENT)
-        self._outcome: str | None = None
+    def __init__(self, name: str, rpc: str) -> None:
+        self._span = begin(name, None, {"rpc.method": rpc}, SpanKind.CLIENT)
         self._over = False
 
     def __enter__(self) -> Self:
@@ -133,21 +132,42 @@ class Execution:
         if error is not None:
             self.end(error=error)
 
+    def end(self, *, error: BaseException | None = None) -> None:
+        """Ends it, once."""
+        if not self._over:
+            self._over = True
+            if error is not None:
+                fail(self._span, error)
+            self._span.end()
+
+
+@contextmanager
+def files(rpc: str) -> Iterator[None]:
+    with Call("sandbox.files", rpc) as call:
+        yield
+        call.end()
+
+
+class Execution(Call):
+    """One execution: its span, and its outcome in the metrics."""
+
+    def __init__(self, rpc: str) -> None:
+        super().__init__("sandbox.execute", rpc)
+        self._outcome: str | None = None
+
     def saw(self, outcome: str | None) -> None:
         """Notes the outcome that a message tells; most messages of a stream tell none."""
         self._outcome = outcome or self._outcome
 
-    def end(self, otherwise: str = "cancelled", error: BaseException | None = None) -> None:
+    def end(self, otherwise: str = "cancelled", *, error: BaseException | None = None) -> None:
         """Ends it, once; `otherwise`: the outcome where no message has told it."""
         if self._over:
             return
-        self._over = True
         if error is not None:
-            fail(self._span, error)
             otherwise = "error" if isinstance(error, Exception) else "cancelled"
         outcome = self._outcome or otherwise
         self._span.set_attribute("sandbox.outcome", outcome)
-        self._span.end()
+        super().end(error=error)
         measure(EXECUTIONS, 1, outcome)
 
 
