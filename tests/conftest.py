@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import trustme
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from tests.support.leftovers import children, kept_open, left_running, open_files
 from tests.support.measuring import import_libraries, unmeasured
@@ -26,8 +28,9 @@ from tests.support.patience import PATIENCE
 
 # A shared machine makes deadlines fail by chance, and the check of how long examples take to
 # draw. In CI a failure must come again, and must not depend on examples that an earlier run kept.
-settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None, print_blob=True)
+_SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", **_SLOW, max_examples=30)
+settings.register_profile("ci", **_SLOW, derandomize=True, database=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 _NEEDED = {
@@ -49,8 +52,17 @@ def pytest_configure(config: pytest.Config) -> None:
     _start_children_with_default_signals()
     if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
         os.environ["PYTEST_DEBUG_TEMPROOT"] = "/tmp"  # Where pytest makes its directories.
+    for plugin in config.pluginmanager.get_plugins():
+        # looptime's own compares all names of pytest-asyncio at the setup of every fixture: a fifth of
+        # the time of a short test.
+        if hasattr(plugin, "_should_patch"):
+            plugin._should_patch = _is_of_pytest_asyncio
     if config.getoption("dist", "no") == "no":  # This process collects tests.
         import_libraries()
+
+
+def _is_of_pytest_asyncio(fixture: pytest.FixtureDef[Any], _request: pytest.FixtureRequest) -> bool:
+    return fixture.func.__module__ == pytest_asyncio.plugin.__name__
 
 
 def _start_children_with_default_signals() -> None:
@@ -73,16 +85,24 @@ _WITH_PROCESSES = (
 _TOGETHER = ("envtest/", "controller/", "project/test_demo")
 
 
+# Before each step of its time looptime turns the loop 42 times, with nothing to do.
+_ONE_EMPTY_TURN = pytest.mark.looptime(noop_cycles=0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
+    here = f"{Path(__file__).parent}/"
+    missing = {
+        marker: next((name for name in variables if not os.environ.get(name)), None)
+        for marker, variables in _NEEDED.items()
+    }
     for item in items:
-        path = item.path.relative_to(here).as_posix()
-        if path.startswith(_WITH_PROCESSES):
+        if str(item.path).removeprefix(here).startswith(_WITH_PROCESSES):
             item.add_marker("process")
-        for marker, variables in _NEEDED.items():
-            missing = [name for name in variables if not os.environ.get(name)]
-            if item.get_closest_marker(marker) and missing:
-                item.add_marker(pytest.mark.skip(reason=f"{missing[0]} is not set"))
+        for name in {mark.name for mark in item.iter_markers()}:
+            if name == "looptime":
+                item.add_marker(_ONE_EMPTY_TURN)
+            elif missing.get(name):
+                item.add_marker(pytest.mark.skip(reason=f"{missing[name]} is not set"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -102,14 +122,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
     Not --dist=loadgroup, which does not group any more: github.com/pytest-dev/pytest-xdist/issues/1386.
     """
+    return _Scheduling(config, log)
 
-    def scope(nodeid: str) -> str:
+
+class _Scheduling(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
         path = nodeid.removeprefix("tests/")
         return next(filter(path.startswith, _TOGETHER), nodeid)
 
-    scheduling = LoadScopeScheduling(config, log)
-    scheduling._split_scope = scope
-    return scheduling
+    def mark_test_complete(self, node: WorkerController, item_index: int, duration: float = 0) -> None:
+        super().mark_test_complete(node, item_index, duration)
+        # At each test it counts the tests of all units that the worker ever got.
+        scope = self._split_scope(self.registered_collections[node][item_index])
+        if all(self.assigned_work[node][scope].values()):
+            del self.assigned_work[node][scope]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -197,7 +223,11 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in list(os.environ):
             if name in _REMOVED or name.startswith(_REMOVED_PREFIXES) or name.lower() in _PROXIES:
                 patch.delenv(name)
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(home))
+        # A TLS context takes 60 ms to load the machine's authorities, and tests trust none of them.
+        trustme.CA().cert_pem.write_to_path(str(home / "authorities"))
+        patch.setenv("SSL_CERT_FILE", str(home / "authorities"))
         yield
 
 

@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**16), polling=st.booleans(), leases=st.booleans())
     def begin(self, seed: int, polling: bool, leases: bool) -> None:
         random.seed(seed)
-        self.loop = looptime.new_event_loop(start=1000.0)
+        self.loop = looptime.new_event_loop(start=1000.0, noop_cycles=0)
         self.api = LoopTimeApi(auto_ready=self.readiness, now=self.loop.time)
         if self.pool is not None:
             self.api.add_warm_pool(self.pool, 2)

@@ -80,7 +80,7 @@ class SharedMachine(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**16), replicas=st.integers(2, 3))
     def begin(self, seed: int, replicas: int) -> None:
         random.seed(seed)
-        self.loop = looptime.new_event_loop(start=10_000.0)
+        self.loop = looptime.new_event_loop(start=10_000.0, noop_cycles=0)
         self.api = LoopTimeApi(auto_ready=0.2, now=self.loop.time)
         if self.pool is not None:
             self.api.add_warm_pool(self.pool, 1)
