@@ -92,35 +92,33 @@ def test_numbers_may_be_text(value: Any) -> None:
     assert read(**STATUS, output_offset=value).output_offset == 5000
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        -1,
-        "-1",
-        1.5,
-        "1.5",
-        True,
-        "true",
-        "5s",
-        "5,000",
-        "5_000",
-        "soon",
-        [5],
-        {"ms": 5},
-        float("nan"),
-        float("inf"),
-        "NaN",
-        "1e400",
-        10**400,
-        -(10**5000),
-        "9" * 5000,
-        "٣",
-        "0x10",
-        "x" * 10_000,
-        "\ud800",
-    ],
-    ids=lambda value: str(type(value)),
-)
+NO_NUMBERS: list[Any] = [
+    -1,
+    "-1",
+    1.5,
+    "1.5",
+    True,
+    "true",
+    "5s",
+    "5,000",
+    "5_000",
+    "soon",
+    [5],
+    {"ms": 5},
+    float("nan"),
+    float("inf"),
+    "NaN",
+    "1e400",
+    10**400,
+    -(10**5000),
+    "9" * 5000,
+    "٣",
+    "0x10",
+    "x" * 10_000,
+    "\ud800",
+]
+
+
 @pytest.mark.parametrize(
     ("name", "least", "most", "rest"),
     [
@@ -132,13 +130,14 @@ def test_numbers_may_be_text(value: Any) -> None:
     ],
 )
 def test_what_is_no_number_in_range_is_refused(
-    name: str, least: int, most: str, rest: dict[str, Any], value: Any
+    name: str, least: int, most: str, rest: dict[str, Any]
 ) -> None:
-    text = refusal(**rest, **{name: value})
-    assert text.startswith(f"`{name}` is ")
-    assert "a whole number" in text
-    assert f"greater than or equal to {least}" in text
-    assert most in text
+    for value in NO_NUMBERS:
+        text = refusal(**rest, **{name: value})
+        assert text.startswith(f"`{name}` is ")
+        assert "a whole number" in text
+        assert f"greater than or equal to {least}" in text
+        assert most in text
 
 
 @pytest.mark.parametrize(
