@@ -308,9 +308,11 @@ async def test_known_keys_outlast_an_issuer_in_trouble(
     caplog: pytest.LogCaptureFixture,
     state: str,
 ) -> None:
-    monkeypatch.setattr(_oidc, "FETCH_TIMEOUT", 0.5 if state == "slow" else PATIENCE)
+    monkeypatch.setattr(_oidc, "FETCH_TIMEOUT", PATIENCE)
     await issuer.verify(fake.token())
     fake.state = state  # type: ignore[assignment]
+    if state == "slow":
+        monkeypatch.setattr(_oidc, "FETCH_TIMEOUT", 0.5)
     put_forward(monkeypatch, _oidc.FRESH + 1)
     assert await issuer.verify(fake.token()) == "alice"
     assert issuer._fetch is not None
@@ -323,6 +325,7 @@ async def test_known_keys_outlast_an_issuer_in_trouble(
     put_forward(monkeypatch, _oidc.STALE)
     assert await reason(issuer, fake.token()) == "no keys of the issuer"
     fake.state = "up"
+    monkeypatch.setattr(_oidc, "FETCH_TIMEOUT", PATIENCE)
     put_forward(monkeypatch, _oidc.FETCH_PAUSE + 1)
     assert await issuer.verify(fake.token()) == "alice"
 
