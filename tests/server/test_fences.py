@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,21 @@ from tests.support.servers import Server, code, running, with_tests
 POD = "sandbox-1"
 
 
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("fences"), env={"SANDBOX_POD_NAME": POD}, zygote=True) as server:
+        yield server
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Any:
+def server(tmp_path: Path) -> Iterator[Server]:
     with running(tmp_path, env={"SANDBOX_POD_NAME": POD}) as server:
         yield server
 
 
 @pytest.fixture
-async def channel(server: Server) -> AsyncIterator[grpc.aio.Channel]:
-    async with server.channel() as channel:
+async def channel(shared_server: Server) -> AsyncIterator[grpc.aio.Channel]:
+    async with shared_server.channel() as channel:
         yield channel
 
 
@@ -116,22 +122,23 @@ async def test_every_answer_says_which_machine_it_comes_from(channel: grpc.aio.C
     assert len(boots) == 1
 
 
-async def test_the_first_call_is_told_that_nothing_was_done_before(channel: grpc.aio.Channel) -> None:
+async def test_the_first_call_is_told_that_nothing_was_done_before(server: Server) -> None:
     """Neither health checks nor calls that are refused do anything."""
     request = code("pass").SerializeToString()
     elsewhere = [("prodisco-expect-boot", "0" * 32)]
-    in_turn: dict[str, Callable[[], Any]] = {
-        "own health": lambda: method(channel, "HealthCheck")(b""),
-        "health": lambda: health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()),
-        "refused": lambda: method(channel, "Execute")(request, metadata=elsewhere),
-        "not found": lambda: method(channel, "GetExecution")(b"\x0a\x01x"),
-        "stream": lambda: method(channel, "ExecuteStream", streams=True)(request),
-    }
-    told = []
-    for name, begin in in_turn.items():
-        _, _, trailing = await end(begin())
-        assert "first" in trailing["prodisco-features"].split(","), name
-        told += [name] * ("prodisco-first-call" in trailing)
+    async with server.channel() as channel:
+        in_turn: dict[str, Callable[[], Any]] = {
+            "own health": lambda: method(channel, "HealthCheck")(b""),
+            "health": lambda: health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()),
+            "refused": lambda: method(channel, "Execute")(request, metadata=elsewhere),
+            "not found": lambda: method(channel, "GetExecution")(b"\x0a\x01x"),
+            "stream": lambda: method(channel, "ExecuteStream", streams=True)(request),
+        }
+        told = []
+        for name, begin in in_turn.items():
+            _, _, trailing = await end(begin())
+            assert "first" in trailing["prodisco-features"].split(","), name
+            told += [name] * ("prodisco-first-call" in trailing)
     assert told == ["not found"]
 
 
@@ -142,26 +149,25 @@ async def test_a_watch_of_its_health_says_so_at_once(channel: grpc.aio.Channel) 
     call.cancel()
 
 
-@pytest.mark.parametrize(
-    ("expect", "fence"),
-    [
-        ({"pod": "sandbox-2"}, "pod"),
-        ({"boot": "0" * 32}, "boot"),
-        ({"pod": "sandbox-2", "boot": "0" * 32}, "pod"),
-        ({"pod": POD, "boot": "0" * 32}, "boot"),
-    ],
-    ids=str,
-)
-async def test_what_is_meant_for_another_machine_is_refused_and_does_not_run(
-    server: Server, channel: grpc.aio.Channel, expect: dict[str, str], fence: str
-) -> None:
-    metadata = [(f"prodisco-expect-{kind}", value) for kind, value in expect.items()]
-    for name, call in calls(channel, metadata).items():
-        status, initial, trailing = await end(call)
-        assert (status, trailing["prodisco-fence"]) == (grpc.StatusCode.FAILED_PRECONDITION, fence), name
-        assert trailing["prodisco-pod-name"] == POD, name
-        if initial or not may_lose_initial_metadata(call, status):
-            assert initial["prodisco-pod-name"] == POD, name
+ELSEWHERE: list[tuple[dict[str, str], str]] = [
+    ({"pod": "sandbox-2"}, "pod"),
+    ({"boot": "0" * 32}, "boot"),
+    ({"pod": "sandbox-2", "boot": "0" * 32}, "pod"),
+    ({"pod": POD, "boot": "0" * 32}, "boot"),
+]
+
+
+async def test_what_is_meant_for_another_machine_is_refused_and_does_not_run(server: Server) -> None:
+    async with server.channel() as channel:
+        for expect, fence in ELSEWHERE:
+            metadata = [(f"prodisco-expect-{kind}", value) for kind, value in expect.items()]
+            for name, call in calls(channel, metadata).items():
+                status, initial, trailing = await end(call)
+                told, refused = (expect, name), (grpc.StatusCode.FAILED_PRECONDITION, fence)
+                assert (status, trailing["prodisco-fence"]) == refused, told
+                assert trailing["prodisco-pod-name"] == POD, told
+                if initial or not may_lose_initial_metadata(call, status):
+                    assert initial["prodisco-pod-name"] == POD, told
     # Nothing was queued either: what comes later sees no file of theirs.
     async with server.connect() as stub:
         answer = await stub.Execute(code("import os; print(os.listdir())"))
