@@ -135,7 +135,8 @@ def program(*arguments: str, **environment: str) -> StdioServerParameters:
     )
 
 
-@pytest.mark.parametrize("era", [pytest.param(ERAS[0], marks=pytest.mark.slow), ERAS[1]])
+@pytest.mark.slow
+@pytest.mark.parametrize("era", ERAS)
 @pytest.mark.usefixtures("measured_children")
 async def test_the_program_serves_both_eras_on_stdio(era: str) -> None:
     async with Client(program("--local", "--log-level", "debug"), mode=era) as client:
@@ -162,7 +163,8 @@ async def test_the_program_serves_both_eras_on_stdio(era: str) -> None:
         assert executions[1]["state"] == "CANCELLED", "though it never printed anything"
 
 
-@pytest.mark.parametrize("seconds", [0.2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.2, 20])
 async def test_sixteen_calls_at_once_all_get_their_results(seconds: float) -> None:
     # Half of them wait until others have ended: the slow ones end later than their own timeout
     # after the call.

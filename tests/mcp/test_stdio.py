@@ -254,8 +254,11 @@ async def test_no_line_ends_or_stalls_the_program(era: str) -> None:
 
 
 async def test_a_last_line_without_an_end_is_read_and_prints_are_no_messages() -> None:
+    # The package itself would load the SDK, which takes seconds.
     code = """
-import os, sys
+import importlib.util, os, sys
+package = importlib.util.find_spec("prodisco_sandbox.mcp")
+sys.modules[package.name] = importlib.util.module_from_spec(package)
 from prodisco_sandbox.mcp import _stdio
 stdio = _stdio.Stdio()
 stdio.install()

@@ -147,6 +147,7 @@ def test_the_picture_in_readme_is_what_it_prints() -> None:
         assert re.search(milestone, printed), milestone
 
 
+@pytest.mark.slow
 def test_it_runs(demos: dict[str, Run]) -> None:
     demo = demos["whole"]
     demo.join(2 * PATIENCE)
