@@ -28,7 +28,7 @@ from tests.support.patience import PATIENCE
 
 # A shared machine makes deadlines fail by chance, and the check of how long examples take to
 # draw. In CI a failure must come again, and must not depend on examples that an earlier run kept.
-_SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+_SLOW: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", **_SLOW, max_examples=30)
 settings.register_profile("ci", **_SLOW, derandomize=True, database=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
@@ -125,7 +125,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
     return _Scheduling(config, log)
 
 
-class _Scheduling(LoadScopeScheduling):
+class _Scheduling(LoadScopeScheduling):  # type: ignore[misc]
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.removeprefix("tests/")
         return next(filter(path.startswith, _TOGETHER), nodeid)

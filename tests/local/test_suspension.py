@@ -123,7 +123,7 @@ async def test_files_survive_a_killed_server(tmp_path: Path) -> None:
         assert (new.sandbox.uid, new.sandbox == old) == (old.uid, False)
 
 
-@pytest.mark.parametrize("how", ["closed", "never used again"])
+@pytest.mark.parametrize("how", ["closed", pytest.param("never used again", marks=pytest.mark.slow)])
 async def test_the_end_of_a_suspended_session_takes_its_files(tmp_path: Path, how: str) -> None:
     suspended_for = 1.0 if how == "never used again" else PATIENCE
     async with suspending(tmp_path, suspended_for=suspended_for) as (cluster, manager):

@@ -109,7 +109,7 @@ async def test_more_sessions_than_servers(tmp_path: Path) -> None:
     assert traces(tmp_path) == []
 
 
-@pytest.mark.parametrize("by", ["session", "sandbox"])
+@pytest.mark.parametrize("by", ["session", pytest.param("sandbox", marks=pytest.mark.slow)])
 async def test_a_server_that_is_killed_under_a_session(tmp_path: Path, by: str) -> None:
     cluster = LocalCluster(directory=tmp_path, warm=1)
     async with managed(cluster) as manager:

@@ -88,7 +88,7 @@ async def talk(request: pytest.FixtureRequest) -> AsyncIterator[Talk]:
         yield talk
 
 
-@pytest.mark.parametrize("talk", ERAS, indirect=True)
+@pytest.mark.parametrize("talk", [pytest.param(ERAS[0], marks=pytest.mark.slow), ERAS[1]], indirect=True)
 async def test_data_in_and_results_out(talk: Talk) -> None:
     data = await talk.content("write_file", path="data/in.csv", text="x,y\n1,2\n")
     assert data == {"path": "data/in.csv", "size": 8}

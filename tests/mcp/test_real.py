@@ -109,7 +109,7 @@ async def test_modes_work_together_on_the_reference_server() -> None:
         assert "needs" in await refused(client, mode="status")
 
 
-@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("era", [pytest.param(ERAS[0], marks=pytest.mark.slow), ERAS[1]])
 async def test_files_are_there_after_a_suspension_and_the_model_is_told(era: str) -> None:
     settings = {"on_idle": "suspend", "session_idle_timeout": 0.3, "idle_check_interval": 0.05}
     async with local_server(**settings) as (url, manager), connect(url, era) as client:

@@ -95,7 +95,11 @@ async def output(stub: Stub, source: str) -> str:
     return answer.output.strip()
 
 
-@pytest.mark.parametrize(("options", "command"), WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    ("options", "command"),
+    {**WAYS, "common": pytest.param(*WAYS["common"].values, marks=pytest.mark.slow)}.values(),
+    ids=WAYS,
+)
 async def test_all_kinds_of_children(
     tmp_path_factory: pytest.TempPathFactory, options: list[str], command: list[str]
 ) -> None:

@@ -109,7 +109,7 @@ WAITS: dict[str, Callable[[SandboxClient], Awaitable[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.parametrize("name", ["execute", pytest.param("execute_stream", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("queued", [False, True], ids=["running", "queued"])
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stuck", "gone"])
 async def test_a_server_that_is_stuck_or_gone_is_noticed(
@@ -143,7 +143,7 @@ async def test_a_busy_server_is_not_stuck(one_by_one: Server) -> None:
     async with SandboxClient(one_by_one.target, deadline_margin=PATIENCE) as client:
         client._connection.beat = 1.0
         client.on_suspect = lambda: suspected.append(True)
-        blocker = await client.execute_async(code="while True: pass", timeout=60)
+        blocker = await client.execute_async(code=SLEEP, timeout=60)
         waiting = [asyncio.ensure_future(client.execute(code="1")) for _ in range(30)]
         await until(lambda: some(client, ExecutionState.PENDING))
         await asyncio.sleep(2.5)  # Health checks enough to give up a stuck one.
