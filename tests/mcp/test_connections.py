@@ -6,8 +6,10 @@ import asyncio
 import logging
 import os
 import resource
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -24,7 +26,8 @@ from tests.support.mcp_server import (
     run,
     served_by_the_program,
 )
-from tests.support.patience import PATIENCE
+from tests.support.patience import PATIENCE, until
+from tests.support.ports import free_ports
 
 
 @asynccontextmanager
@@ -138,3 +141,88 @@ def test_control_characters_are_escaped_in_the_log() -> None:
     text = formatter.format(record)
     assert text.startswith("WARNING Host: a\\x0aERROR forged\\x1b[2J\\x85\nTraceback")
     assert "\x1b" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [256, 4096])
+async def test_idle_connections_stop_nobody_and_fill_no_log(tmp_path: Path, limit: int) -> None:
+    """Two thousand of them, to the program, whose soft limit of descriptors is 256."""
+    [port] = free_ports(1)
+    program = f"{sys.executable} -m prodisco_sandbox.mcp --local --warm 0 --transport http --port {port}"
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(
+            *("sh", "-c", f"ulimit -Sn 256 && ulimit -Hn {limit} && exec {program}"), stderr=file
+        )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192) if hard > 0 else 8192, hard))
+    url = f"http://127.0.0.1:{port}"
+    writers: list[asyncio.StreamWriter] = []
+
+    async def is_healthy() -> bool:
+        async with httpx2.AsyncClient(timeout=PATIENCE) as http:
+            return (await http.get(f"{url}/healthz")).text == "ok\n"
+
+    async def open_some(sent: bytes) -> None:
+        for _ in range(100):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writers.append(writer)
+            writer.write(sent)
+
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await until(lambda: "listening on" in log.read_text() or process.returncode is not None)
+        assert process.returncode is None, log.read_text()
+        for _ in range(5):
+            await asyncio.gather(*map(open_some, (b"", b"POST /mcp HTTP/1.1\r\n", b"", b"GET /he")))
+            async with asyncio.timeout(PATIENCE):
+                assert await is_healthy()
+        assert len(writers) == 2000
+        async with connect(f"{url}/mcp", "legacy") as client:
+            assert len((await client.list_tools()).tools) == 4
+        assert "Traceback" not in log.read_text()
+        assert log.stat().st_size < 2000, log.read_text()
+    finally:
+        for writer in writers:
+            writer.transport.abort()
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_the_longest_wait_for_a_request_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_connections, "most_connections", lambda: 3)
+    async with serving() as (r, url), connect(url, "legacy") as client:
+        release = asyncio.Event()
+
+        async def slow(_: object) -> AsyncIterator[ExecutionChunk]:
+            await release.wait()
+            yield ExecutionChunk("e1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
+
+        r.sandbox.script("ExecuteStream", slow)
+        running = asyncio.create_task(run(client, ""))
+        await r.sandbox.wait_for_call("ExecuteStream")
+        host, port = str(httpx2.URL(url).host), httpx2.URL(url).port
+        readers = []
+        writers = []
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection(host, port)
+            readers.append(asyncio.create_task(reader.read()))
+            writers.append(writer)
+            async with httpx2.AsyncClient(timeout=PATIENCE) as http:
+                assert (await http.get(url.replace("/mcp", "/healthz"))).status_code == 200
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.wait({readers[0]})
+        # What is under way is nobody's room.
+        release.set()
+        assert (await running)["success"]
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.wait(readers)
+
+
+def test_some_descriptors_are_not_for_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, most in ((256, 64), (1024, 256), (4096, 3072), (65_536, 64_512), (-1, 65_536)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, found=soft: (found, -1))
+        assert _connections.most_connections() == most

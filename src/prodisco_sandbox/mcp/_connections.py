@@ -12,7 +12,7 @@ log = logging.getLogger("prodisco_sandbox.mcp")
 
 REQUEST_TIMEOUT = 15.0
 """Seconds that a client gets for its request, headers and body, and for the first one to begin."""
-BACKLOG = 128
+BACKLOG = 64
 """Connections that wait to be accepted. asyncio accepts as many at a time, and complains of each one that it
 has no descriptor for."""
 MOST_DESCRIPTORS = 65_536
@@ -35,6 +35,16 @@ def raise_descriptors() -> None:
     most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def most_connections() -> int:
+    """How many connections there may be: sandboxes need descriptors, too, and what is accepted meanwhile."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return MOST_DESCRIPTORS
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else max(soft // 4, soft - 1024)
 
 
 class Complaints:

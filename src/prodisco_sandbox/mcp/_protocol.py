@@ -11,12 +11,14 @@ from . import _connections
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's, which would wait for ever for the rest of a request."""
+    """uvicorn's, which would wait for ever for the rest of a request, and keep any number of connections."""
 
     _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > _connections.most_connections():
+            self._make_room()
         self._look()
 
     def data_received(self, data: bytes) -> None:
@@ -33,6 +35,19 @@ class BoundedProtocol(H11Protocol):
             self._stop()
         elif self._patience is None and not self.transport.is_closing():
             self._patience = self.loop.call_later(_connections.REQUEST_TIMEOUT, self.transport.close)
+
+    def _make_room(self) -> None:
+        """Closes the connection that has been waiting for a request for longest."""
+        waiting = [
+            (timer.when(), id(each), each)
+            for each in self.connections
+            if isinstance(each, BoundedProtocol) and (timer := each._patience or each.timeout_keep_alive_task)
+        ]
+        if waiting:
+            *_, longest = min(waiting)
+            longest._stop()
+            longest._unset_keepalive_if_required()
+            longest.transport.abort()
 
     def _stop(self) -> None:
         if self._patience is not None:
