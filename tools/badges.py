@@ -40,7 +40,7 @@ def badges() -> dict[str, tuple[str, str]]:
 
 
 def draw(label: str, text: str) -> str:
-    left, right = (round(6.4 * len(part)) + 14 for part in (label, text))
+    left, right = (round(5.9 * len(part)) + 14 for part in (label, text))
     style = (
         'y="14" fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11" text-anchor="middle"'
     )

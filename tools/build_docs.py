@@ -43,7 +43,7 @@ TITLES = {
     "local": "Without a cluster: prodisco_sandbox.local",
     "mcp": "MCP tool: prodisco_sandbox.mcp",
 }
-FOREIGN = "object, int, str, Exception, Generic"
+FOREIGN = "object, int, str, BaseException, Exception, OSError, Generic"
 """Classes whose members are not the library's own."""
 
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)")
@@ -56,6 +56,7 @@ def public_names() -> dict[str, list[str]]:
     for name in package.__all__:
         page = package._HOMES.get(name) or ("errors" if name.endswith("Error") else "results")
         pages[page].append(f"{package.__name__}.{name}")
+    pages["errors"].sort(key=lambda name: not name.endswith(".SandboxError"))  # the root has the tree
     for page in MODULES:
         module = importlib.import_module(f"{package.__name__}.{page}")
         pages[page] = [f"{module.__name__}.{name}" for name in module.__all__]
