@@ -24,7 +24,7 @@ from prodisco_sandbox.results import (
     StartedExecution,
 )
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
-from tests.support.calls import END, SOME, ended
+from tests.support.fake_servers import END, SOME, ended
 from tests.support.patience import PATIENCE, put_forward
 
 # The channel

@@ -18,7 +18,7 @@ from prodisco_sandbox import (
 )
 from prodisco_sandbox.proto import metadata
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
-from tests.support.machines import broken, reached, restart
+from tests.support.fake_servers import broken, reached, restart
 
 POD = "sandbox-1"
 

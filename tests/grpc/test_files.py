@@ -24,7 +24,7 @@ from prodisco_sandbox import (
 )
 from prodisco_sandbox.proto import files_pb2 as pb
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
-from tests.support.calls import ended
+from tests.support.fake_servers import ended
 from tests.support.patience import PATIENCE, until
 
 DATA = pb.ReadResponse(data=b"data")

@@ -20,7 +20,7 @@ from prodisco_sandbox.results import (
     StartedExecution,
 )
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer
-from tests.support.calls import END, OUTCOME, SOME
+from tests.support.fake_servers import END, OUTCOME, SOME
 from tests.support.patience import PATIENCE, put_forward, until
 
 DONE = ExecutionStatus("e", ExecutionState.COMPLETED, result=OUTCOME)

@@ -16,7 +16,7 @@ from prodisco_sandbox.client import ExecutionStream, SandboxClient
 from prodisco_sandbox.errors import SandboxError, SandboxTimeoutError, SandboxUnavailableError
 from prodisco_sandbox.results import ExecutionChunk
 from prodisco_sandbox.testing import NEVER, FakeCustomObjectsApi, FakeSandboxServer
-from tests.support.calls import END, SOME, ended
+from tests.support.fake_servers import END, SOME, ended
 from tests.support.patience import PATIENCE
 
 

@@ -22,7 +22,7 @@ from prodisco_sandbox.results import (
     StartedExecution,
 )
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
-from tests.support.calls import END, SOME
+from tests.support.fake_servers import END, SOME
 from tests.support.patience import PATIENCE, until
 from tests.support.spans import Observed, ident, observed, parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from kubernetes_asyncio.client import ApiClient, Configuration, CoreV1Api, CustomObjectsApi
+from kubernetes_asyncio.client import CoreV1Api, CustomObjectsApi
 
 from prodisco_sandbox import SandboxManager
 from prodisco_sandbox.local import LocalCluster
@@ -32,10 +32,7 @@ def server() -> Iterator[ApiServer]:
 
 @contextlib.asynccontextmanager
 async def namespaced(server: ApiServer, namespace: str) -> AsyncIterator[CustomObjectsApi]:
-    configuration = Configuration(host=server.url)
-    configuration.ssl_ca_cert = str(server.directory / "ca.crt")
-    configuration.api_key["BearerToken"] = f"Bearer {server.token()}"
-    async with ApiClient(configuration) as client:
+    async with server.api_client() as client:
         await CoreV1Api(client).create_namespace({"metadata": {"name": namespace}})
         yield CustomObjectsApi(client)
 

@@ -10,7 +10,8 @@ import signal
 import sys
 import termios
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,13 +20,24 @@ import pytest
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
 
-from tests.support.mcp_server import ERAS, INITIALIZE, call, connect, local_server, refused, run
+from prodisco_sandbox import SandboxManager
+from prodisco_sandbox.local import LocalCluster
+from tests.support.mcp_server import ERAS, INITIALIZE, call, connect, make_server, over_http, refused, run
 from tests.support.patience import PATIENCE, until
 from tests.support.ports import free_ports
 
 WRITE = "open('diary.txt', 'w').write('the owl')"
 READ = "print(open('diary.txt').read())"
 LOOK = "import os; print(os.path.exists('diary.txt'))"
+
+
+@asynccontextmanager
+async def local_server(**settings: Any) -> AsyncIterator[tuple[str, SandboxManager]]:
+    """A server on HTTP whose sandboxes are real processes; gives its URL and the manager."""
+    async with LocalCluster() as cluster:
+        manager = SandboxManager(cluster.config(**settings), custom_objects_api=cluster.custom_objects_api)
+        async with over_http(make_server(manager)[0]) as url:
+            yield url, manager
 
 
 async def test_two_clients_of_each_era_have_state_of_their_own() -> None:

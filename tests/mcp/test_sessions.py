@@ -23,7 +23,7 @@ from prodisco_sandbox.mcp import (
 )
 from prodisco_sandbox.results import ExecutionChunk, ExecutionOutcome, ExecutionState
 from prodisco_sandbox.testing import NEVER, FakeSandboxServer, FakeStatus
-from tests.support.machines import broken
+from tests.support.fake_servers import broken
 from tests.support.mcp_server import (
     ERAS,
     Rig,

@@ -17,7 +17,7 @@ from prodisco_sandbox import (
     SandboxUnavailableError,
 )
 from prodisco_sandbox.testing import FakeCustomObjectsApi, FakeSandboxServer
-from tests.support.machines import broken, reached, restart
+from tests.support.fake_servers import broken, reached, restart
 from tests.support.managers import LoopTimeApi, left_behind
 from tests.support.patience import PATIENCE, put_forward, until
 

@@ -162,12 +162,16 @@ class ApiServer:
     def token(self, user: User = "admin") -> str:
         return self._tokens[user]
 
-    def api_client(self, user: User = "admin") -> ApiClient:
-        """A client of kubernetes_asyncio, to be closed; needs a running loop."""
+    def api_client(self, user: User = "admin", *, account: str | None = None, pool: int = 100) -> ApiClient:
+        """A client of kubernetes_asyncio, to be closed, which may act as an account; needs a running loop."""
         configuration = Configuration(host=self.url)
         configuration.ssl_ca_cert = str(self._path("ca.crt"))
         configuration.api_key = {"BearerToken": f"Bearer {self.token(user)}"}
-        return ApiClient(configuration)
+        configuration.connection_pool_maxsize = pool
+        client = ApiClient(configuration)
+        if account is not None:
+            client.set_default_header("Impersonate-User", account)
+        return client
 
     def kubeconfig(self, user: User = "admin", namespace: str = "default") -> str:
         """The text of a kubeconfig (JSON, which is YAML) with one context."""

@@ -23,10 +23,8 @@ import pytest
 import yaml
 from kubernetes_asyncio import watch
 from kubernetes_asyncio.client import (
-    ApiClient,
     ApiException,
     AuthorizationV1Api,
-    Configuration,
     CustomObjectsApi,
 )
 
@@ -59,20 +57,11 @@ class AuditedServer(ApiServer):
     """An API server that writes down every request on Sandboxes and claims."""
 
     def __init__(self, binaries: Path, directory: Path, *, watch_cache: bool = True) -> None:
-        self._log = directory / "audit.log"
-        policy = directory / "audit-policy.json"
+        self._log, policy = directory / "audit.log", directory / "audit-policy.json"
         audited = [{"group": group} for group in (GROUP, EXTENSIONS)]
         rules = [{"level": "Metadata", "resources": audited}, {"level": "None"}]
-        policy.write_text(
-            json.dumps(
-                {
-                    "apiVersion": "audit.k8s.io/v1",
-                    "kind": "Policy",
-                    "omitStages": ["RequestReceived"],
-                    "rules": rules,
-                }
-            )
-        )
+        about = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"]}
+        policy.write_text(json.dumps({**about, "rules": rules}))
         flags = (f"--audit-policy-file={policy}", f"--audit-log-path={self._log}")
         super().__init__(binaries, watch_cache=watch_cache, flags=flags)
 
@@ -254,7 +243,7 @@ async def made_namespace(server: AuditedServer, name: str, version: str) -> Asyn
     objects.insert(0, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     listed = {"apiVersion": "v1", "kind": "List", "items": objects}
     await asyncio.to_thread(server.kubectl, "create", "--validate=false", "-f", "-", text=json.dumps(listed))
-    async with connected(server) as api, connected(server, user=account) as manager_api:
+    async with connected(server) as api, connected(server, account=account) as manager_api:
         namespace = Namespace(name, server, api, manager_api, account, version)
         await until(lambda: namespace.may("list"), f"the rights in {name}")
         yield namespace
@@ -264,16 +253,10 @@ async def made_namespace(server: AuditedServer, name: str, version: str) -> Asyn
 
 @asynccontextmanager
 async def connected(
-    server: ApiServer, *, user: str | None = None, pool: int = 100
+    server: ApiServer, *, account: str | None = None, pool: int = 100
 ) -> AsyncIterator[CustomObjectsApi]:
-    """The administrator's CustomObjectsApi, or one that acts as another user."""
-    configuration = Configuration(host=server.url)
-    configuration.ssl_ca_cert = str(server.directory / "ca.crt")
-    configuration.api_key["BearerToken"] = f"Bearer {server.token()}"
-    configuration.connection_pool_maxsize = pool
-    async with ApiClient(configuration) as client:
-        if user is not None:
-            client.set_default_header("Impersonate-User", user)
+    """The administrator's CustomObjectsApi, or one that acts as an account."""
+    async with server.api_client(account=account, pool=pool) as client:
         yield CustomObjectsApi(client)
 
 

@@ -127,11 +127,16 @@ class PlainApi:
         self.calls: list[str] = []
         self.status = status
 
+    async def _called(self, verb: str, name: str | None = None) -> None:
+        self.calls.append(verb)
+        await asyncio.sleep(0)
+        if name is not None and name not in self.objects:
+            raise ApiException(status=404)
+
     async def create_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, body: Any
     ) -> Any:
-        self.calls.append("create")
-        await asyncio.sleep(0)
+        await self._called("create")
         name = body["metadata"]["name"]
         if name in self.objects:
             raise ApiException(status=409)
@@ -142,26 +147,20 @@ class PlainApi:
     async def get_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, name: str
     ) -> Any:
-        self.calls.append("get")
-        await asyncio.sleep(0)
-        if name not in self.objects:
-            raise ApiException(status=404)
+        await self._called("get", name)
         return deepcopy(self.objects[name])
 
     async def list_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str
     ) -> Any:
-        self.calls.append("list")
-        await asyncio.sleep(0)
+        await self._called("list")
         return {"items": deepcopy(list(self.objects.values()))}
 
     async def delete_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, name: str
     ) -> Any:
-        self.calls.append("delete")
-        await asyncio.sleep(0)
-        if self.objects.pop(name, None) is None:
-            raise ApiException(status=404)
+        await self._called("delete", name)
+        del self.objects[name]
         return {"status": "Success"}
 
 

@@ -24,7 +24,6 @@ from mcp_types import CallToolResult, TextContent
 from pydantic import AnyHttpUrl
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
-from prodisco_sandbox.local import LocalCluster
 from prodisco_sandbox.manager import SessionContext
 from prodisco_sandbox.mcp import SandboxTools, add_sandbox_tools, sandbox_lifespan
 from prodisco_sandbox.mcp._serve import serve_http
@@ -125,15 +124,6 @@ class NamesAsTokens:
 
     async def verify_token(self, token: str) -> AccessToken | None:
         return AccessToken(token=token, client_id="app", scopes=[], subject=token)
-
-
-@asynccontextmanager
-async def local_server(**settings: Any) -> AsyncIterator[tuple[str, SandboxManager]]:
-    """A server on HTTP whose sandboxes are real processes; gives its URL and the manager."""
-    async with LocalCluster() as cluster:
-        manager = SandboxManager(cluster.config(**settings), custom_objects_api=cluster.custom_objects_api)
-        async with over_http(make_server(manager)[0]) as url:
-            yield url, manager
 
 
 @asynccontextmanager
@@ -266,28 +256,17 @@ def headers(session_id: str | None, token: str | None) -> dict[str, str]:
     return given
 
 
-class open_session:
+@asynccontextmanager
+async def open_session(url: str, *, token: str | None = None) -> AsyncIterator[str]:
     """Initializes a session by hand; gives its id, and ends it."""
-
-    def __init__(self, url: str, *, token: str | None = None) -> None:
-        self._url, self._token = url, token
-        self._session_id = ""
-
-    async def __aenter__(self) -> str:
-        params = {
-            "protocolVersion": "2025-11-25",
-            "capabilities": {},
-            "clientInfo": {"name": "test", "version": "0"},
-        }
-        body = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
-        async with httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:
-            answer = await http.post(self._url, json=body, headers=headers(None, self._token))
-        self._session_id = answer.headers["mcp-session-id"]
-        return self._session_id
-
-    async def __aexit__(self, *_: object) -> None:
-        async with httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:
-            await http.delete(self._url, headers=headers(self._session_id, self._token))
+    body = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": INITIALIZE}
+    async with httpx2.AsyncClient(timeout=PATIENCE, verify=False) as http:
+        answer = await http.post(url, json=body, headers=headers(None, token))
+        session_id = answer.headers["mcp-session-id"]
+        try:
+            yield session_id
+        finally:
+            await http.delete(url, headers=headers(session_id, token))
 
 
 async def tool_call(url: str, session_id: str, *, token: str | None = None) -> httpx2.Response:

@@ -12,80 +12,32 @@ from typing import Any
 
 Schema = dict[str, Any]
 
-_TEXT: Schema = {"type": "string"}
-_TEXTS: Schema = {"type": "object", "additionalProperties": _TEXT}
-_TIME: Schema = {"type": "string", "format": "date-time"}
-
-_CONDITION: Schema = {
-    "type": "object",
-    "required": ["lastTransitionTime", "message", "reason", "status", "type"],
-    "properties": {
-        "lastTransitionTime": _TIME,
-        "message": _TEXT,
-        "observedGeneration": {"type": "integer", "minimum": 0},
-        "reason": {"type": "string", "minLength": 1},
-        "status": {"type": "string", "enum": ["True", "False", "Unknown"]},
-        "type": _TEXT,
-    },
-}
-_CONTAINER: Schema = {
-    "type": "object",
-    "required": ["name"],
-    "properties": {"name": _TEXT},
-    "x-kubernetes-preserve-unknown-fields": True,
-}
-_POD_SPEC: Schema = {
-    "type": "object",
-    "required": ["containers"],
-    "properties": {"containers": {"type": "array", "items": _CONTAINER}},
-    "x-kubernetes-preserve-unknown-fields": True,
-}
-_POD_TEMPLATE: Schema = {
-    "type": "object",
-    "required": ["spec"],
-    "properties": {
-        "metadata": {"type": "object", "properties": {"annotations": _TEXTS, "labels": _TEXTS}},
-        "spec": _POD_SPEC,
-    },
-}
-_STATUS: Schema = {
-    "type": "object",
-    "properties": {
-        "conditions": {"type": "array", "items": _CONDITION},
-        "nodeName": _TEXT,
-        "podIPs": {"type": "array", "items": _TEXT},
-        "selector": _TEXT,
-        "service": _TEXT,
-        "serviceFQDN": _TEXT,
-    },
-}
-_OF_VERSION: dict[str, Schema] = {
-    "v1beta1": {
-        "operatingMode": {"type": "string", "enum": ["Running", "Suspended"], "default": "Running"},
-    },
-    "v1alpha1": {
-        "replicas": {"type": "integer", "minimum": 0, "maximum": 1, "default": 1},
-    },
-}
+TEXT: Schema = {"type": "string"}
+TIME: Schema = {"type": "string", "format": "date-time"}
+ANY: Schema = {"x-kubernetes-preserve-unknown-fields": True}
 
 
 def sandbox_crd(*versions: str) -> Schema:
     """The CustomResourceDefinition that serves these versions and stores the first."""
+    names = {"kind": "Sandbox", "listKind": "SandboxList", "plural": "sandboxes", "singular": "sandbox"}
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
         "metadata": {"name": "sandboxes.agents.x-k8s.io"},
         "spec": {
             "group": "agents.x-k8s.io",
-            "names": {
-                "kind": "Sandbox",
-                "listKind": "SandboxList",
-                "plural": "sandboxes",
-                "singular": "sandbox",
-                "shortNames": ["sandbox"],
-            },
+            "names": {**names, "shortNames": ["sandbox"]},
             "scope": "Namespaced",
-            "versions": [_version(name, stored=name == versions[0]) for name in versions],
+            "versions": [
+                {
+                    "name": name,
+                    "served": True,
+                    "storage": name == versions[0],
+                    "schema": {"openAPIV3Schema": _sandbox(name)},
+                    "subresources": {"status": {}},
+                }
+                for name in versions
+            ],
         },
     }
 
@@ -96,23 +48,39 @@ def real_crd(name: str) -> Path | None:
     return Path(directory) / name if directory else None
 
 
-def _version(name: str, *, stored: bool) -> Schema:
-    spec: Schema = {
-        "type": "object",
-        "required": ["podTemplate"],
-        "properties": {
-            "podTemplate": _POD_TEMPLATE,
-            "service": {"type": "boolean"},
-            "shutdownPolicy": {"type": "string", "enum": ["Delete", "Retain"], "default": "Retain"},
-            "shutdownTime": _TIME,
-            **_OF_VERSION[name],
-        },
-    }
-    schema: Schema = {"type": "object", "required": ["spec"], "properties": {"spec": spec, "status": _STATUS}}
-    return {
-        "name": name,
-        "served": True,
-        "storage": stored,
-        "schema": {"openAPIV3Schema": schema},
-        "subresources": {"status": {}},
-    }
+def _sandbox(version: str) -> Schema:
+    texts = {"type": "object", "additionalProperties": TEXT}
+    container = _object("name", name=TEXT) | ANY
+    pod = _object("containers", containers=_list(container)) | ANY
+    template = _object("spec", metadata=_object(annotations=texts, labels=texts), spec=pod)
+    mode = {
+        "v1beta1": {"operatingMode": _one_of("Running", "Suspended") | {"default": "Running"}},
+        "v1alpha1": {"replicas": {"type": "integer", "minimum": 0, "maximum": 1, "default": 1}},
+    }[version]
+    policy = _one_of("Delete", "Retain") | {"default": "Retain"}
+    lifetime = {"shutdownPolicy": policy, "shutdownTime": TIME}
+    spec = _object("podTemplate", podTemplate=template, service={"type": "boolean"}, **lifetime, **mode)
+    condition = _object(
+        *("lastTransitionTime", "message", "reason", "status", "type"),
+        lastTransitionTime=TIME,
+        message=TEXT,
+        observedGeneration={"type": "integer", "minimum": 0},
+        reason=TEXT | {"minLength": 1},
+        status=_one_of("True", "False", "Unknown"),
+        type=TEXT,
+    )
+    where = dict.fromkeys(("nodeName", "selector", "service", "serviceFQDN"), TEXT)
+    status = _object(conditions=_list(condition), podIPs=_list(TEXT), **where)
+    return _object("spec", spec=spec, status=status)
+
+
+def _object(*required: str, **properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties} | ({"required": list(required)} if required else {})
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _one_of(*values: str) -> Schema:
+    return TEXT | {"enum": list(values)}
