@@ -31,7 +31,7 @@ async def bound_to(cluster: ControlledNamespace, name: str = NAME) -> str:
 
 async def is_gone(cluster: ControlledNamespace, name: str) -> bool:
     pods = [pod["metadata"]["name"] for pod in await cluster.pods()]
-    return await cluster.sandbox(name) is None and name not in pods
+    return await cluster.find(name) is None and name not in pods
 
 
 async def test_a_session_gets_a_machine_that_runs_already(cluster: ControlledNamespace) -> None:

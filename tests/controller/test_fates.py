@@ -103,7 +103,7 @@ async def test_a_live_sandbox_of_a_later_incarnation_is_not_abandoned(cluster: C
     left = await left_behind(cluster, 1)
     async with cluster.managed() as manager:
         assert ref(await manager.get_client("session")).uid == uid(left)
-        assert await cluster.sandbox(SANDBOX.name("session")) is None
+        assert await cluster.find(SANDBOX.name("session")) is None
 
 
 async def test_a_pod_that_the_namespace_forbids_is_said_soon(cluster: ControlledNamespace) -> None:
@@ -115,7 +115,7 @@ async def test_a_pod_that_the_namespace_forbids_is_said_soon(cluster: Controlled
             await manager.get_client("session")
         assert time.monotonic() - begun < manager.config.ready_timeout / 2
         await manager.on_session_closed("session")
-        assert await cluster.sandbox(manager.sandbox_name("session")) is None
+        assert await cluster.find(manager.sandbox_name("session")) is None
 
 
 async def test_an_exceeded_quota_is_a_matter_of_capacity(cluster: ControlledNamespace) -> None:

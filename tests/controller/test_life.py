@@ -38,7 +38,7 @@ async def test_a_session_has_a_pod_from_its_first_call_to_its_close(cluster: Con
                 lines = [chunk.text or "" async for chunk in stream]
             assert "".join(lines).split() == ["0", "1", "2"]
         await manager.on_session_closed("session")
-        assert await cluster.sandbox(name) is None
+        assert await cluster.find(name) is None
         await until(lambda: _is_without_pods(cluster))
         stats = manager.stats()
         assert (stats.created, stats.recreated, stats.failed, stats.lost) == (1, 0, 0, 0)

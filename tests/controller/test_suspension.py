@@ -109,7 +109,7 @@ async def test_a_close_of_a_suspended_session_deletes_it_with_its_volume(
         first = await use(manager)
         await until(lambda: cluster.is_suspended(NAME))
         await manager.on_session_closed("session")
-        assert await cluster.sandbox(NAME) is None
+        assert await cluster.find(NAME) is None
         second = await use(manager)  # The old volume may still be there.
         assert second.uid != first.uid
         assert list(await volumes(cluster)) == [f"workspace-{second.name}"]

@@ -18,6 +18,7 @@ import aiohttp
 import anyio
 import looptime
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -33,8 +34,6 @@ from prodisco_sandbox._cluster.metadata import (
     session_hash,
     uid,
 )
-from prodisco_sandbox._sessions.ends import Reason
-from prodisco_sandbox._sessions.table import Session
 from prodisco_sandbox.testing import FakeCustomObjectsApi, api_error
 from tests.support.counts import count, full
 from tests.support.managers import LoopTimeApi, StubClient, conditions
@@ -123,7 +122,7 @@ class Machine(RuleBasedStateMachine):
         self.callers: list[asyncio.Task[Any]] = []
         self.scopes: list[anyio.CancelScope] = []
         self.busy_when_ended: list[str] = []
-        self.pins: Counter[SandboxClient | None] = Counter()
+        self.pins: Counter[StubClient] = Counter()
         self.strays = 0
         self.named: set[str] = set()
         """What shutdown said that it had to leave, or that it may yet appear."""
@@ -146,28 +145,19 @@ class Machine(RuleBasedStateMachine):
         self.manager = SandboxManager(
             config, custom_objects_api=self.api, client_factory=self.client, wall_clock=self.loop.time
         )
+        structlog.configure(processors=[self.note])
         self.run(self.manager.start())
-        engine = self.manager._engine
-        assert engine is not None
-        self.engine = engine
-        log = engine._log
 
-        def noting(write: Any) -> Any:
-            def noted(event: str, **pairs: Any) -> None:
-                self.named.update(pairs.get("sandboxes", ()), pairs.get("may_appear", ()))
-                write(event, **pairs)
-
-            return noted
-
-        log.error, log.warning = noting(log.error), noting(log.warning)  # type: ignore[method-assign]
-        end = engine.parts.ends.end
-
-        def watched_end(session: Session, reason: Reason, error: SandboxError | None = None) -> None:
-            if reason in ("reaped", "evicted") and self.pins[session.client]:
-                self.busy_when_ended.append(session.name)
-            end(session, reason, error)
-
-        engine.parts.ends.end = watched_end  # type: ignore[method-assign]
+    def note(self, _: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        """Reads each event as it happens."""
+        self.named.update(event.get("sandboxes", ()), event.get("may_appear", ()))
+        if event["event"] in ("sandbox_reaped", "sandbox_evicted"):
+            self.busy_when_ended += [
+                client.sandbox.name
+                for client, users in self.pins.items()
+                if users and not client.closed and client.sandbox and client.sandbox.name == event["sandbox"]
+            ]
+        raise structlog.DropEvent
 
     # The world
 
@@ -214,6 +204,7 @@ class Machine(RuleBasedStateMachine):
                 return
             async with self.manager.session(session_id, owner=owner) as client:
                 self.check(session_id, client)
+                assert isinstance(client, StubClient)
                 self.pins[client] += 1
                 try:
                     await asyncio.sleep(hold)
@@ -224,7 +215,9 @@ class Machine(RuleBasedStateMachine):
         assert isinstance(client, StubClient)
         assert client.sandbox is not None
         assert not client.closed, "a client that was handed out had been closed"
-        session = self.engine.table.current[session_id]
+        # Which client is the current one no public member says.
+        assert self.manager._engine is not None
+        session = self.manager._engine.table.current[session_id]
         assert session.client is client
         assert (session.name, session.known.uid) == (client.sandbox.name, client.sandbox.uid)
         found = self.api.get(client.sandbox.name)
@@ -440,6 +433,7 @@ class Machine(RuleBasedStateMachine):
             tasks = asyncio.all_tasks(self.loop)
             assert not tasks, tasks
         finally:
+            structlog.reset_defaults()
             end(self.loop, self.api)
 
 

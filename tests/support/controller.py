@@ -36,10 +36,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from kubernetes_asyncio.client import ApiException, CoreV1Api
+from kubernetes_asyncio.client import CoreV1Api
 
 from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.claim import CLAIM
+from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX
 from tests.support.envtest import (
     DEPLOY,
@@ -209,20 +210,10 @@ class ControlledNamespace(Namespace):
         return len(ready) == replicas
 
     async def claims(self) -> list[Object]:
-        found = await self.api.list_namespaced_custom_object(CLAIM.group, VERSION, self.name, CLAIM.plural)
-        return list(found["items"])
+        return await self.list(CLAIM)
 
     async def claim(self, name: str) -> Object | None:
-        """The SandboxClaim of that name, None where there is none."""
-        try:
-            found: Object = await self.api.get_namespaced_custom_object(
-                CLAIM.group, VERSION, self.name, CLAIM.plural, name
-            )
-        except ApiException as e:
-            if e.status == 404:
-                return None
-            raise
-        return found
+        return await self.find(name, CLAIM)
 
     async def change(self, plural: str, name: str, spec: Object) -> None:
         """Changes the spec of a claim or pool, as an operator does."""
@@ -230,19 +221,10 @@ class ControlledNamespace(Namespace):
             CLAIM.group, VERSION, self.name, plural, name, {"spec": spec}, _content_type=MERGE_PATCH
         )
 
-    async def sandbox(self, name: str) -> Object | None:
-        """The Sandbox of that name, None where there is none."""
-        try:
-            return await self.get(name)
-        except ApiException as e:
-            if e.status == 404:
-                return None
-            raise
-
     async def patch(self, name: str, spec: Object) -> Object:
         """Changes a Sandbox's spec, as an operator does."""
         found: Object = await self.api.patch_namespaced_custom_object(
-            GROUP, self.version, self.name, PLURAL, name, {"spec": spec}, _content_type=MERGE_PATCH
+            *self._at(SANDBOX), name, {"spec": spec}, _content_type=MERGE_PATCH
         )
         return found
 

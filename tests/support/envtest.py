@@ -31,6 +31,7 @@ from kubernetes_asyncio.client import (
 from prodisco_sandbox import SandboxClient, SandboxManager, SandboxManagerConfig, SandboxPermissionError
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_MANAGED_BY, session_hash
+from prodisco_sandbox._cluster.resource import Resource
 from tests.support import ROOT
 from tests.support.apiserver import ApiServer
 from tests.support.managers import Clients, conditions
@@ -128,25 +129,35 @@ class Namespace:
     account: str
     version: str
 
-    async def list(self) -> list[Object]:
-        found = await self.api.list_namespaced_custom_object(GROUP, self.version, self.name, PLURAL)
-        return list(found["items"])
+    def _at(self, of: Resource) -> tuple[str, str, str, str]:
+        return of.group, self.version, self.name, of.plural
+
+    async def list(self, of: Resource = SANDBOX) -> list[Object]:
+        return list((await self.api.list_namespaced_custom_object(*self._at(of)))["items"])
 
     async def names(self) -> set[str]:
         return {sandbox["metadata"]["name"] for sandbox in await self.list()}
 
-    async def get(self, name: str) -> Object:
-        found: Object = await self.api.get_namespaced_custom_object(
-            GROUP, self.version, self.name, PLURAL, name
-        )
+    async def get(self, name: str, of: Resource = SANDBOX) -> Object:
+        found: Object = await self.api.get_namespaced_custom_object(*self._at(of), name)
         return found
 
+    async def find(self, name: str, of: Resource = SANDBOX) -> Object | None:
+        """The object of that name, None where there is none."""
+        try:
+            return await self.get(name, of)
+        except ApiException as e:
+            if e.status == 404:
+                return None
+            raise
+
     async def delete(self, name: str) -> None:
-        await self.api.delete_namespaced_custom_object(GROUP, self.version, self.name, PLURAL, name)
+        await self.api.delete_namespaced_custom_object(*self._at(SANDBOX), name)
 
     async def patch_status(self, name: str, status: Object) -> None:
+        body = {"status": status}
         await self.api.patch_namespaced_custom_object_status(
-            GROUP, self.version, self.name, PLURAL, name, {"status": status}, _content_type=MERGE_PATCH
+            *self._at(SANDBOX), name, body, _content_type=MERGE_PATCH
         )
 
     async def orphan(self, instance: str, lease: str | None, *, managed: bool = True) -> str:
@@ -158,7 +169,7 @@ class Namespace:
         body["spec"]["shutdownPolicy"] = "Retain"
         if not managed:
             del body["metadata"]["labels"][LABEL_MANAGED_BY]
-        await self.api.create_namespaced_custom_object(GROUP, self.version, self.name, PLURAL, body)
+        await self.api.create_namespaced_custom_object(*self._at(SANDBOX), body)
         return name
 
     async def empty(self) -> None:
