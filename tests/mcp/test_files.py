@@ -8,7 +8,8 @@ import json
 import struct
 import zlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,16 +20,34 @@ from mcp_types import (
     CallToolResult,
     EmbeddedResource,
     ImageContent,
+    ResourceLink,
     TextContent,
     TextResourceContents,
 )
 
-from prodisco_sandbox import ExecutionChunk, ExecutionOutcome, ExecutionState, SandboxManager
+from prodisco_sandbox import (
+    ExecutionChunk,
+    ExecutionOutcome,
+    ExecutionState,
+    FileInfo,
+    FileList,
+    SandboxManager,
+)
 from prodisco_sandbox.local import LocalCluster
-from prodisco_sandbox.mcp import _files
+from prodisco_sandbox.mcp import _files, _serve
 from prodisco_sandbox.testing import FakeStatus
-from tests.support.mcp_server import ERAS, events, in_one_task, make_server, rig, run
+from tests.support.mcp_server import (
+    ERAS,
+    connect,
+    events,
+    in_one_task,
+    make_server,
+    over_http,
+    rig,
+    run,
+)
 
+END = ExecutionChunk("e-1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"/>'
 
 
@@ -120,6 +139,121 @@ async def test_a_resource_is_the_file(talk: Talk) -> None:
     for wrong in (f"{uri}/none", "sandbox://files/sbx_forged/a", f"{uri}/../x", f"{uri}/%2e%2e/x"):
         with pytest.raises(MCPError):
             await talk.client.read_resource(wrong)
+
+
+@pytest.mark.parametrize("era", ERAS)
+async def test_a_run_has_links_to_what_it_made(era: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_files, "MOST_READ", 1000)
+    code = f"""
+open('a b.csv', 'w').write('x,y\\n')
+open('plot.png', 'wb').write({png()!r})
+open('large', 'wb').write(bytes(1001))
+"""
+    async with talking(era, resource_links=True) as talk:
+        made = await talk.call("run_sandbox", code=code)
+        links = [block for block in made.content if isinstance(block, ResourceLink)]
+        uri = f"sandbox://files/{talk.known.get('sandbox', '-')}/a%20b.csv"
+        assert links == [
+            ResourceLink(type="resource_link", uri=uri, name="a b.csv", mime_type="text/csv", size=4)
+        ], "a picture is there, and a large file cannot be read"
+        assert isinstance(made.content[-1], ImageContent)
+        (read,) = (await talk.client.read_resource(links[0].uri)).contents
+        assert isinstance(read, TextResourceContents)
+        assert (read.text, read.mime_type, read.uri) == ("x,y\n", "text/csv", uri)
+        picture = uri.replace("a%20b.csv", "plot.png")
+        (blob,) = (await talk.client.read_resource(picture)).contents
+        assert blob.mime_type == "image/png"
+        many = await talk.call("run_sandbox", code="for n in range(12): open(f'{n}.txt', 'w').write('x')")
+        assert len([block for block in many.content if isinstance(block, ResourceLink)]) == 10
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "linked"),
+    [
+        ("2025-03-26", {"resource_links": True}, False),
+        ("2025-06-18", {"resource_links": True}, True),
+        ("2025-06-18", {}, False),
+    ],
+)
+async def test_links_are_for_clients_that_take_them(
+    version: str, options: dict[str, Any], linked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcp.client.session.LATEST_HANDSHAKE_VERSION", version)
+    async with (
+        rig(sandbox_options={"files": True}, **options) as rig_,
+        Client(rig_.server, mode="legacy") as client,
+    ):
+        rig_.sandbox.script("ExecuteStream", [END])
+        rig_.sandbox.script("List", FileList([FileInfo("out.csv", 4)]))
+        result = await client.call_tool("run_sandbox", {"code": "x"})
+    assert any(isinstance(block, ResourceLink) for block in result.content) is linked
+
+
+@pytest.mark.parametrize("era", ["legacy", "auto"])
+async def test_a_template_is_offered_and_the_list_is_empty(era: str) -> None:
+    async with (
+        rig() as rig_,
+        over_http(_serve.make_server(rig_.manager)[0]) as url,
+        connect(url, era) as client,
+    ):
+        assert client.server_capabilities.resources is not None
+        (template,) = (await client.list_resource_templates()).resource_templates
+        assert template.uri_template == "sandbox://files/{sandbox}/{+path}"
+        assert (await client.list_resources()).resources == []
+
+
+async def test_a_resource_is_for_whom_its_handle_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("DEBUG")
+    async with (
+        rig(sandbox_options={"workspace": tmp_path}, auth=True) as rig_,
+        over_http(rig_.server) as url,
+        connect(url, "2026-07-28", token="alice") as alice,
+        connect(url, "2026-07-28", token="bob") as bob,
+    ):
+        written = await alice.call_tool("write_file", {"path": "a.txt", "text": "hers"})
+        handle = (written.structured_content or {})["sandbox"]
+        uri = f"sandbox://files/{handle}/a.txt"
+        (read,) = (await alice.read_resource(uri)).contents
+        assert isinstance(read, TextResourceContents)
+        assert read.text == "hers"
+        for reader, wrong, text in (
+            (bob, uri, "no sandbox with this handle"),
+            (bob, "sandbox://files/-/a.txt", "`sandbox`"),
+            (alice, "sandbox://files/-/a.txt", "`sandbox`"),
+            (alice, f"sandbox://files/{handle}/../a.txt", '".."'),
+            (alice, f"sandbox://files/{handle}//etc/passwd", "absolute"),
+            (alice, f"sandbox://files/{handle}/none", "no such file"),
+        ):
+            with pytest.raises(MCPError, match=text):
+                await reader.read_resource(wrong)
+        monkeypatch.setattr(_files, "_text", lambda *_, **__: 1 / 0)
+        with pytest.raises(MCPError, match="cannot be read"):
+            await alice.read_resource(uri)
+    loggers = ("prodisco", "mcp.server.mcpserver")
+    own = [record for record in caplog.records if record.name.startswith(loggers)]
+    logged = "\n".join(map(caplog.handler.format, own))
+    assert "ZeroDivisionError" in logged
+    assert handle not in logged
+
+
+async def test_a_session_has_its_own_resources_alone() -> None:
+    async with LocalCluster() as cluster, AsyncExitStack() as stack:
+        manager = SandboxManager(cluster.config(), custom_objects_api=cluster.custom_objects_api)
+        url = await stack.enter_async_context(over_http(make_server(manager)[0]))
+        alice, bob = [await stack.enter_async_context(connect(url, "legacy")) for _ in range(2)]
+        await alice.call_tool("write_file", {"path": "a.bin", "base64": "/wA="})
+        await bob.call_tool("write_file", {"path": "b.txt", "text": "his"})
+        assert (await alice.read_resource("sandbox://files/-/a.bin")).contents
+        with pytest.raises(MCPError, match="no such file"):
+            await bob.read_resource("sandbox://files/-/a.bin")
+        other = await alice.call_tool("write_file", {"path": "a.bin", "base64": "//8=", "sandbox": "new"})
+        handle = (other.structured_content or {})["sandbox"]
+        read = await alice.call_tool("read_file", {"path": "a.bin", "sandbox": handle})
+        resource = read.content[-1]
+        assert isinstance(resource, EmbeddedResource)
+        assert resource.resource.uri == f"sandbox://files/{handle}/a.bin", "the session has one of that name"
 
 
 async def test_pictures_are_seen(talk: Talk) -> None:
@@ -222,9 +356,6 @@ async def test_reading_needs_a_sandbox(tool: str) -> None:
 
 
 # On a scripted server
-
-
-END = ExecutionChunk("e-1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
 
 
 async def test_a_server_without_files_has_runs_as_before() -> None:

@@ -89,6 +89,7 @@ async def _run(args: argparse.Namespace) -> None:
                 language=language,
                 learn_environment=language.lower().startswith("python"),
                 sandbox_header=args.sandbox_header,
+                resource_links=args.resource_links,
                 handle_secret=os.environ.get(HANDLE_SECRET) or None,
             )
             if listener is None:

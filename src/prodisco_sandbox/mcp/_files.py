@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import base64
 import mimetypes
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 from mcp.server import MCPServer
+from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.server.mcpserver import Context
-from mcp.server.mcpserver.exceptions import ResourceNotFoundError
+from mcp.server.mcpserver.resources import ResourceSecurity
+from mcp.shared.exceptions import MCPError
 from mcp_types import (
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
     BlobResourceContents,
     CallToolResult,
     EmbeddedResource,
     ImageContent,
+    ResourceLink,
     TextContent,
     ToolAnnotations,
 )
@@ -45,11 +50,16 @@ MOST_SVG = 30_000
 """Characters of an SVG picture that is attached, as text."""
 MOST_NAMED = 50
 """Files that the result of a run names."""
+MOST_LINKED = 10
+"""Files of a run to which its result has a link."""
+LINKS_SINCE = "2025-06-18"
+"""The protocol that brought links to resources; clients of older ones refuse them."""
 MOST_LISTED = 200
 """Entries that list_files names."""
 LISTING_TIMEOUT = 5.0
 """Seconds that a run's result waits for its files; without them it is still a result."""
-URI = "sandbox://files/{sandbox}/{+path}"
+SCHEME = "sandbox://files/"
+URI = SCHEME + "{sandbox}/{+path}"
 OWN = "-"
 """In a URI: the sandbox of the session, which has no handle."""
 
@@ -83,9 +93,10 @@ def add_file_tools(server: MCPServer[Any], tools: SandboxTools) -> list[str]:
         server.add_tool(
             tool, title=title, description=description, annotations=hints, structured_output=True
         )  # fmt: skip
-    server.resource(
-        URI, name="sandbox_file", description=texts.FILE_RESOURCE, mime_type="application/octet-stream"
-    )(files.resource)  # fmt: skip
+    # The SDK would log what it refuses, by its URI.
+    by_us = ResourceSecurity(exempt_params={"sandbox", "path"})
+    server.resource(URI, name="sandbox_file", description=texts.FILE_RESOURCE, security=by_us)(files.resource)
+    server.middleware.append(_typed)
     return ["read_file", "write_file", "list_files"]
 
 
@@ -100,7 +111,7 @@ class FileTools:
     ) -> Annotated[CallToolResult, FileOutput]:
         """Its description is in _texts.py, as those of the others."""
 
-        async def work(client: SandboxClient) -> FileOutput:
+        async def work(client: SandboxClient, handle: str | None) -> FileOutput:
             info, data = await _read(client.files, _path(path))
             output = FileOutput(path=info.path, size=info.size)
             whole = info.size <= len(data)
@@ -113,7 +124,7 @@ class FileTools:
                     output.truncated = True
                     output.note = texts.text_is_cut(len(output.text))
             elif whole:
-                output.blocks.append(_embedded(info.path, data))
+                output.blocks.append(_embedded(_uri(info.path, handle), data))
             else:
                 raise WrongCallError(texts.too_large_to_read(info.size, MOST_READ))
             return output
@@ -130,7 +141,7 @@ class FileTools:
     ) -> Annotated[CallToolResult, FileOutput]:
         """Makes a new sandbox where none is named, as running code does."""
 
-        async def work(client: SandboxClient) -> FileOutput:
+        async def work(client: SandboxClient, _: str | None) -> FileOutput:
             info = await client.files.write(_path(path), _content(text, base64))
             return FileOutput(path=info.path, size=info.size)
 
@@ -141,7 +152,7 @@ class FileTools:
     ) -> Annotated[CallToolResult, FileOutput]:
         """One directory; the paths that it gives are what the others take."""
 
-        async def work(client: SandboxClient) -> FileOutput:
+        async def work(client: SandboxClient, _: str | None) -> FileOutput:
             found = await client.files.list("" if is_blank(path) else _path(path), limit=MOST_LISTED)
             output = FileOutput(files=[_named(info) for info in found])
             if found.truncated:
@@ -152,9 +163,18 @@ class FileTools:
 
     async def resource(self, ctx: Context[Any, Any], sandbox: str, path: str) -> str | bytes:
         """The content of a file, for ``resources/read``."""
+        try:
+            return await self._read(ctx, sandbox, path)
+        except MCPError:  # The SDK would log any other with the URI, and so with the handle.
+            raise
+        except Exception as error:
+            log.exception("resource_failed")
+            raise MCPError(INTERNAL_ERROR, "The resource cannot be read") from error
+
+    async def _read(self, ctx: Context[Any, Any], sandbox: str, path: str) -> str | bytes:
         found: list[bytes] = []
 
-        async def work(client: SandboxClient) -> FileOutput:
+        async def work(client: SandboxClient, _: str | None) -> FileOutput:
             info, data = await _read(client.files, path)
             if len(data) < info.size:
                 raise WrongCallError(texts.too_large_to_read(info.size, MOST_READ))
@@ -164,7 +184,8 @@ class FileTools:
         answer = await self._carry_out(ctx, "resource", None if sandbox == OWN else sandbox, work)
         if not found:
             (block, *_) = answer.content
-            raise ResourceNotFoundError(block.text if isinstance(block, TextContent) else texts.NO_SUCH_FILE)
+            problem = block.text if isinstance(block, TextContent) else texts.NO_SUCH_FILE
+            raise MCPError(INVALID_PARAMS, problem)
         text = _text(found[0], whole=True)
         return found[0] if text is None else text
 
@@ -173,16 +194,16 @@ class FileTools:
         ctx: Context[Any, Any],
         tool: str,
         sandbox: object,
-        work: Callable[[SandboxClient], Awaitable[FileOutput]],
+        work: Callable[[SandboxClient, str | None], Awaitable[FileOutput]],
         *,
         make: bool = False,
     ) -> CallToolResult:
-        """Does what a tool is for, in the sandbox of its call."""
+        """Does what a tool is for, in the sandbox of its call, which may have a handle."""
 
         async def in_sandbox(use: Use, _: Progress) -> CallToolResult:
             output, problem = FileOutput(), None
             try:
-                output = await self._tools.repeated(use, tool, work)
+                output = await self._tools.repeated(use, tool, lambda client: work(client, use.handle))
             except (ValueError, WrongCallError) as error:  # The message names the argument.
                 problem = str(error)
             except SandboxError as error:
@@ -200,10 +221,13 @@ class FileTools:
         return await self._tools.answer(ctx, tool, handle, in_sandbox, make=make)
 
 
-async def name_files(client: SandboxClient, output: SandboxOutput, handle: str | None) -> None:
-    """Adds to a run's result the files that it made or changed, and attaches the pictures among them.
+async def name_files(
+    client: SandboxClient, output: SandboxOutput, handle: str | None, *, links: bool
+) -> None:
+    """Adds to a run's result the files that it made or changed.
 
-    That they cannot be had does not make a failure of the run.
+    Attaches the pictures among them, and with `links` links to the others. That they cannot be had does not
+    make a failure of the run.
     """
     if not client.files.supported or not output.execution_id:
         return
@@ -216,12 +240,16 @@ async def name_files(client: SandboxClient, output: SandboxOutput, handle: str |
                 output.files = [_named(info, _uri(info.path, handle)) for info in found]
             if found.truncated:
                 output.add_note(texts.more_files(len(found)))
-            await _attach(client.files, output, list(found))
+            rest = await _attach(client.files, output, list(found))
+            if links:
+                output.blocks[:0] = [_link(info, handle) for info in rest[:MOST_LINKED]]
     except (SandboxError, TimeoutError) as error:
         log.info("files_unknown", execution=output.execution_id, error=str(error))
 
 
-async def _attach(files: SandboxFiles, output: SandboxOutput, found: list[FileInfo]) -> None:
+async def _attach(files: SandboxFiles, output: SandboxOutput, found: list[FileInfo]) -> list[FileInfo]:
+    """Attaches pictures; returns the other files, if a resource can hold them."""
+    rest = [info for info in found if info.size <= MOST_READ]
     room, left_out = MOST_READ, 0
     pictures = [info for info in found if info.path.lower().endswith(_PICTURES) and info.size]
     for info in pictures:
@@ -238,8 +266,10 @@ async def _attach(files: SandboxFiles, output: SandboxOutput, found: list[FileIn
         else:
             continue
         room -= len(data)
+        rest.remove(info)
     if left_out:
         output.add_note(texts.pictures_left_out(left_out))
+    return rest
 
 
 async def _read(files: SandboxFiles, path: str) -> tuple[FileInfo, bytes]:
@@ -271,16 +301,36 @@ def _image(data: bytes, kind: str) -> ImageContent:
     return ImageContent(type="image", data=base64.b64encode(data).decode(), mime_type=kind)
 
 
-def _embedded(path: str, data: bytes) -> EmbeddedResource:
-    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
-    contents = BlobResourceContents(
-        uri=_uri(path, None), mime_type=kind, blob=base64.b64encode(data).decode()
-    )
+def _embedded(uri: str, data: bytes) -> EmbeddedResource:
+    contents = BlobResourceContents(uri=uri, mime_type=_kind(uri), blob=base64.b64encode(data).decode())
     return EmbeddedResource(type="resource", resource=contents)
 
 
+def _link(info: FileInfo, handle: str | None) -> ResourceLink:
+    kind = mimetypes.guess_type(info.path)[0]
+    return ResourceLink(
+        type="resource_link", uri=_uri(info.path, handle), name=info.path, mime_type=kind, size=info.size
+    )
+
+
+def _kind(uri: str, otherwise: str = "application/octet-stream") -> str:
+    """The MIME type of a file, by its name."""
+    return mimetypes.guess_type(uri.rpartition("/")[2])[0] or otherwise
+
+
+async def _typed(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
+    """Middleware that says which type each file has: to the SDK, all resources of a template have one."""
+    result = await call_next(ctx)
+    if ctx.method == "resources/read" and isinstance(result, Mapping):
+        for contents in result["contents"]:
+            if contents["uri"].startswith(SCHEME):
+                otherwise = "text/plain" if "text" in contents else "application/octet-stream"
+                contents["mimeType"] = _kind(contents["uri"], otherwise)
+    return result
+
+
 def _uri(path: str, handle: str | None) -> str:
-    return f"sandbox://files/{handle or OWN}/{quote(path)}"
+    return f"{SCHEME}{handle or OWN}/{quote(path)}"
 
 
 def _named(info: FileInfo, uri: str | None = None) -> NamedFile:

@@ -205,6 +205,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--language",
         help="language of the sandboxes, for the model; default: Python, on Kubernetes TypeScript",
     )
+    tool.add_argument(
+        "--resource-links",
+        action="store_true",
+        help="results of runs hold links to the files that they made, for clients that show such links",
+    )
     http = parser.add_argument_group("connections")
     http.add_argument("--transport", choices=("stdio", "http"), default="stdio", help="default: stdio")
     http.add_argument("--host", default="127.0.0.1", help="http: where to listen; default: %(default)s")

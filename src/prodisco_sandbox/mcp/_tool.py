@@ -23,7 +23,7 @@ from . import _parameters as p
 from . import _texts as texts
 from ._audit import CallRecord, audited
 from ._environment import Environment
-from ._files import add_file_tools, name_files
+from ._files import LINKS_SINCE, add_file_tools, name_files
 from ._identity import Handles, Policy
 from ._identity import principal as default_principal
 from ._identity import session_key as default_session_key
@@ -64,6 +64,7 @@ def add_sandbox_tools(
     handle_secret: str | bytes | None = None,
     sandbox_header: bool = False,
     file_tools: bool = True,
+    resource_links: bool = False,
     learn_environment: bool = False,
 ) -> SandboxTools:
     """Adds the tool that runs code in sandboxes to a server.
@@ -92,6 +93,8 @@ def add_sandbox_tools(
             such gateways must not log it.
         file_tools: Also add read_file, write_file and list_files, and resources with the files that
             runs make, unless sandboxes of the language have no files.
+        resource_links: Results of runs also hold links to the resources, for clients that show them. Some
+            clients, such as langchain-mcp-adapters, pass links to the model's provider, which refuses them.
         learn_environment: The first call runs a few more lines of Python in its sandbox, to tell the
             model which Python and packages there are: in a note, and in the tool's description from
             then on.
@@ -118,7 +121,7 @@ def add_sandbox_tools(
         handles=Handles(handle_secret),
         language=spoken,
     )
-    tools = SandboxTools(sandboxes, name, spoken, max_output)
+    tools = SandboxTools(sandboxes, name, spoken, max_output, resource_links=resource_links)
     server.middleware.append(object_arguments(name))
     server.add_tool(
         tools.run_sandbox,
@@ -154,12 +157,21 @@ def _description(language: Language, config: SandboxManagerConfig) -> str:
 class SandboxTools:
     """The tool that `add_sandbox_tools` has added."""
 
-    def __init__(self, sandboxes: Sandboxes, name: str, language: Language, max_output: int) -> None:
+    def __init__(
+        self,
+        sandboxes: Sandboxes,
+        name: str,
+        language: Language,
+        max_output: int,
+        *,
+        resource_links: bool,
+    ) -> None:
         self.environment: Environment | None = None
         self._sandboxes = sandboxes
         self._name = name
         self.language = language
         self.max_output = max_output
+        self._resource_links = resource_links
         self._calls = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -224,7 +236,7 @@ class SandboxTools:
             return self.invalid(ctx, str(error))
 
         async def work(use: Use, progress: Progress) -> CallToolResult:
-            return await self._in_sandbox(use, call, progress)
+            return await self._in_sandbox(ctx, use, call, progress)
 
         return await self.answer(ctx, call.mode, call.sandbox, work, make=call.mode in NEED_NO_SANDBOX)
 
@@ -289,14 +301,17 @@ class SandboxTools:
             log.warning("no_sandbox", error=str(error))
             return result_of(SandboxOutput(), texts.no_sandbox(error))
 
-    async def _in_sandbox(self, use: Use, call: Call, progress: Progress) -> CallToolResult:
+    async def _in_sandbox(
+        self, ctx: Context[Any, Any], use: Use, call: Call, progress: Progress
+    ) -> CallToolResult:
         problem = None
         try:
             output = await self.repeated(
                 use, call.mode, lambda client: self._carry_out(client, call, progress)
             )
             if output.state in FINAL and call.mode in ("execute", "stream", "status"):
-                await name_files(use.client, output, use.handle)
+                links = self._resource_links and ctx.request_context.protocol_version >= LINKS_SINCE
+                await name_files(use.client, output, use.handle, links=links)
             if self.environment is not None and call.mode in NEED_NO_SANDBOX:
                 learnt = await self.environment.learn(use.client)
                 if learnt is not None:
