@@ -514,7 +514,7 @@ async def test_an_explicit_tls_is_that_of_the_client_of_single_mode(tls: TlsConf
     assert config.tls == tls
     async with contextlib.aclosing(SandboxManager(config)) as manager:
         client = await manager.get_client()
-        assert client._connection.channel.tls == tls
+        assert client._connection.channel.tls == tls  # A client does not tell its certificates.
     assert repr(client).endswith("closed>")
 
 

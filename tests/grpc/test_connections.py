@@ -193,7 +193,7 @@ async def test_a_renewed_client_has_left_its_old_channels(
     errors = []
     for _ in range(8):
         errors.append(await _error(client.health_check()))
-        await client._connection.renew()
+        await client._connection.renew()  # As `wait_for_healthy` does, without its pauses.
     await quiet([door], SandboxClient(control.target), control)
     await client.close()
     assert len(errors) == 8
@@ -247,7 +247,7 @@ FASTER = 100
 
 def _unasked(client: SandboxClient) -> SandboxClient:
     """A client that asks for no health meanwhile: answers would make up for pings."""
-    client._connection.beat = PATIENCE
+    client._connection.beat = PATIENCE  # A setting that no caller needs.
     return client
 
 

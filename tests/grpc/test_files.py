@@ -404,6 +404,7 @@ async def test_a_server_that_dies(server: FakeSandboxServer, client: SandboxClie
 async def test_another_machine_gets_nothing(tmp_path: Path) -> None:
     async with FakeSandboxServer(workspace=tmp_path, pod_name="sandbox-2") as server:
         async with SandboxClient(server.target) as client:
+            # As a manager says which pod is meant.
             client._expect("sandbox-1", lambda _: None, lambda: asyncio.sleep(0))
             with pytest.raises(SandboxReplacedError, match="nothing was run"):
                 await client.files.write("a", endless())

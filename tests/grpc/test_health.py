@@ -249,7 +249,7 @@ async def test_a_channel_with_a_call_on_it_is_not_replaced(
 ) -> None:
     server.script("Execute", NEVER)
     server.script("ExecuteStream", NEVER)
-    connection = client._connection
+    connection = client._connection  # `renew` is what `wait_for_healthy` does, without its pauses.
     task = asyncio.create_task(client.execute(code="x"))
     await server.wait_for_call("Execute")
     channel = connection.channel.grpc_channel
@@ -335,7 +335,7 @@ async def test_answers_to_health_checks_wait_for_their_turn(
     async def turn() -> None:
         turns.append("a turn")
 
-    client._connection.pace = turn
+    client._connection.pace = turn  # As a manager shares one among its clients.
     server.script("Execute", ExecutionResult(success=True, output=""))
     await client.execute(code="x")
     assert turns == []

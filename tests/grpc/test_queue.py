@@ -41,7 +41,7 @@ class Setup:
         self.client = Brisk(self.server.target, call_timeout=PATIENCE, deadline_margin=LIMIT - 1)
         self.client.on_suspect = self._suspect
         if self._beat is not None:
-            self.client._connection.beat = self._beat
+            self.client._connection.beat = self._beat  # A setting that no caller needs.
         return self
 
     def _suspect(self) -> None:

@@ -94,6 +94,7 @@ async def test_a_stream_that_is_held_stays_open_until_it_is_dropped(
         async for _ in stream:
             break
     cancelled_in: list[threading.Thread] = []
+    # In which thread gRPC's call is cancelled shows at that call alone.
     assert isinstance(stream._call, ExecutionCall)
     kind = type(stream._call._call)
     cancel = kind.cancel
@@ -139,7 +140,7 @@ def test_a_stream_may_be_dropped_after_its_loop_is_closed() -> None:
 
     with asyncio.Runner() as runner:
         stream = runner.run(main())
-    connection = stream._connection
+    connection = stream._connection  # The client itself is gone.
     del stream
     assert connection.usage.in_flight == 0
     asyncio.run(connection.close())

@@ -148,7 +148,7 @@ def test_the_environment_names_the_target(
 ) -> None:
     client = SandboxClient.from_env(environ, **options)
     assert client.target == target
-    assert client._connection.channel.tls is None
+    assert client._connection.channel.tls is None  # A client does not tell its certificates.
 
 
 @pytest.mark.parametrize(
@@ -196,6 +196,7 @@ def test_a_wrong_environment_is_named(environ: dict[str, str], options: dict[str
 def test_the_environment_says_how_to_speak_tls(
     environ: dict[str, str], options: dict[str, Any], tls: TlsConfig | None
 ) -> None:
+    # A client does not tell its certificates, and these files are not there.
     assert SandboxClient.from_env(environ, **options)._connection.channel.tls == tls
 
 
@@ -375,7 +376,7 @@ async def test_the_tls_files_are_read_once(certs: Certificates, tmp_path: Path) 
         ca.unlink()
         await server.kill()
         waiting = asyncio.create_task(client.wait_for_healthy(PATIENCE))
-        channel = client._connection.channel
+        channel = client._connection.channel  # That a connection is made anew, no server tells.
         old = channel.grpc_channel
         await until(lambda: channel.grpc_channel not in (None, old))  # It is made anew.
         await server.start()

@@ -563,9 +563,10 @@ def test_a_wrong_argument_is_named(arguments: dict[str, Any], text: str) -> None
         LocalCluster(**arguments)
 
 
-def test_a_temporary_directory_with_a_long_name_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_temporary_directory_with_a_long_name_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", "/" + "d" * 80)
-    assert LocalCluster()._keeper._base == Path("/tmp")
+    async with LocalCluster() as cluster:
+        assert cluster.directory.parent == Path("/tmp")
 
 
 async def test_a_cluster_is_started_once() -> None:

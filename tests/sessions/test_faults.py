@@ -429,6 +429,7 @@ async def test_what_the_watch_said_before_it_was_refused_counts_although_a_get_h
         await settle()
         api.faults.add("get", latency=math.inf)
         api.set_ready(manager.sandbox_name("s"))
+        # No watch of the fake says it and ends in one pass of the loop.
         assert manager._engine is not None
         for sandbox in api.objects:
             manager._engine.changed(sandbox)
@@ -572,6 +573,7 @@ async def test_an_object_without_uid_that_is_deleted_while_it_starts_is_read_at_
         await asyncio.sleep(1)
         [deleted] = api.objects.values()
         api.objects.clear()
+        # The fakes that can be watched give their objects uids.
         assert manager._engine is not None
         manager._engine.deleted(deleted)
         with pytest.raises(SandboxError, match="has been deleted"):

@@ -331,6 +331,7 @@ async def test_nothing_is_kept_of_a_session_whose_renewal_failed() -> None:
         api.faults.add("patch", error=503)
         await asyncio.sleep(905)
         await manager.on_session_closed("s")
+        # What is kept in memory shows nowhere else.
         assert manager._engine is not None
         leases = manager._engine.parts.leases
         assert isinstance(leases, Leases)

@@ -772,7 +772,7 @@ async def test_only_so_many_ended_sessions_are_remembered(monkeypatch: pytest.Mo
 async def test_a_ready_session_keeps_nothing_of_its_creation_in_memory() -> None:
     async with LoopTimeApi(auto_ready=True) as api, managed(api) as manager:
         await manager.get_client("s")
-        session = manager._ready["s"]
+        session = manager._ready["s"]  # What is kept in memory shows nowhere else.
         assert (session.known.object, session.request) == (None, None)
 
 
@@ -803,5 +803,6 @@ def test_a_shutdown_that_is_over_may_be_asked_for_in_another_event_loop() -> Non
 async def test_many_that_become_ready_at_once_share_the_event_loop() -> None:
     async with LoopTimeApi(auto_ready=True) as api, managed(api, max_sessions=2) as manager:
         clients = [await manager.get_client(session_id) for session_id in "ab"]
+        # What it is for shows with hundreds of sessions alone: see benchmarks/at_once.py.
         assert manager._engine is not None
         assert [client._connection.pace for client in clients] == [manager._engine.parts.pace] * 2

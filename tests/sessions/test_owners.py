@@ -13,6 +13,7 @@ pytestmark = pytest.mark.looptime
 
 
 def owner(manager: SandboxManager, session_id: str) -> str | None:
+    """Nothing tells whose a session is: it only decides who is evicted."""
     assert manager._engine is not None
     return manager._engine.table.current[session_id].owner
 

@@ -11,6 +11,7 @@ import pytest
 
 from prodisco_sandbox import (
     SandboxCapacityError,
+    SandboxClient,
     SandboxManager,
     SandboxManagerConfig,
     SandboxPermissionError,
@@ -21,7 +22,17 @@ from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, LABEL_OWNER, labels, lease_time, unix_time
 from prodisco_sandbox._sessions.leases import PROBE
 from prodisco_sandbox.testing import FakeCustomObjectsApi
-from tests.support.managers import Clients, LoopTimeApi, alive, conditions, managed, now, settle, uids
+from tests.support.managers import (
+    Clients,
+    LoopTimeApi,
+    StubClient,
+    alive,
+    conditions,
+    managed,
+    now,
+    settle,
+    uids,
+)
 
 pytestmark = pytest.mark.looptime
 
@@ -50,11 +61,9 @@ def verbs(api: FakeCustomObjectsApi, since: int = 0) -> list[str]:
     return [r.verb for r in api.requests[since:] if r.verb not in ("discovery", "watch", "list")]
 
 
-async def use(client: Any, lasts: float) -> None:
-    """What a call that may last so long does first."""
-    admission = client._connection.fence.admit(lasts)
-    if admission is not None:
-        await admission
+async def use(client: SandboxClient, lasts: float) -> None:
+    assert isinstance(client, StubClient)
+    await client.begin(lasts)
 
 
 # One session, two managers

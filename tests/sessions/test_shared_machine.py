@@ -129,13 +129,9 @@ class SharedMachine(RuleBasedStateMachine):
                     self.touch(session_id, self.loop.time() + SLACK)
                     return
                 client = await replica.manager.get_client(session_id)
-                fence = client._connection.fence
-                assert fence is not None
-                assert fence.admit is not None
-                if (admission := fence.admit(lasts)) is not None:
-                    await admission
-                self.note(replica, session_id, client, lasts)
                 assert isinstance(client, StubClient)
+                await client.begin(lasts)
+                self.note(replica, session_id, client, lasts)
                 client.calls += 1
                 await asyncio.sleep(lasts)
                 client.calls -= 1

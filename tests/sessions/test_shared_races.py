@@ -146,6 +146,7 @@ async def test_a_start_may_take_longer_than_an_idle_timeout() -> None:
 
 
 def sharing(manager: SandboxManager) -> SharedSessions:
+    """For news in an order in which the fake's watches do not tell them."""
     assert manager._engine is not None
     assert manager._engine.shared is not None
     return manager._engine.shared

@@ -278,7 +278,7 @@ async def test_late_news_after_it_was_taken_up_does_not_lead_to_the_old_pod() ->
         waiting = asyncio.create_task(manager.get_client("s"))
         await settle()
         assert manager._engine is not None
-        manager._engine.changed(old)
+        manager._engine.changed(old)  # The fake's watches tell everything in order.
         client = await waiting
         assert client.target != first.target
 
@@ -291,7 +291,7 @@ async def test_late_news_before_it_is_taken_up_does_not_lead_to_the_old_pod() ->
         await api.until(lambda: manager.stats().suspended == 1)
         await settle()
         assert manager._engine is not None
-        manager._engine.changed(old)
+        manager._engine.changed(old)  # The fake's watches tell everything in order.
         client = await manager.get_client("s")
         assert client.target != first.target
 

@@ -47,7 +47,7 @@ async def reached(call: Callable[[], Awaitable[Any]]) -> Any:
 
 async def broken(client: SandboxClient) -> None:
     """Waits until the channel has noticed that its connection is broken."""
-    channel = client._connection.channel.grpc_channel
+    channel = client._connection.channel.grpc_channel  # Calls would connect anew.
     assert channel is not None
     async with asyncio.timeout(PATIENCE):
         while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:

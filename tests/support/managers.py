@@ -58,6 +58,14 @@ class StubClient(SandboxClient):
         await asyncio.sleep(0)
         self.closed = True
 
+    async def begin(self, lasts: float) -> None:
+        """What a call that may last so long does before it is sent."""
+        fence = self._connection.fence
+        assert fence is not None
+        assert fence.admit is not None
+        if (admission := fence.admit(lasts)) is not None:
+            await admission
+
     def fail(self) -> None:
         """As if a call had met a broken connection."""
         assert self.on_suspect is not None

@@ -76,6 +76,7 @@ def ident(span: Any) -> int:
 
 
 def _forget_providers() -> None:
+    """A process has one provider for good, but each test its own."""
     otel._tracer.cache_clear()
     otel._instruments.cache_clear()
 
