@@ -25,7 +25,7 @@ from prodisco_sandbox.server import _beneath, _files
 from prodisco_sandbox.server._beneath import Beneath, Upload
 from prodisco_sandbox.server._fence import Fence
 from prodisco_sandbox.server._files import FileService, add_to_server
-from prodisco_sandbox.server._usage import disk_usage
+from prodisco_sandbox.server._usage import ENTRY, disk_usage
 from tests.support.patience import PATIENCE, until
 from tests.support.servers import Server, running
 
@@ -290,6 +290,21 @@ async def test_names_that_are_not_utf8(here: Here) -> None:
     assert await refused(here.files.stat("\\xff")) == "NOT_FOUND"
 
 
+async def test_a_path_that_is_not_utf8(here: Here, caplog: pytest.LogCaptureFixture) -> None:
+    async def writing(*messages: bytes) -> AsyncIterator[bytes]:
+        for message in messages:
+            yield message
+
+    async with grpc.aio.insecure_channel(f"unix:{here.workspace.parent}/socket") as channel:
+        untyped: Any = channel
+        write = untyped.stream_unary("/prodisco.sandbox.v1.FileService/Write")
+        path = pb.WriteRequest(path="f").SerializeToString()
+        for messages in ([b"\x0a\x01\xff"], [path, b"\x0a\x01\xff"], [path, b"\xff"]):
+            assert await status_of(write(writing(*messages))) == "INVALID_ARGUMENT"
+    assert not [record for record in caplog.records if record.exc_info]
+    await until(lambda: here.names() == [])
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
 async def test_what_code_has_locked(here: Here) -> None:
     await here.files.write("d/f", b"x")
@@ -316,6 +331,12 @@ async def test_a_listing_looks_at_a_bounded_number_of_entries(
     assert len(found) == 50
     assert found.truncated
     assert sorted(found, key=lambda info: info.path) == list(found)
+
+
+def test_counting_ends_within_a_directory(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / str(number)).touch()
+    assert disk_usage([tmp_path], 10 * ENTRY) == 11 * ENTRY
 
 
 async def test_the_server_bounds_the_answer(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +454,11 @@ async def test_an_incomplete_write_changes_nothing(
     assert await here.files.read("f") == b"old"
 
 
-async def test_a_write_that_is_cut_off_leaves_nothing(here: Here, named: bool) -> None:
+@pytest.mark.parametrize("batch", [1, 2 * MIB])
+async def test_a_write_that_is_cut_off_leaves_nothing(
+    here: Here, named: bool, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_files, "BATCH", batch)
     call: Any = here.stub.Write()  # type: ignore[call-arg]
     await call.write(pb.WriteRequest(path="a/f"))
     await call.write(pb.WriteRequest(data=bytes(MIB)))

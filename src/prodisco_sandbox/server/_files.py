@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from prodisco_sandbox.proto import files_pb2 as pb
@@ -309,7 +310,12 @@ def add_to_server(service: FileService, server: grpc.aio.Server) -> None:
 
 def _decode_write(message: bytes) -> pb.WriteRequest | memoryview:
     data = pieces.data_of(message)
-    return pb.WriteRequest.FromString(message) if data is None else data
+    if data is not None:
+        return data
+    try:
+        return pb.WriteRequest.FromString(message)
+    except DecodeError:  # gRPC would log a traceback, and answer UNKNOWN.
+        return pb.WriteRequest()
 
 
 def _serialized(message: Any) -> bytes:

@@ -47,6 +47,8 @@ def disk_usage(directories: Iterable[Path], enough: int) -> int:
                     total += status.st_blocks * _BLOCK + ENTRY
                     if stat.S_ISDIR(status.st_mode):
                         below.append(os.fsencode(entry.name))
+                    if total > enough:
+                        break
             if len(path) < _LONG or len(places) > _PIECES:
                 places.pop()
                 os.close(there)
