@@ -27,12 +27,12 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-venv: $(VENV)/.installed ## set up .venv: the tools, and the package as a built wheel
+venv: $(VENV)/.installed $(if $(filter dev,$(EXTRAS)),$(VENV)/.collected) ## set up .venv: the tools, and the package as a built wheel
 
 demo: $(VENV)/.installed ## two sessions, each in a sandbox of its own, on this machine
 	@$(PY) examples/demo.py
 
-test: $(VENV)/.installed $(PROTO_VENV) ## all but the slow tests
+test: $(VENV)/.installed $(VENV)/.collected $(PROTO_VENV) ## all but the slow tests
 	@$(PY) -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 coverage: $(VENV)/.installed $(PROTO_VENV) ## make test with branch coverage, and a report in htmlcov/
@@ -108,6 +108,11 @@ clean: ## remove all that the targets made
 
 $(VENV)/.installed: $(VENV)/.tools $(VENV)/.wheel
 	@$(PY) $(PIP_INSTALL) --no-deps --force-reinstall $(VENV)/dist/*.whl
+	@touch $@
+
+# Once, what each worker of the first run would do: compile all tests, and collect constants for hypothesis.
+$(VENV)/.collected: | $(VENV)/.installed
+	@$(PY) -m pytest --quiet -k test_no_text_is_taken_for_a_handle >/dev/null || true # make test says what is wrong.
 	@touch $@
 
 $(VENV)/.wheel: pyproject.toml README.md LICENSE $(SOURCES) | $(VENV)/.tools
