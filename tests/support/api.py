@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ MERGE = "application/merge-patch+json"
 QUOTA = f"count/{PLURAL}.{GROUP}"
 
 Object = dict[str, Any]
+Event = tuple[float, str, Object]
+"""Seconds since the watch began, kind, object."""
 
 
 @dataclass
@@ -126,3 +129,27 @@ async def events(response: Any, count: int) -> list[tuple[str, Object]]:
             event = json.loads(await response.content.readline())
         found.append((event["type"], lean(event["object"])))
     return found
+
+
+@contextlib.asynccontextmanager
+async def watched(api: Any, at: tuple[str, str, str, str]) -> AsyncIterator[list[Event]]:
+    """What a client's watch of these objects sees meanwhile."""
+    seen: list[Event] = []
+    since = (await api.list_namespaced_custom_object(*at))["metadata"]["resourceVersion"]
+    response = await api.list_namespaced_custom_object(
+        *at, watch=True, resource_version=since, _preload_content=False
+    )
+    begun = time.monotonic()
+
+    async def read() -> None:
+        while line := await response.content.readline():
+            event = json.loads(line)
+            seen.append((time.monotonic() - begun, event["type"], event["object"]))
+
+    reading = asyncio.create_task(read(), name="watched")
+    try:
+        yield seen
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+        response.close()

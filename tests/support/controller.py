@@ -23,12 +23,10 @@ and ``control_plane`` is the `ControlPlane` below it, one for each worker of the
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import socket
 import sys
-import time
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -42,11 +40,10 @@ from prodisco_sandbox import SandboxManager, SandboxManagerConfig
 from prodisco_sandbox._cluster.claim import CLAIM
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_SANDBOX
+from tests.support.api import Event, watched
 from tests.support.envtest import (
     DEPLOY,
-    GROUP,
     MERGE_PATCH,
-    PLURAL,
     AuditedServer,
     Namespace,
     Object,
@@ -251,29 +248,9 @@ class ControlledNamespace(Namespace):
         pod = await self.pod(sandbox)
         await self.core.delete_namespaced_pod(pod["metadata"]["name"], self.name)
 
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[list[tuple[float, str, Object]]]:
-        """What a client's watch sees meanwhile: seconds since the start, event, Sandbox."""
-        events: list[tuple[float, str, Object]] = []
-        at = (GROUP, self.version, self.name, PLURAL)
-        since = (await self.api.list_namespaced_custom_object(*at))["metadata"]["resourceVersion"]
-        response = await self.api.list_namespaced_custom_object(
-            *at, watch=True, resource_version=since, _preload_content=False
-        )
-        begun = time.monotonic()
-
-        async def read() -> None:
-            while line := await response.content.readline():
-                event = json.loads(line)
-                events.append((time.monotonic() - begun, event["type"], event["object"]))
-
-        reading = asyncio.create_task(read(), name="watched")
-        try:
-            yield events
-        finally:
-            reading.cancel()
-            await asyncio.wait([reading])
-            response.close()
+    def watched(self) -> AbstractAsyncContextManager[list[Event]]:
+        """What a client's watch sees meanwhile."""
+        return watched(self.api, self._at(SANDBOX))
 
 
 def is_member(sandbox: Object) -> bool:

@@ -5,10 +5,8 @@ Here FakeCustomObjectsApi and LocalCluster play it; in tests/controller the real
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import datetime as dt
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import session_hash
 from prodisco_sandbox.local import LocalCluster
 from prodisco_sandbox.testing import FakeCustomObjectsApi
-from tests.support.api import GROUP, MERGE, PLURAL
+from tests.support.api import GROUP, MERGE, PLURAL, Event, watched
 from tests.support.local import STUB, stub
 from tests.support.patience import until
 
@@ -96,7 +94,7 @@ class World:
     name: str = NAME
     is_real: bool = False
     tells_how: bool = False
-    events: list[tuple[str, Object]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
     @property
     def at(self) -> tuple[str, str, str, str]:
@@ -117,27 +115,12 @@ class World:
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Follows a client's watch meanwhile."""
-        since = (await self.api.list_namespaced_custom_object(*self.at))["metadata"]["resourceVersion"]
-        response = await self.api.list_namespaced_custom_object(
-            *self.at, watch=True, resource_version=since, _preload_content=False
-        )
-
-        async def read() -> None:
-            while line := await response.content.readline():
-                event = json.loads(line)
-                self.events.append((event["type"], event["object"]))
-
-        reading = asyncio.create_task(read(), name="watched")
-        try:
+        async with watched(self.api, self.at) as self.events:
             yield
-        finally:
-            reading.cancel()
-            await asyncio.wait([reading])
-            response.close()
 
     def states(self, since: int) -> list[str]:
         """The states that the watch has seen since then, repeated ones folded."""
-        found = [self.shown(*event) for event in self.events[max(0, since - 1) :]]
+        found = [self.shown(kind, seen) for _, kind, seen in self.events[max(0, since - 1) :]]
         folded = [state for state, before in zip(found, ["", *found], strict=False) if state != before]
         return folded[1:] if since else folded
 
@@ -150,11 +133,13 @@ class World:
                 await until(lambda: self.states(since)[-1:] == [expected[-1]])
         seen = self.states(since)
         assert follows(seen, list(expected), self.is_real), "\n".join(["this was seen:", *seen])
-        for _, sandbox in self.events[since:]:
+        for _, _, sandbox in self.events[since:]:
             self.check_texts(sandbox)
         if self.is_real:
             return  # It may write from a status that it saw before its last write, times and all.
-        for (_, before), (kind, after) in zip(self.events[since:], self.events[since + 1 :], strict=False):
+        for (_, _, before), (_, kind, after) in zip(
+            self.events[since:], self.events[since + 1 :], strict=False
+        ):
             if kind == "MODIFIED" and before["metadata"]["uid"] == after["metadata"]["uid"]:
                 check_times(before, after)
 
