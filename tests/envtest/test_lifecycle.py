@@ -46,7 +46,11 @@ async def live(namespace: Namespace, api_version: str, *, stored: bool = True) -
             await asyncio.sleep(0.4)  # Past the idle timeout: who is inside is not idle.
             assert await manager.get_client("session") is client
         await until(lambda: manager.stats().reaped == 1, "the idle session to be reaped")
-        await namespace.empty()
+
+        async def is_empty() -> bool:
+            return not await namespace.list()
+
+        await until(is_empty, "its Sandbox to be gone")
 
         async with manager.session("session") as client:
             assert client.sandbox is not None

@@ -172,13 +172,6 @@ class Namespace:
         await self.api.create_namespaced_custom_object(*self._at(SANDBOX), body)
         return name
 
-    async def empty(self) -> None:
-        """Waits until no Sandbox is left."""
-        await until(self._is_empty, f"{self.name} to be empty")
-
-    async def _is_empty(self) -> bool:
-        return not await self.list()
-
     async def may(self, verb: str, plural: str = PLURAL, group: str = GROUP, subresource: str = "") -> bool:
         """Whether the manager may do this to Sandboxes: new rights take a moment to count."""
         resource = {"verb": verb, "group": group, "resource": plural, "namespace": self.name}
