@@ -271,8 +271,8 @@ async def test_what_a_proxy_answers_is_no_other_machine(
     async with await asyncio.start_server(proxy.answer, "127.0.0.1", port):
         with pytest.raises(SandboxError) as caught:
             await reached(lambda: CALLS[name](meant.client))
-    await meant.client.close()
-    await asyncio.wait(proxy.tasks)
+        await meant.client.close()  # before the listener, which waits for connections from Python 3.12 on
+        await asyncio.wait(proxy.tasks)
     assert proxy.calls
     assert caught.value.status == status
     assert not isinstance(caught.value, SandboxReplacedError)
