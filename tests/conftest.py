@@ -82,7 +82,10 @@ _WITH_PROCESSES = (
     "project/test_demo",
 )
 # Each set in one worker: they share what takes seconds to start.
-_TOGETHER = ("envtest/", "controller/", "project/test_demo")
+_TOGETHER = (
+    *("envtest/", "controller/", "project/test_demo", "local/test_separation"),
+    *(f"server/test_{name}" for name in ("executions", "fences", "queue", "token", "zygote")),
+)
 
 
 # Before each step of its time looptime turns the loop 42 times, with nothing to do.

@@ -144,7 +144,7 @@ async def test_a_busy_server_is_not_stuck(one_by_one: Server) -> None:
         client._connection.beat = 1.0
         client.on_suspect = lambda: suspected.append(True)
         blocker = await client.execute_async(code=SLEEP, timeout=60)
-        waiting = [asyncio.ensure_future(client.execute(code="1")) for _ in range(30)]
+        waiting = [asyncio.ensure_future(client.execute(code="1")) for _ in range(10)]
         await until(lambda: some(client, ExecutionState.PENDING))
         await asyncio.sleep(2.5)  # Health checks enough to give up a stuck one.
         assert not any(call.done() for call in waiting)
