@@ -12,13 +12,25 @@
 
 import gc as _gc
 
+
+def _import_the_sdk() -> None:
+    """Imports the SDK. Most of its models are never used: each is built on its first use."""
+    from pydantic import BaseModel
+
+    BaseModel.model_config["defer_build"] = True
+    try:
+        from mcp.server import MCPServer  # noqa: F401
+    finally:
+        del BaseModel.model_config["defer_build"]
+
+
 # The SDK makes a thousand classes and little garbage: collections would take a tenth of the time.
 _collecting = _gc.isenabled()
 _gc.disable()
 try:
-    from mcp.server import MCPServer as _MCPServer
+    _import_the_sdk()
 except ImportError as error:
-    if error.name is not None and error.name.partition(".")[0] != "mcp":
+    if error.name is not None and error.name.partition(".")[0] not in ("mcp", "pydantic"):
         raise  # The SDK is installed, but one of its own imports is missing.
     raise ImportError(
         "prodisco_sandbox.mcp needs the official MCP SDK, version 2.3 or newer:"
@@ -38,4 +50,4 @@ finally:
 
 __all__ = ["SandboxTools", "add_sandbox_tools", "principal", "sandbox_lifespan", "session_key"]
 
-del _MCPServer, _collecting, _gc
+del _collecting, _gc
