@@ -104,7 +104,7 @@ async def test_a_trace_leads_from_a_request_to_the_server_s_span(observed: Obser
     assert {*names} == {
         "tools/call run_sandbox",
         *("sandbox.get_client", "sandbox.create", "sandbox.wait_ready", "sandbox.wait_healthy"),
-        "sandbox.execute",
+        *("sandbox.execute", "sandbox.files"),
     }
     assert "secret" not in observed.texts() + str(servers.spans())
 
