@@ -18,7 +18,7 @@ from prodisco_sandbox.proto import metadata as names
 from prodisco_sandbox.server import _confine, _tree
 from tests.support.local import stub
 from tests.support.patience import PATIENCE
-from tests.support.servers import needs_landlock
+from tests.support.servers import needs_bubblewrap, needs_landlock
 
 
 class Two:
@@ -186,6 +186,23 @@ async def test_the_token_is_only_the_cluster_s(two: Two) -> None:
 
 
 # What does not need Landlock
+
+
+@pytest.mark.slow
+@needs_bubblewrap
+async def test_in_namespaces_nothing_of_another_sandbox_is_there(tmp_path: Path) -> None:
+    cluster = LocalCluster(directory=tmp_path, server_args=["--isolation", "bwrap"], warm=1)
+    settings = cluster.config(ready_timeout=PATIENCE)
+    async with cluster, SandboxManager(settings, custom_objects_api=cluster.custom_objects_api) as manager:
+        for name in "ab":
+            client = await manager.get_client(name)
+            source = (
+                f"import os; open('own', 'w'); print(os.listdir(), os.path.exists({client.target[5:]!r}))"
+            )
+            assert (await client.execute(code=source)).output == "['own'] False\n"
+            seen = await client.execute(code=f"import os; print(os.listdir({str(cluster.directory)!r}))")
+            own = Path(client.target.removeprefix("unix:")).parent.name
+            assert seen.output == f"[{own!r}]\n"
 
 
 async def test_a_cluster_without_landlock_says_so(
