@@ -170,23 +170,22 @@ class SandboxClient:
     def on_suspect(self, callback: Callable[[], None] | None) -> None:
         self._connection.on_suspect = callback
 
-    def _keep_pace(self, pace: Callable[[], Awaitable[None]]) -> None:
-        """Has answers to health checks await this, so that many do not come in one pass of the loop."""
-        self._connection.pace = pace
-
-    def _tell_closed(self, callback: Callable[[], None]) -> None:
-        """Has `close` call this, so that a closed client is not handed out again."""
-        self._connection.on_close = callback
-
     def _expect(
         self,
         pod: str,
         on_other: Callable[[str], None],
         look: Callable[[], Awaitable[None]],
         admit: Callable[[float], Awaitable[None] | None] | None = None,
+        on_close: Callable[[], None] | None = None,
+        pace: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Means every call for one machine: this pod, as it is at its first answer. See `Fence`."""
+        """Means every call for one machine: this pod, as it is at its first answer. See `Fence`.
+
+        `close` calls `on_close`, so that a closed client is not handed out again; answers to health checks
+        await `pace`, so that many do not come in one pass of the loop.
+        """
         self._connection.fence = Fence(pod, on_other, look, admit)
+        self._connection.on_close, self._connection.pace = on_close, pace
 
     @property
     def _found_unused(self) -> bool | None:

@@ -132,10 +132,9 @@ class Clients:
 
         tie = _Tie(self, session, client)
         admit = None if self._parts.shared is None else tie.admit
-        client._expect(session.machine.pod, tie.other_machine, tie.look, admit)
+        pod, pace = session.machine.pod, self._parts.pace
+        client._expect(pod, tie.other_machine, tie.look, admit, tie.closed, pace)
         client.on_suspect = tie.failed
-        client._tell_closed(tie.closed)
-        client._keep_pace(self._parts.pace)
         return client
 
     async def look(self, session: Session, client: SandboxClient) -> None:

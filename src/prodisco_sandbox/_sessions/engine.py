@@ -414,7 +414,7 @@ class Engine:
         except (SandboxError, TimeoutError) as e:
             self._log.info("sandbox_sweep_failed", reason=str(e))
         left = {session.name for session in self.table.closing.values()} | set(remove.abandoned)
-        uncertain = set(remove.uncertain()) - left
+        uncertain = set(remove.unconfirmed) - left
         stuck = await self._tasks.end()
         await self.parts.leases.aclose()
         await self._resources.aclose()

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from .._aio.pacing import backoff
 from .._aio.single_flight import SingleFlight
 from .._cluster import metadata
 from .._cluster.api_errors import NotFoundError, PreconditionError, UnsupportedError
+from .._cluster.metadata import Object
 from .._log import get_logger
 from ..errors import SandboxError, SandboxPermissionError
 from .table import LIVING, Session
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 PROBE = "sandbox-lease-probe"
 """Name of a Sandbox that does not exist; patching it tells whether one may patch."""
-CONCURRENT_RENEWALS = 10
+CONCURRENT_WRITES = 10
 """Few, so that creations and deletes do not queue behind hundreds of them."""
 TIMER_SLACK = 0.001
 """A loop's timer may fire that much early; what is due by then is done, not waited for again."""
@@ -82,6 +84,27 @@ class Deadlines(ABC):
             return False
         return True
 
+    async def _each(self, sessions: list[Session], move: Callable[[Session], Awaitable[None]]) -> None:
+        """Moves the deadlines of several sessions, a few at a time."""
+        for start in range(0, len(sessions), CONCURRENT_WRITES):
+            await asyncio.gather(*map(move, sessions[start : start + CONCURRENT_WRITES]))
+
+    async def write(
+        self,
+        name: str,
+        uid: str | None,
+        until: str,
+        *,
+        version: str | None = None,
+        spec: Object | None = None,
+        deadline: float | None = None,
+    ) -> Object | None:
+        """Moves an object's deadline, together with other fields of its spec; errors as for a patch."""
+        unchanged = {} if version is None else {"resourceVersion": version}
+        fields = (spec or {}) | self._resources.resource.deadline_spec(until)
+        body = {"metadata": {"uid": uid, **unchanged}, "spec": fields}
+        return await self._resources.patch(name, body, deadline)
+
     async def aclose(self) -> None:
         await self._probe.aclose()
 
@@ -119,8 +142,7 @@ class Leases(Deadlines):
             self._added.clear()
             now = loop.time() + TIMER_SLACK
             due = [session for session, at in self._due.items() if at <= now]
-            for start in range(0, len(due), CONCURRENT_RENEWALS):
-                await asyncio.gather(*map(self._renew, due[start : start + CONCURRENT_RENEWALS]))
+            await self._each(due, self._renew)
             if due:
                 continue
             self._wakes_at = min(self._due.values(), default=math.inf)
@@ -134,12 +156,8 @@ class Leases(Deadlines):
         loop = asyncio.get_running_loop()
         begun = loop.time()
         task = session.request = asyncio.current_task()
-        body = {
-            "metadata": {"uid": session.known.uid},
-            "spec": self._resources.resource.deadline_spec(self.next()),
-        }
         try:
-            await self._resources.patch(session.name, body)
+            await self.write(session.name, session.known.uid, self.next())
         except SandboxError as e:
             if isinstance(e, NotFoundError | PreconditionError):
                 # Gone, or not ours: then the session ends. If not, its lease goes on.

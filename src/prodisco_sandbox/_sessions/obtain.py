@@ -125,9 +125,7 @@ class Obtain:
             self._rename(session, name, incarnation)
             self._found(session, found)
             return
-        parts.leases.drop(session)
-        parts.table.deleted(session)
-        session.known = Known()
+        self.let_go(session)
         await self(session, deadline)
 
     # Creation

@@ -32,7 +32,8 @@ class Remove:
         self._limiting = asyncio.Lock()
         self._again = asyncio.Event()
         self._last_chance = False
-        self._unconfirmed: dict[str, tuple[str, float]] = {}
+        self.unconfirmed: dict[str, tuple[str, float]] = {}
+        """Objects that may yet appear, since the answer to their create was lost: session, and until when."""
         self.abandoned: list[str] = []
         """Objects that shutdown had to leave because the API server refuses to delete them."""
 
@@ -100,13 +101,9 @@ class Remove:
                 known.uid, known.version = metadata.uid(found), metadata.resource_version(found)
             until = metadata.lease_time(parts.wall_clock(), parts.config.suspended_for)
             spec = resources.resource.mode_spec(await resources.api_version(), "Suspended")
-            body = {
-                "metadata": {"uid": known.uid, "resourceVersion": known.version},
-                "spec": spec | resources.resource.deadline_spec(until),
-            }
-            known.object = known.version = None
+            version, known.object, known.version = known.version, None, None
             try:
-                patched = await resources.patch(name, body)
+                patched = await parts.leases.write(name, known.uid, until, version=version, spec=spec)
             except NotFoundError:
                 table.dropped(session)
                 return
@@ -142,16 +139,12 @@ class Remove:
         if session.remains.what == "kept" or session.suspends:
             return  # Under its name is the object that was kept or suspended; a lost claim makes no other.
         if lost_at is not None and lost_at + UNCONFIRMED_FOR > self._parts.now():
-            self._unconfirmed[session.name] = (session.session_hash, lost_at + UNCONFIRMED_FOR)
-
-    def uncertain(self) -> list[str]:
-        """Objects that may yet appear, because the answer to their create was lost."""
-        return list(self._unconfirmed)
+            self.unconfirmed[session.name] = (session.session_hash, lost_at + UNCONFIRMED_FOR)
 
     async def look_again(self, deadline: float | None = None) -> None:
         """Looks for objects whose create was given up but may have been carried out since."""
         table, resources = self._parts.table, self._parts.resources
-        for name, (session_hash, until) in list(self._unconfirmed.items()):
+        for name, (session_hash, until) in list(self.unconfirmed.items()):
             # Before `until` another may appear: after the one found here, or after a session of that name.
             over = self._parts.now() >= until
             if table.named(name) is None:
@@ -161,8 +154,8 @@ class Remove:
                 is_own = found is not None and self._parts.suspended.is_own(found)
                 if found is not None and not is_own and self._parts.is_own(found, session_hash):
                     over = await self._delete_seen(found, deadline) and over
-            if over and self._unconfirmed.get(name) == (session_hash, until):
-                del self._unconfirmed[name]
+            if over and self.unconfirmed.get(name) == (session_hash, until):
+                del self.unconfirmed[name]
 
     # Orphans
 

@@ -34,7 +34,6 @@ WRITE_TIMEOUT = 10.0
 """How long a use waits for its deadline to be written."""
 SETTLE = 2.0
 """After a late extension, whoever made it, how long the controller may delete by what it saw before."""
-CONCURRENT_WRITES = 10
 TRIES = 5
 """How often an extension that met another change is tried."""
 
@@ -338,13 +337,9 @@ class SharedSessions(Deadlines):
         """Writes a deadline. Returns whether the object as it is now was noted."""
         now = self._wall_clock()
         until = metadata.lease_time(math.ceil(now + lasts + self._idle + self.slack), 0)
-        unchanged = {"resourceVersion": seen.version} if self._is_late(seen) else {}
-        body: Object = {
-            "metadata": {"uid": seen.uid, **unchanged},
-            "spec": self._resources.resource.deadline_spec(until),
-        }
+        version = seen.version if self._is_late(seen) else None
         try:
-            patched = await self._resources.patch(session.name, body, deadline)
+            patched = await self.write(session.name, seen.uid, until, version=version, deadline=deadline)
         except (NotFoundError, PreconditionError):
             return False
         if patched is not None:
@@ -360,8 +355,7 @@ class SharedSessions(Deadlines):
         while True:
             await asyncio.sleep(self.slack / 2)
             sessions = [each for each in self._table.current.values() if each.state in SERVING]
-            for start in range(0, len(sessions), CONCURRENT_WRITES):
-                await asyncio.gather(*map(self._keep, sessions[start : start + CONCURRENT_WRITES]))
+            await self._each(sessions, self._keep)
 
     async def _keep(self, session: Session) -> None:
         """Extends the use of a session that is in use, and repeats what another write has undone."""
