@@ -255,7 +255,7 @@ class Connecting:
         if news & ~News.LOOK:
             if News.LOOK in news:
                 inbox.post(News.LOOK)  # What has been seen may do; a get may hang.
-            await self._parts.resources.pace()  # What it hears makes it connect.
+            await self._parts.pace()  # What it hears makes it connect.
             return
         # News that come while it is read count: a get may hang while the watch goes on.
         reading = self._parts.tasks.spawn(

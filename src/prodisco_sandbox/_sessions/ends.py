@@ -59,8 +59,6 @@ class Ends:
         """
         parts = self._parts
         fate = FATES[reason][parts.shared is not None]
-        if reason == "shutdown" and fate == "suspend" and parts.config.has_random_instance_id:
-            fate = "delete"  # Nobody would come back to it.
         keep = fate == "keep" or (fate == "spare" and self.must_keep(session))
         suspend = (keep or fate == "suspend") and self._may_suspend(session)
         if not parts.table.close(session, error, reason, keep=keep, suspend=suspend):

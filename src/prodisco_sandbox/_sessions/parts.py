@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from .._aio.pacing import Pace
 from .._aio.tasks import OwnedTasks
 from .._cluster import manifest, metadata
 from .._cluster.metadata import Object
@@ -24,9 +23,6 @@ from .shared import SharedSessions
 from .suspended import SuspendedObjects
 from .table import Session, SessionTable
 
-STEPS_PER_PASS = 16
-"""Steps of lives in one pass of the event loop; 20 to 80 µs each until they wait."""
-
 
 class Parts:
     """Made once, and in this order: each part may use those before it at once, and all others later.
@@ -34,7 +30,7 @@ class Parts:
     Attributes:
         shared: The objects of the group, with the setting of that name.
         leases: Writes the objects' deadlines; `shared`, where that is set.
-        pace: Steps of lives in one pass of the event loop.
+        pace: Of steps of lives and of requests.
     """
 
     def __init__(
@@ -49,9 +45,9 @@ class Parts:
         self.events: Counter[str] = Counter()
         self.log = get_logger("manager", self.events)
         self.tasks = OwnedTasks(self.events)
-        self.pace = Pace(STEPS_PER_PASS)
         self.table = SessionTable(config.max_sessions)
         self.resources = SandboxResources(config, api, self.events)
+        self.pace = self.resources.pace
         self.past = Past(self.resources.resource, manifest.grace_period(config), config.group)
         self.suspended = SuspendedObjects(self.past.suspended_is_gone)
         self.own_objects = self.selector(instance=config.instance_label)
