@@ -18,7 +18,7 @@ from prodisco_sandbox import (
 from prodisco_sandbox._cluster.manifest import SANDBOX
 from prodisco_sandbox._cluster.metadata import LABEL_INSTANCE, lease_time
 from prodisco_sandbox.testing import FakeCustomObjectsApi, Request
-from tests.support.managers import Clients, LoopTimeApi, left_behind, managed, now, settle
+from tests.support.managers import Clients, LoopTimeApi, alive, left_behind, managed, now, settle
 
 from .test_suspension import (
     KEPT,
@@ -73,6 +73,20 @@ async def test_a_close_deletes_all_that_the_session_has() -> None:
         await asyncio.sleep(3)
         await manager.on_session_closed("s")
         assert api.objects == []
+
+
+async def test_a_close_that_looks_for_an_object_leaves_it_to_a_session_that_came_meanwhile() -> None:
+    async with LoopTimeApi(auto_ready=1.0) as api, managed(api, **SUSPENDS) as manager:
+        await left_behind(api, "s", lease=500.0)
+        with api.faults.add("list", hold=True, after=True, times=1) as gate:
+            closing = asyncio.create_task(manager.on_session_closed("s"))
+            await gate.reached()
+            client = await manager.get_client("s")
+            gate.release()
+            await closing
+        await asyncio.sleep(1)
+        assert await manager.get_client("s") is client
+        assert alive(api) == [SANDBOX.name("s")]
 
 
 async def test_a_close_after_the_shutdown_asks_for_nothing() -> None:
