@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from prodisco_sandbox import SandboxCapacityError, SandboxError
+from prodisco_sandbox._sessions.ends import FATES, Reason
 from prodisco_sandbox._sessions.table import LIVING, Remains, Session, SessionState, SessionTable, What
 from tests.support import ROOT
 from tests.support.counts import count, tries
@@ -469,6 +470,10 @@ def test_the_diagram_and_the_table_of_the_documentation_are_those_of_the_code() 
     table = text[text.index("| remains | set when") :].split("\n\n")[0]
     rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert rows == list(get_args(What))
+    table = text[text.index("| reason | with one manager") :].split("\n\n")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert {reason: (one.split(",")[0], shared) for reason, one, shared in cells} == FATES
+    assert list(FATES) == list(get_args(Reason))
 
 
 def test_a_session_does_not_show_its_id() -> None:

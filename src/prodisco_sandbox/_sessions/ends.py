@@ -25,7 +25,7 @@ class SuspendedError(SandboxFailedError):
     """The object is suspended, and starting it was refused: it is kept."""
 
 
-Reason = Literal["closed", "reaped", "evicted", "shutdown", "failed", "lost", "queued", "withdrawn"]
+Reason = Literal["closed", "evicted", "reaped", "shutdown", "failed", "lost", "queued", "withdrawn"]
 """``"queued"``: for too long; ``"withdrawn"``: nobody waits any more. Neither has an object."""
 
 FATES: dict[Reason, tuple[str, str]] = {
