@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -66,15 +67,21 @@ async def _serve_bare() -> None:
 
 
 @contextmanager
-def _process(*arguments: str) -> Iterator[str]:
-    """A server that ends with its standard input; gives its target."""
+def _process(*arguments: str) -> Iterator[tuple[str, int]]:
+    """A server that ends with its standard input; gives its target and process."""
     process = subprocess.Popen(
         [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert process.stdin is not None
     assert process.stdout is not None
     with process, process.stdin:
-        yield process.stdout.readline().decode().removeprefix("listening on ").strip()
+        yield process.stdout.readline().decode().removeprefix("listening on ").strip(), process.pid
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds that this process and that one have worked."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def run(setting: Setting) -> list[Figure]:
@@ -85,31 +92,30 @@ async def run(setting: Setting) -> list[Figure]:
             *("--workspace", f"{directory}/workspace", "--cache-dir", f"{directory}/cache"),
             *("--workspace-limit-mb", str(4 * size + 64)),
         )
-        with _process(*server) as target, _process("-m", __name__) as bare_target:
+        with _process(*server) as (target, pid), _process("-m", __name__) as (bare_target, bare_pid):
             bare = grpc.aio.insecure_channel(bare_target, options=_OPTIONS)
             async with SandboxClient(target) as client, bare:
-                found = await _rounds(setting.scale.file_rounds, size, client, bare)
-    return [
-        compared(
-            11,
-            f"{what}, {size} MiB",
-            found[what],
-            found[bare],
-            "MiB/s",
-            against=against,
-            target=TARGET,
-            at_least=True,
-            note=f"beside {against}",
-        )
-        for what, bare, against in (
-            ("writing a file", "bare write", "a bare stream that is thrown away"),
-            ("writing a file", "bare store", "a bare stream into a file"),
-            ("reading a file", "bare read", "a bare stream from memory"),
-        )
-    ]
+                found, worked = await _rounds(setting.scale.file_rounds, size, client, bare, pid, bare_pid)
+    pairs = (
+        ("writing a file", "bare write", "a bare stream that is thrown away"),
+        ("writing a file", "bare store", "a bare stream into a file"),
+        ("reading a file", "bare read", "a bare stream from memory"),
+    )
+    figures = []
+    for what, other, against in pairs:
+        about: dict[str, Any] = {"against": against, "note": f"beside {against}"}
+        name = f"{what}, {size} MiB"
+        figures += [
+            compared(11, name, found[what], found[other], "MiB/s", target=TARGET, at_least=True, **about),
+            compared(11, f"{name}, both processes' work", worked[what], worked[other], "s/GiB", **about),
+        ]
+    return figures
 
 
-async def _rounds(rounds: int, size: int, client: SandboxClient, bare_channel: Any) -> dict[str, list[float]]:
+async def _rounds(
+    rounds: int, size: int, client: SandboxClient, bare_channel: Any, pid: int, bare_pid: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """The rate of each transfer, and the work for a GiB."""
     block = bytes(MIB)
 
     async def content() -> AsyncIterator[bytes]:
@@ -138,10 +144,15 @@ async def _rounds(rounds: int, size: int, client: SandboxClient, bare_channel: A
             total += len(piece)
         assert total == size * MIB
 
-    def speed(transfer: Any) -> Any:
+    worked: dict[str, list[float]] = {}
+
+    def speed(name: str, transfer: Any) -> Any:
+        server = bare_pid if name.startswith("bare") else pid
+
         async def measured() -> float:
-            begun = time.perf_counter()
+            begun, work = time.perf_counter(), _processor_time(server)
             await transfer()
+            worked.setdefault(name, []).append((_processor_time(server) - work) * 1024 / size)
             return size / (time.perf_counter() - begun)
 
         return measured
@@ -154,7 +165,8 @@ async def _rounds(rounds: int, size: int, client: SandboxClient, bare_channel: A
         "reading a file": read,
         "bare read": bare_read,
     }
-    return await interleaved(rounds, {name: speed(transfer) for name, transfer in contenders.items()})
+    found = await interleaved(rounds, {name: speed(name, each) for name, each in contenders.items()})
+    return found, worked
 
 
 if __name__ == "__main__":
