@@ -52,7 +52,7 @@ async def pieces(*items: Any) -> AsyncIterator[Any]:
 
 async def endless() -> AsyncIterator[bytes]:
     while True:
-        yield bytes(1000)
+        yield bytes(1 << 20)
 
 
 Call = Callable[[SandboxClient, Any], Awaitable[Any]]
@@ -330,6 +330,7 @@ async def test_the_server_has_call_timeout_for_each_message(server: FakeSandboxS
     server.script("Write", NEVER)
     suspected: list[int] = []
     async with SandboxClient(server.target, call_timeout=0.2) as client:
+        assert await client.wait_for_healthy(PATIENCE)  # Connecting may take longer.
         client.on_suspect = lambda: suspected.append(1)
         stream = client.files.open_read("a")
         await anext(stream)

@@ -84,8 +84,8 @@ async def test_a_request_that_trickles_in_has_no_more_time(monkeypatch: pytest.M
 
 
 async def test_a_call_may_take_longer_than_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_connections, "REQUEST_TIMEOUT", 0.2)
     async with serving() as (r, url), connect(url, "legacy") as client:
+        monkeypatch.setattr(_connections, "REQUEST_TIMEOUT", 0.5)
         release = asyncio.Event()
 
         async def slow(_: object) -> AsyncIterator[ExecutionChunk]:
@@ -94,7 +94,7 @@ async def test_a_call_may_take_longer_than_a_request(monkeypatch: pytest.MonkeyP
             yield ExecutionChunk("e1", "result", result=ExecutionOutcome(True, ExecutionState.COMPLETED))
 
         r.sandbox.script("ExecuteStream", slow)
-        asyncio.get_running_loop().call_later(0.5, release.set)
+        asyncio.get_running_loop().call_later(1.0, release.set)
         assert (await run(client, ""))["output"] == "late"
 
 
