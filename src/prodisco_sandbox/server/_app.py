@@ -62,9 +62,9 @@ _KILL_TIMEOUT = 15.0
 _LINGER = 0.2
 """Seconds that connections stay open after the last answer, for clients to read it: closing a
 connection on which a client still sends discards what it has not read yet."""
-_KEPT_FREE = 32 << 20
+_KEPT_FREE = 16 << 20
 """Bytes of freed memory, at the end of each heap, that the allocator keeps for the next messages."""
-_LARGEST_KEPT = 16 << 20
+_LARGEST_KEPT = 8 << 20
 """Bytes from which a single allocation goes back to the kernel as soon as it is freed."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _FIRST_SPARES = 0.1
