@@ -236,6 +236,19 @@ async def test_nobody_is_ended_after_a_failed_creation_until_one_has_succeeded()
         assert manager.stats().evicted == 1
 
 
+async def test_an_owner_makes_no_room_after_a_failed_creation_until_one_has_succeeded() -> None:
+    async with evicting(3) as (api, manager):
+        await manager.get_client("a", owner="A")
+        await asyncio.sleep(AFTER)
+        api.forbid("create")
+        with pytest.raises(SandboxError):
+            await use(manager, "bad")
+        assert not manager.make_room("A")
+        api.allow("create")
+        await use(manager, "good")
+        assert manager.make_room("A")
+
+
 async def test_an_evicted_session_queues_like_others() -> None:
     async with evicting(1) as (api, manager):
         await use(manager, "a")
