@@ -58,12 +58,26 @@ def test_room_that_the_cluster_refused_is_tried_again_and_never_beyond_the_cap()
     assert (table.slots, states(first, second)) == (0, ["queued", "queued"])
     table.try_room()
     assert (table.slots, states(first, second)) == (1, ["creating", "queued"])
+    table.make_ready(first, cast("Any", StubClient()), 0.0)
     taken = 2
     for _ in range(3):
         table.try_room()
-    assert (table.slots, states(first, second)) == (2, ["creating", "queued"])
+    assert (table.slots, states(first, second)) == (2, ["ready", "queued"])
     table.close(second, None)
     assert table.slots == 2, "nobody waits: what was refused then is no matter now"
+
+
+def test_one_session_at_a_time_tries_whether_there_is_room() -> None:
+    table = SessionTable(9)
+    first, second = admit(table, "a"), admit(table, "b")
+    table.requeue(second)
+    table.requeue(first)
+    table.try_room()
+    table.try_room()
+    assert states(first, second) == ["creating", "queued"], "the second would pass the first"
+    table.requeue(first)
+    table.try_room()
+    assert states(first, second) == ["creating", "queued"]
 
 
 def test_a_slot_comes_back_exactly_once() -> None:

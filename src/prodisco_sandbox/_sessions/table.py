@@ -216,6 +216,8 @@ class SessionTable:
         self._slots = 0
         self._room: int | None = None
         """How many slots the cluster had room for when it last refused one; only while sessions wait."""
+        self._tries: Session | None = None
+        """Whoever finds out whether there is more."""
         self._starts_fail = False
 
     def __len__(self) -> int:
@@ -302,9 +304,10 @@ class SessionTable:
 
     def try_room(self) -> None:
         """Gives the first in the queue a slot that the cluster has refused: there may be room by now."""
-        if self._room is not None and self._slots_to_come() == 0:
+        tries = self._tries is not None and self._tries.state is SessionState.CREATING
+        if self._room is not None and not tries and self._slots_to_come() == 0:
             self._room += 1
-            self.start_waiting()
+            self._tries = next(iter(self.start_waiting()), None)
 
     def leave_to_background(self, session: Session) -> None:
         """Whoever waits for the end of a closing session goes on."""
