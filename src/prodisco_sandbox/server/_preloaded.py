@@ -26,6 +26,8 @@ WITHOUT_THREADS = {
     "OPENBLAS_NUM_THREADS": "1",
     "NUMEXPR_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    # Its threads, once they start, spin for 25 ms of a processor before they sleep: 2**26 cycles.
+    "OPENBLAS_THREAD_TIMEOUT": "16",
 }
 """Variables that keep libraries from starting threads while they are imported."""
 
@@ -37,6 +39,7 @@ class Preloaded:
         self._modules: dict[str, ModuleType] = {}
         self._revealed: dict[str, ModuleType] = {}
         self._needs: dict[str, set[str]] = {}
+        self._closures: dict[str, tuple[str, ...]] = {}
         self._found: set[str] = set()
         self._make_lock()
         os.register_at_fork(after_in_child=self._make_lock)
@@ -73,6 +76,8 @@ class Preloaded:
         finally:
             builtins.__import__ = original
         self._hide(before)
+        # Found here, so that no execution has to touch the memory of all that is noted.
+        self._closures = {name: self._closure(name) for name in names if name in self._modules}
         return problems, unfit
 
     def files(self) -> list[str]:
@@ -133,19 +138,28 @@ class Preloaded:
 
     def reveal(self, name: str) -> None:
         """Takes a module out of hiding, and with it all that it has imported."""
+        revealed = {}
+        with self._lock:
+            for one in self._closures.get(name) or self._closure(name):
+                # Those that were found go into `sys.modules` by the imports that are under way.
+                if one in self._modules and (one not in self._found or one == name):
+                    revealed[one] = module = self._modules.pop(one)
+                    sys.modules.setdefault(one, module)
+            self._revealed.update(revealed)
+        for one, prepare in _PREPARE.items():
+            if one in revealed:
+                prepare(revealed[one])
+
+    def _closure(self, name: str) -> tuple[str, ...]:
+        """A module, and all that it has imported."""
+        found = {name: None}
         pending = [name]
         for one in pending:  # grows while it is walked
-            needs = (one.rpartition(".")[0], *self._needs.pop(one, ()))
-            pending.extend(needed for needed in needs if needed in self._modules)
-        for one in pending:
-            with self._lock:
-                # Those that were found go into `sys.modules` by the imports that are under way.
-                if (one in self._found and one != name) or one not in self._modules:
-                    continue
-                module = self._revealed[one] = self._modules.pop(one)
-                sys.modules.setdefault(one, module)
-            if (prepare := _PREPARE.get(one)) is not None:
-                prepare(module)
+            needed = {one.rpartition(".")[0], *self._needs.get(one, ())} - found.keys()
+            new = [other for other in needed if other in self._modules]
+            found.update(dict.fromkeys(new))
+            pending += new
+        return tuple(found)
 
     def _make_lock(self) -> None:
         self._lock = _thread.allocate_lock()
