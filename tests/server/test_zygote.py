@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import venv
@@ -16,6 +17,7 @@ from unittest.mock import Mock
 import pytest
 import pytest_asyncio
 
+from prodisco_sandbox.server._interpreter import Job, Processes
 from prodisco_sandbox.server._memory import Inherited, Memory, MemoryWatch
 from prodisco_sandbox.server._warm import Warm
 from tests.support.patience import PATIENCE, until
@@ -427,12 +429,83 @@ async def test_supervisors_are_used_again_unless_something_is_wrong(stub: Stub) 
     assert len({parent for _, parent in seen}) < 6
 
 
+async def test_no_child_is_forked_ahead_outside_the_cgroup() -> None:
+    ours, theirs = socket.socketpair()
+    run = "import sys, prodisco_sandbox.server._zygote as z; z._supervise(int(sys.argv[1]), [], ahead=True)"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", run, str(theirs.fileno())), pass_fds=[theirs.fileno()]
+    )
+    theirs.close()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    async def cancelled_before_it_has_a_job() -> None:
+        control, status = os.pipe(), os.pipe()
+        os.close(control[1])
+        socket.send_fds(ours, [b"x"], [control[0], status[1], control[0], control[0]])
+        os.close(control[0])
+        os.close(status[1])
+        assert await asyncio.to_thread(os.read, status[0], 1) == b""
+        os.close(status[0])
+
+    with ours:
+        assert await asyncio.to_thread(ours.recv, 8) == process.pid.to_bytes(8, "big")
+        # When the second has ended, what followed the first is over.
+        await cancelled_before_it_has_a_job()
+        await cancelled_before_it_has_a_job()
+        assert not children.read_text()
+        ours.send(b"x")
+        await until(children.read_text)
+        [child] = map(int, children.read_text().split())
+    await process.wait()
+    await until(lambda: not alive(child))
+
+
+async def test_a_child_that_was_forked_ahead_and_has_ended_is_replaced(stub: Stub) -> None:
+    source = "import os; print(os.getpid(), os.getppid())"
+    supervisor = int((await output(stub, source)).split()[1])
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children")
+    await until(children.read_text)
+    waiting = int(children.read_text())
+    os.kill(waiting, signal.SIGKILL)
+    await until(lambda: ") Z" in Path(f"/proc/{waiting}/stat").read_text())
+    seen = [(await output(stub, source)).split() for _ in range(6)]
+    assert str(waiting) not in {child for child, _ in seen}
+    assert str(supervisor) in {parent for _, parent in seen}
+
+
+async def test_executions_are_forked_from_the_smallest_zygote_that_has_their_modules() -> None:
+    small, standard, large = (
+        Mock(ready=True, may_import=may_import)
+        for may_import in (
+            {"os", "json"}.__contains__,
+            {"os", "json", "asyncio", "pytest"}.__contains__,
+            bool,
+        )
+    )
+    processes = Mock(_zygotes=[small, standard, large], _large_names=["pandas"])
+    processes._ready_zygotes = lambda: Processes._ready_zygotes(processes)
+
+    def best(source: str, tests: str | None = None) -> object:
+        found = Processes._zygotes_for(processes, Job(source, tests))
+        assert {*map(id, found)} == {id(zygote) for zygote in processes._zygotes if zygote.ready}
+        return found[0]
+
+    assert best("print(1)") is best("import os, json\nfrom json import loads") is small
+    assert best("import os, asyncio") is best("x = 1", "assert x") is standard
+    assert best("  from asyncio.tasks import gather") is best("import json as x, asyncio as y") is standard
+    assert best("import mine") is best("__import__('pandas')") is best("import os, pandas.core as x") is large
+    large.ready = False
+    assert best("import pandas") is standard
+
+
 def test_supervisors_are_counted_in_a_thread_while_others_are_forked(tmp_path: Path) -> None:
     warm = Warm(
         spawn=Mock(),
         make_cgroup=Mock(),
         prelude=b"",
         modules=[],
+        may_import=Mock(),
+        ahead=True,
         home=tmp_path,
         writable=None,
         most=0,

@@ -107,7 +107,9 @@ class Server:
         """The processes that supervise an execution, or wait for one, and the children of each."""
         table, zygotes = _tree.children_by_parent(), self.zygotes
         own = [pid for parent in (self.pid, *zygotes) for pid in table.get(parent, ())]
-        return {pid: table.get(pid, []) for pid in own if pid not in zygotes}
+        return {
+            pid: [c for c in table.get(pid, []) if not waits(c, pid)] for pid in own if pid not in zygotes
+        }
 
     @property
     def pid(self) -> int:
@@ -167,6 +169,14 @@ def running(directory: Path, *options: str, **kind: object) -> Iterator[Server]:
         assert server.stop() == 0, server.log()
     else:
         server.wait()
+
+
+def waits(child: int, supervisor: int) -> bool:
+    """Whether a supervisor's child has no code yet: what runs code is in a session of its own."""
+    try:
+        return os.getsid(child) == supervisor
+    except ProcessLookupError:
+        return False
 
 
 def alive(pid: int) -> bool:

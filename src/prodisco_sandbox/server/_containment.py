@@ -110,7 +110,7 @@ class Containment:
                 "RLIMIT_NOFILE": (_OPEN_FILES, _OPEN_FILES),
                 "RLIMIT_CORE": (0, 0),
             },
-            "max_processes": options.max_processes if self._counts_by_user else None,
+            "max_processes": options.max_processes if self.counts_by_user else None,
             "landlock": self._landlock,
             "writable": [(str(path), _confine.identity(held)) for path, held in self._held.items()],
             "common": self._common,
@@ -143,7 +143,8 @@ class Containment:
         return self._options.max_processes + _SUPERVISORS[self._options.isolation]
 
     @property
-    def _counts_by_user(self) -> bool:
+    def counts_by_user(self) -> bool:
+        """Whether an execution's processes are limited with all others of this user."""
         return self.cgroups is None and os.geteuid() != 0
 
     def close(self) -> None:

@@ -93,10 +93,10 @@ class Processes:
         self._tasks: set[asyncio.Task[None]] = set()
         self._options = options
         self._zygotes: list[Warm] = []
-        """One with small modules, and one that has large ones besides, if there are any."""
+        """From the one with the fewest modules to the one with all of them."""
         self._large_names: list[str] = []
 
-    def _make_warm(self, modules: list[str], prelude: bytes) -> Warm:
+    def _make_warm(self, modules: list[str], may_import: Callable[[str], bool], prelude: bytes) -> Warm:
         from ._warm import Warm
 
         return Warm(
@@ -104,26 +104,24 @@ class Processes:
             make_cgroup=self._make_cgroup,
             prelude=prelude,
             modules=modules,
+            may_import=may_import,
             home=self.containment.temporary.parent,
             writable=self.containment.writable_by_code,
             most=self._options.max_concurrent if self._options.spare_interpreters else 0,
+            ahead=not self.containment.counts_by_user,
             on_ready=self._use_zygote,
         )
 
     def _zygotes_for(self, job: Job) -> list[Warm]:
         """The zygotes that can fork the job's interpreter, the best one first."""
+        text = job.source if job.tests is None else f"import pytest\n{job.source}\n{job.tests}"
+        named = _imported(text) | {name for name in self._large_names if name in text}
         ready = self._ready_zygotes()
-        return ready[::-1] if len(ready) > 1 and self._wants_large(job) else ready
+        fit = [zygote for zygote in ready if all(map(zygote.may_import, named))]
+        return fit + [zygote for zygote in reversed(ready) if zygote not in fit]
 
     def _ready_zygotes(self) -> list[Warm]:
         return [zygote for zygote in self._zygotes if zygote.ready]
-
-    def _wants_large(self, job: Job) -> bool:
-        """Whether the code may import large modules: itself, or through a module of the workspace."""
-        text = job.source + (job.tests or "")
-        return any(name in text for name in self._large_names) or not all(
-            map(_is_small, _IMPORTED.findall(text))
-        )
 
     def install(self) -> None:
         """Adopts orphans of killed supervisors, and reaps every child."""
@@ -157,8 +155,8 @@ class Processes:
     def start_zygotes(self) -> None:
         """Starts the zygotes, if there are to be any.
 
-        A fork takes time for each page of its parent's memory, so code that names no large module
-        is forked from another one than code that does.
+        A fork takes time for each page of its parent's memory, so code is forked from the smallest
+        that has what it imports.
         """
         options = self._options
         if not options.zygote or not self.containment.can_fork:
@@ -172,12 +170,22 @@ class Processes:
             enough = container is None or container.limit >= _LEAST_FOR_LARGE
             more = (*_warm.TEST_MODULES, *(_warm.LARGE_MODULES if enough else ()))
             names = (*_warm.STANDARD_MODULES, *(name for name in more if find_spec(name.partition(".")[0])))
-        small = [name for name in names if _is_small(name)]
-        self._large_names = [name.partition(".")[0] for name in names if not _is_small(name)]
         prelude = _prelude(_tree, _confine, _testing, _script, _supervisor, _preloaded, _zygote)
-        self._zygotes = [self._make_warm(small, prelude)]
-        if self._large_names:
-            self._zygotes.append(self._make_warm(list(names), prelude))
+        tops = [name.partition(".")[0] for name in names]
+        self._large_names = [top for top in tops if not _is_standard(top)]
+        chosen: list[str] = []
+        scopes: tuple[Callable[[str], bool], ...] = (
+            _warm.SMALL_MODULES.__contains__,
+            _is_standard,
+            lambda _: True,
+        )
+        for may_import in scopes:
+            wider = [name for name, top in zip(names, tops, strict=True) if may_import(top)]
+            if wider == chosen and self._zygotes:
+                self._zygotes[-1].may_import = may_import
+            else:
+                self._zygotes.append(self._make_warm(wider, may_import, prelude))
+            chosen = wider
         for zygote in self._zygotes:
             zygote.start()
 
@@ -322,13 +330,18 @@ class Processes:
         log.error("processes that SIGKILL does not end: %s", left)
 
 
-_IMPORTED = re.compile(r"^[ \t]*(?:import|from)[ \t]+(\w+)", re.MULTILINE)
+_IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\w+)|import[ \t]+(.+))", re.MULTILINE)
+_LISTED = re.compile(r"(?:^|,)[ \t]*(\w+)")
 
 
-def _is_small(name: str) -> bool:
-    """Whether a module is small enough to slow no fork."""
-    top = name.partition(".")[0]
-    return top in sys.stdlib_module_names or top in ("pytest", "_pytest")
+def _imported(text: str) -> set[str]:
+    """The modules that code names in its imports."""
+    found = _IMPORT.findall(text)
+    return {name for one, several in found for name in (_LISTED.findall(several) if several else [one])}
+
+
+def _is_standard(name: str) -> bool:
+    return name in sys.stdlib_module_names or name in ("pytest", "_pytest")
 
 
 class Interpreter:

@@ -118,18 +118,24 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def supervise(job: dict[str, Any], codes: list[tuple[str, CodeType]], wake: int, ends: Ends) -> bool:
-    """Runs the job in a child, and answers when that and everything below it is gone.
+def start(
+    codes: list[tuple[str, CodeType]],
+    receive: Callable[[], tuple[dict[str, Any], int, int] | None],
+    most: int | None = None,
+) -> tuple[int, int]:
+    """Forks a child, which runs the job that it receives, with descriptors for its output.
 
     Returns:
-        Whether everything is gone, so that there can be another execution.
+        Its process id, and the descriptor of its report.
     """
     report_read, report_write = os.pipe2(os.O_CLOEXEC)
     supervisor = os.getpid()
-    child = _fork(job["max_processes"])
+    child = _fork(most)
     if child == 0:
         try:
-            _child(job, codes, supervisor, report_write, ends)
+            _confine.die_with(supervisor)
+            if (received := receive()) is not None:
+                _child(codes, report_write, *received)
         except BaseException:  # noqa: BLE001
             import traceback
 
@@ -137,6 +143,25 @@ def supervise(job: dict[str, Any], codes: list[tuple[str, CodeType]], wake: int,
         finally:
             os._exit(1)
     os.close(report_write)
+    return child, report_read
+
+
+def supervise(
+    job: dict[str, Any],
+    codes: list[tuple[str, CodeType]],
+    wake: int,
+    ends: Ends,
+    started: tuple[int, int] | None = None,
+) -> bool:
+    """Runs the job in a child, and answers when that and everything below it is gone.
+
+    Args:
+        started: A child that has the job already, and the descriptor of its report.
+
+    Returns:
+        Whether everything is gone, so that there can be another execution.
+    """
+    child, report_read = started or start(codes, lambda: (job, ends.out, ends.err), most=job["max_processes"])
     # The output ends with the last process that writes to it.
     devnull = os.open(os.devnull, os.O_RDWR)
     os.dup2(devnull, ends.out)
@@ -251,20 +276,17 @@ class _Watch:
         self._exit = _tree.reap()[0].get(self._child, self._exit)
 
 
-def _child(
-    job: dict[str, Any], codes: list[tuple[str, CodeType]], supervisor: int, report: int, ends: Ends
-) -> None:
+def _child(codes: list[tuple[str, CodeType]], report: int, job: dict[str, Any], out: int, err: int) -> None:
     signal.set_wakeup_fd(-1)
     for number in (*_IGNORED, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
-    _confine.die_with(supervisor)
     _confine.let_be_seen()
     devnull = os.open(os.devnull, os.O_RDONLY)
     os.dup2(devnull, 0)
-    os.dup2(ends.out, 1)
-    os.dup2(ends.err, 2)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
     # The report keeps a number; everything else above standard error goes.
     os.dup2(report, _script.REPORT, inheritable=False)
     os.closerange(_script.REPORT + 1, os.sysconf("SC_OPEN_MAX"))

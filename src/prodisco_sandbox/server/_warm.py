@@ -37,6 +37,15 @@ STANDARD_MODULES = (
     *("string", "struct", "subprocess", "tempfile", "textwrap", "threading", "time", "traceback", "typing"),
     *("unittest", "urllib.request", "uuid", "warnings", "xml.etree.ElementTree", "zipfile", "zoneinfo"),
 )
+SMALL_MODULES = frozenset(
+    (
+        *("base64", "collections", "contextlib", "copy", "csv", "datetime", "decimal", "enum", "errno"),
+        *("fractions", "functools", "gc", "glob", "hashlib", "heapq", "io", "itertools", "json", "math"),
+        *("operator", "os", "pathlib", "random", "re", "shutil", "statistics", "string", "struct", "sys"),
+        *("tempfile", "textwrap", "time", "traceback", "typing", "warnings"),
+    )
+)
+"""Of the standard library, what most code makes do with: two fifths of its memory."""
 TEST_MODULES = ("pytest", "_pytest.assertion.rewrite")
 LARGE_MODULES = ("numpy", "pandas", "matplotlib.pyplot")
 """Preloaded by default, as the others, where they are installed and where there is memory for them."""
@@ -90,6 +99,10 @@ class Supervisor:
         if self._cgroup is not None:
             # In a thread: the kernel may take 10 ms over it.
             await asyncio.to_thread(self._cgroup.add, pid)
+        if not self.ended:
+            # It may fork now.
+            with contextlib.suppress(ConnectionError):
+                self._socket.send(b"x")
         return pid
 
     def _read(self) -> None:
@@ -232,9 +245,11 @@ class Warm:
         make_cgroup: Makes a cgroup for a supervisor and what it starts, or None.
         prelude: The zygote's code.
         modules: What it imports.
+        may_import: Whether code that imports a module gets it from here.
         home: Where its directories are made.
         writable: Directories that executions may write to; None: they may write anywhere.
         most: Supervisors that are kept while they have nothing to do.
+        ahead: Whether each of them forks a child before there is an execution.
         on_ready: Called when supervisors can be had.
     """
 
@@ -245,19 +260,23 @@ class Warm:
         make_cgroup: Callable[[], Cgroup | None],
         prelude: bytes,
         modules: Sequence[str],
+        may_import: Callable[[str], bool],
         home: Path,
         writable: Sequence[str] | None,
         most: int,
+        ahead: bool,
         on_ready: Callable[[], None],
     ) -> None:
         self._spawn = spawn
         self._make_cgroup = make_cgroup
         self._prelude = prelude
         self._modules = list(modules)
+        self.may_import = may_import
         self._home = home
         self._writable = list(writable or ())
         self._below = _script.prefixes(["/"] if writable is None else writable)
         self._most = most
+        self._ahead = ahead
         self._on_ready = on_ready
         self._zygote: Zygote | None = None
         self._files: list[tuple[str, int, int]] = []
@@ -360,7 +379,7 @@ class Warm:
 
     async def _one_life(self) -> str | None:
         """Why the zygote is of no more use; None where another one is to be started at once."""
-        settings = {"modules": self._modules, "writable": self._writable}
+        settings = {"modules": self._modules, "writable": self._writable, "ahead": self._ahead}
         zygote = Zygote(self._spawn, self._prelude, settings, tempfile.mkdtemp(dir=self._home))
         try:
             answer = await zygote.answer

@@ -11,6 +11,7 @@ execution gives up is given up in that child.
 
 from __future__ import annotations
 
+import _frozen_importlib_external as importlib_external
 import _signal as signal  # type: ignore[import-not-found]
 import _socket
 import gc
@@ -40,7 +41,7 @@ def main(load: Callable[[], dict[str, Any]], codes: list[tuple[str, CodeType]]) 
     while descriptors := _receive(requests, 1):
         if _fork() == 0:
             try:
-                _supervise(descriptors[0], codes)
+                _supervise(descriptors[0], codes, ahead=settings["ahead"])
             finally:
                 os._exit(1)
         os.close(descriptors[0])
@@ -61,6 +62,10 @@ def _preload(settings: dict[str, Any]) -> dict[str, Any]:
     problems, unfit = preloaded.load(settings["modules"])
     sys.path_hooks.remove(hook)
     sys.path_importer_cache.clear()
+    # Executions know what is in the directories, until these change.
+    importlib_external.PathFinder.find_spec("sandbox")
+    # The first makes a type for each kind of syntax, for 2 ms.
+    compile("", "nothing", "exec")
     find_blas()
     # What is left in their buffers, executions would print.
     sys.stdout.flush()
@@ -124,16 +129,21 @@ def _fork() -> int:
         return -1
 
 
-def _receive(requests: Any, most: int) -> list[int]:
-    """The descriptors of the next message; none at the end."""
+def _receive(requests: Any, most: int) -> list[int] | None:
+    """The descriptors of the next message; None at the end."""
     size = most * 4
     data, ancillary, *_ = requests.recvmsg(1, _socket.CMSG_SPACE(size), _socket.MSG_CMSG_CLOEXEC)
     found = [list(memoryview(payload[: len(payload) // 4 * 4]).cast("i")) for *_, payload in ancillary]
-    return found[0] if data and found else []
+    return [*found[0]] if found else [] if data else None
 
 
-def _supervise(descriptor: int, codes: list[tuple[str, CodeType]]) -> None:
-    """Supervises the executions that come on its socket, one after another."""
+def _supervise(descriptor: int, codes: list[tuple[str, CodeType]], *, ahead: bool) -> None:
+    """Supervises the executions that come on its socket, one after another.
+
+    Args:
+        ahead: Forks each one's child before there is a job, once a message without descriptors has
+            said that this process is in its cgroup.
+    """
     os.setsid()
     if descriptor != 3:
         os.dup2(descriptor, 3, inheritable=False)
@@ -145,9 +155,56 @@ def _supervise(descriptor: int, codes: list[tuple[str, CodeType]]) -> None:
     requests = _socket.socket(fileno=3)
     wake = _supervisor.become_supervisor()
     os.write(3, os.getpid().to_bytes(8, "big"))
-    while descriptors := _receive(requests, 4):
-        ends = _supervisor.Ends(*descriptors)
-        job = _supervisor.read_job(ends.control)
-        if job is not None and not _supervisor.supervise(job, codes, wake, ends):
-            return
-        ends.close()
+    child: _Ahead | None = None
+    joined = False
+    while (descriptors := _receive(requests, 4)) is not None:
+        if descriptors:
+            ends = _supervisor.Ends(*descriptors)
+            job = _supervisor.read_job(ends.control)
+            if job is not None:
+                started = None if child is None else child.give(job, ends)
+                child = None
+                if not _supervisor.supervise(job, codes, wake, ends, started):
+                    return
+            ends.close()
+        else:
+            joined = True
+        if ahead and joined and child is None:
+            child = _Ahead.fork(codes)
+
+
+class _Ahead:
+    """A child that waits for a job."""
+
+    def __init__(self, codes: list[tuple[str, CodeType]]) -> None:
+        self._socket, self._theirs = _socket.socketpair()
+        self._started = _supervisor.start(codes, self._wait)
+        self._theirs.close()
+
+    @classmethod
+    def fork(cls, codes: list[tuple[str, CodeType]]) -> _Ahead | None:
+        """None where the system refuses; the next execution may be luckier."""
+        try:
+            return cls(codes)
+        except OSError:
+            return None
+
+    def _wait(self) -> tuple[dict[str, Any], int, int] | None:
+        self._socket.close()
+        if not (output := _receive(self._theirs, 2)):
+            return None
+        job = _supervisor.read_job(self._theirs.fileno())
+        return None if job is None else (job, output[0], output[1])
+
+    def give(self, job: dict[str, Any], ends: _supervisor.Ends) -> tuple[int, int] | None:
+        """Has the job run; None where the child has ended."""
+        descriptors = ends.out.to_bytes(4, sys.byteorder) + ends.err.to_bytes(4, sys.byteorder)
+        try:
+            self._socket.sendmsg([b"x"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptors)])
+            _script.write_all(self._socket.fileno(), _supervisor.pack(job))
+        except ConnectionError:
+            os.close(self._started[1])
+            return None
+        finally:
+            self._socket.close()
+        return self._started
