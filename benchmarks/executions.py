@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import grpc.aio
 
 from prodisco_sandbox.proto import sandbox_pb2 as pb
 from prodisco_sandbox.proto import sandbox_pb2_grpc
+from prodisco_sandbox.server._warm import SMALL_MODULES, STANDARD_MODULES
 
 from .measure import Figure, compared, interleaved
 from .scale import Setting
@@ -27,6 +28,26 @@ AT_ONCE = 8
 PRELOADED = "executions are forked from"
 LARGE = ("numpy", "pandas", "matplotlib")
 PRINT, SUM = "print(1)", "import pandas; print(pandas.DataFrame({'a': range(1000)}).sum()['a'])"
+KERNEL_AND = 3.0
+"""Milliseconds that an execution may take longer than in a kernel that is there already."""
+FORKS = f"""\
+import gc, importlib, os, sys, time
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+gc.freeze()
+count = int(sys.argv[1])
+began = time.perf_counter()
+for caller in range({AT_ONCE}):
+    if not os.fork():
+        for _ in range(count):
+            if not os.fork():
+                os._exit(0)
+            os.wait()
+        os._exit(0)
+for caller in range({AT_ONCE}):
+    os.wait()
+print({AT_ONCE} * count / (time.perf_counter() - began))
+"""
 HELD = (
     "import os, time\nopen(f'held-{os.getpid()}', 'w')\nwhile not os.path.exists('go on'): time.sleep(0.01)"
 )
@@ -105,7 +126,7 @@ async def serving(*options: str, zygote: bool = True, **env: str) -> AsyncIterat
         process = await start(directory, *options, "--workspace", str(workspace), **env)
         try:
             assert process.stderr is not None
-            zygotes = 1 + any(map(importlib.util.find_spec, LARGE)) if zygote else 0
+            zygotes = 2 + any(map(importlib.util.find_spec, LARGE)) if zygote else 0
             while zygotes:
                 zygotes -= PRELOADED in (await process.stderr.readline()).decode()
             drained = asyncio.create_task(process.stderr.read())
@@ -156,10 +177,49 @@ async def bare() -> float:
     return (time.perf_counter() - began) * 1000
 
 
+async def forks(count: int, modules: Iterable[str]) -> float:
+    """Forks per second of processes that have these modules and end at once: what the kernel alone takes."""
+    command = [sys.executable, "-I", "-c", FORKS, str(count), *modules]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    return float((await process.communicate())[0])
+
+
+@contextlib.asynccontextmanager
+async def kernel() -> AsyncIterator[Callable[[], Awaitable[float]]]:
+    """Milliseconds of `PRINT` in an IPython kernel that is warm."""
+    manager, client = await importlib.import_module("jupyter_client.manager").start_new_async_kernel()
+
+    async def execute() -> float:
+        await asyncio.sleep(PAUSE)
+        began = time.perf_counter()
+        await client.execute_interactive(PRINT, output_hook=lambda _: None)
+        return (time.perf_counter() - began) * 1000 + KERNEL_AND
+
+    try:
+        await execute()
+        yield execute
+    finally:
+        client.stop_channels()
+        await manager.shutdown_kernel(now=True)
+
+
 async def run(setting: Setting) -> list[Figure]:
     scale = setting.scale
     async with serving() as warm, serving("--no-zygote", zygote=False) as cold:
-        return await measured(scale.rounds, scale.executions, warm, cold, lambda: start_up("--no-zygote"))
+        figures = await measured(scale.rounds, scale.executions, warm, cold, lambda: start_up("--no-zygote"))
+        if not all(map(importlib.util.find_spec, ("ipykernel", "jupyter_client"))):
+            print("no IPython kernel: ipykernel and jupyter_client are not installed", file=sys.stderr)
+            return figures
+        async with kernel() as in_kernel:
+            found = await interleaved(
+                scale.executions, {"print": lambda: warm.execute(PRINT), "kernel": in_kernel}
+            )
+    against = f"an IPython kernel + {KERNEL_AND:g} ms"
+    what = "print(1) beside a warm IPython kernel"
+    return [
+        *figures,
+        compared(12, what, found["print"], found["kernel"], "ms", target=1.0, against=against, note=against),
+    ]
 
 
 async def measured(
@@ -185,11 +245,21 @@ async def measured(
         compared(12, "ExecuteTest, no zygote", found["test, cold"], found["print, cold"], "ms", against=one),
     ]
     found = await interleaved(
-        rounds, {"warm": lambda: warm.at_once(calls), "cold": lambda: cold.at_once(max(1, calls // 4))}
+        rounds,
+        {
+            "warm": lambda: warm.at_once(calls),
+            "cold": lambda: cold.at_once(max(1, calls // 4)),
+            "small": lambda: forks(calls, sorted(SMALL_MODULES)),
+            "all": lambda: forks(calls, [*STANDARD_MODULES, *filter(importlib.util.find_spec, LARGE)]),
+        },
     )
-    old = "no zygote"
-    rates = found["warm"], found["cold"]
-    figures.append(compared(12, f"{AT_ONCE} at once", *rates, "/s", target=4.0, at_least=True, against=old))
+    old, rates = "no zygote", found["cold"]
+    what = f"{AT_ONCE} at once"
+    figures.append(compared(12, what, found["warm"], rates, "/s", target=4.0, at_least=True, against=old))
+    figures += [
+        compared(12, f"{what}, bare forks with {name} modules", found[name], rates, "/s", against=old)
+        for name in ("small", "all")
+    ]
     if importlib.util.find_spec("pandas") is not None:
         found = await interleaved(
             calls, {"sum": lambda: warm.execute(SUM), "print": lambda: warm.execute(PRINT)}
