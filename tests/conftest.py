@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import logging
 import os
 import signal
 import tempfile
@@ -40,6 +41,7 @@ _NEEDED = {
 }
 
 
+_LOGGER = logging.getLogger("prodisco_sandbox")
 # Unix sockets hold 107 bytes, and pytest's own directories and the clusters' come below this one.
 _LONGEST_TMPDIR = 24
 _numbers = itertools.count()
@@ -254,11 +256,13 @@ def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    children_before, files_before = children(), open_files()
+    children_before, files_before, level_before = children(), open_files(), _LOGGER.level
     if pytest_asyncio.is_async_test(request.node):
         # Asked for here, so that it ends after every other fixture of the test.
         request.getfixturevalue("_no_task_left")
     yield
+    if level_before != _LOGGER.level:
+        pytest.fail(f"the log level {_LOGGER.level} left behind")
     if left := left_running(children_before):
         pytest.fail(f"child processes left behind: {left}")
     if kept := kept_open(files_before):

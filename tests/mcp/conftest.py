@@ -1,8 +1,9 @@
-"""What the SDK does for each server and each client, done once."""
+"""What the SDK does for each server and each client, done once; what the program sets, undone."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,3 +38,16 @@ def _models_and_schemas() -> Iterator[None]:
         patch.setattr(base, "func_metadata", make_once)
         patch.setattr(Draft202012Validator, "check_schema", check_once)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _levels() -> Iterator[None]:
+    """What the program sets for itself is not for the tests after it."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("prodisco_sandbox", "mcp.server.streamable_http", "mcp.server.streamable_http_manager")
+    ]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import runpy
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -33,19 +31,6 @@ from prodisco_sandbox.testing import NEVER
 from tests.support import ROOT
 from tests.support.mcp_server import INITIALIZE, call, connect, over_http, rig, served, text_of
 from tests.support.patience import PATIENCE, until
-
-
-@pytest.fixture(autouse=True)
-def _levels() -> Iterator[None]:
-    """What the program sets for itself is not for the tests after it."""
-    loggers = [
-        logging.getLogger(name)
-        for name in ("prodisco_sandbox", "mcp.server.streamable_http", "mcp.server.streamable_http_manager")
-    ]
-    before = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, before, strict=True):
-        logger.setLevel(level)
 
 
 def managed(arguments: list[str]) -> AbstractAsyncContextManager[SandboxManager]:
