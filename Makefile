@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test coverage slow reliability bench plot picture docs typing release-check unit envtest compat lowest check format proto clean FORCE
+.PHONY: help venv demo test coverage slow science reliability bench plot picture docs typing release-check unit envtest compat lowest check format proto clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +40,10 @@ coverage: $(VENV)/.installed $(PROTO_VENV) ## make test with branch coverage, an
 
 slow: $(VENV)/.installed $(PROTO_VENV) ## the tests that take long
 	@$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+science: ## the tests that need NumPy, pandas and Matplotlib, in .venv-science
+	@$(MAKE) --no-print-directory venv VENV=.venv-science EXTRAS="dev mcp server otel prometheus science"
+	@PRODISCO_MUST_RUN=science .venv-science/bin/python -m pytest -m science $(PYTEST_ARGS)
 
 reliability: $(VENV)/.installed ## the reliability campaign, some ten minutes (SCALE=0.2: a fifth of it)
 	@$(PY) tools/campaign.py --scale $(or $(SCALE),1)

@@ -410,6 +410,7 @@ async def test_sandboxes_of_a_language_without_files_have_no_such_tools() -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.science
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 async def test_a_model_plots_a_table_and_sees_the_plot(talk: Talk) -> None:
     await talk.content("write_file", path="sales.csv", text="month,units\nJan,3\nFeb,5\nMar,4\n")

@@ -12,6 +12,7 @@ from tests.support.servers import Server
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.science,
     pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"),
 ]
 

@@ -561,6 +561,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.science
 async def test_numpy_is_right_and_parallel_after_the_fork(large: Server) -> None:
     assert all(len(os.listdir(f"/proc/{pid}/task")) == 1 for pid in large.zygotes)
     source = """
@@ -577,6 +578,7 @@ print("OPENBLAS_NUM_THREADS" in os.environ)
     assert not set(first[0].split()) & set(second[0].split())
 
 
+@pytest.mark.science
 async def test_pandas_and_matplotlib_work_after_the_fork(large: Server) -> None:
     pytest.importorskip("pandas", reason="pandas is not installed")
     pytest.importorskip("matplotlib", reason="Matplotlib is not installed")
