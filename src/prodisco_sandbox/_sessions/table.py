@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .._cluster import metadata
 from .._cluster.metadata import Object
@@ -94,6 +94,10 @@ class Remains:
     @property
     def needs_delete(self) -> bool:
         return self.what in ("known", "unconfirmed")
+
+
+_REMAINS: dict[What, Remains] = {what: Remains(what) for what in get_args(What)}
+"""Most sessions share one of these."""
 
 
 class Outcome(asyncio.Event):
@@ -403,8 +407,9 @@ class SessionTable:
         self._set_remains(session, "another's")
 
     def _set_remains(self, session: Session, what: What) -> None:
+        lost_at = session.remains.lost_at
         if session.remains.what != "kept":  # Which no late answer to a claim may undo.
-            session.remains = replace(session.remains, what=what)
+            session.remains = _REMAINS[what] if lost_at is None else Remains(what, lost_at)
 
     # Its state
 
