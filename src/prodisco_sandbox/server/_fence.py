@@ -9,7 +9,7 @@ import grpc
 
 from prodisco_sandbox.proto import metadata as names
 
-from ._undecodable import Continuation, method_of, streamed
+from ._undecodable import Continuation, method_of, refusal, streamed
 
 _USES = "/prodisco.sandbox.v1."
 """How methods begin whose calls leave something behind, or look for it; all but `_HEALTH` do."""
@@ -62,11 +62,7 @@ class Fence(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return max(unmet, default=None)
 
     def _refusal(self, code: grpc.StatusCode, text: str, trailing: Any = ()) -> Any:
-        async def refuse(_: Any, context: Any) -> None:
-            await _Announcer(context, self._answer).abort(code, text, trailing)
-
-        # Stream-stream, so that the refusal does not wait for the client's messages.
-        return grpc.stream_stream_rpc_method_handler(refuse)
+        return refusal(lambda context: _Announcer(context, self._answer).abort(code, text, trailing))
 
     def _announced(self, handler: Any, machine: tuple[tuple[str, str], ...]) -> Any:
         kind, run = method_of(handler)

@@ -152,7 +152,8 @@ class FileService:
                     )
                 if writing is not None:
                     await _done(writing)
-                await _in_thread(lambda: upload.write(batch))
+                if batch:
+                    await _in_thread(lambda: upload.write(batch))
                 if _size(request) != size:
                     text = f"the last message must hold the size, of {size:,} bytes: nothing was written"
                     await context.abort(_Code.INVALID_ARGUMENT, text)

@@ -11,7 +11,7 @@ import grpc
 from prodisco_sandbox.proto import metadata as names
 
 from ._options import OptionsError
-from ._undecodable import Continuation
+from ._undecodable import Continuation, refusal
 
 _LEAST, _MOST = 16, 256
 
@@ -51,14 +51,8 @@ class RequireToken(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Any:
         if self._is_in(handler_call_details.invocation_metadata or ()):
             return await continuation(handler_call_details)
-
-        async def refuse(_: Any, context: Any) -> None:
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, f"the call lacks this server's token ({names.TOKEN})"
-            )
-
-        # Stream-stream, so that the refusal does not wait for the client's messages.
-        return grpc.stream_stream_rpc_method_handler(refuse)
+        text = f"the call lacks this server's token ({names.TOKEN})"
+        return refusal(lambda context: context.abort(grpc.StatusCode.UNAUTHENTICATED, text))
 
     def _is_in(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
         # Only now, since it takes a part of the start.

@@ -30,6 +30,16 @@ def method_of(handler: Any) -> tuple[str, Any]:
     return kind, getattr(handler, kind)
 
 
+def refusal(abort: Callable[[Any], Awaitable[None]]) -> Any:
+    """A handler that only aborts the call that it gets the context of."""
+
+    async def refuse(_: Any, context: Any) -> None:
+        await abort(context)
+
+    # Stream-stream, so that it does not wait for the client's messages.
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
 class Undecodable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Answers INTERNAL, as the protocol says, to a message that cannot be decoded.
 
