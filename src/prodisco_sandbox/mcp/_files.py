@@ -60,6 +60,7 @@ LISTING_TIMEOUT = 5.0
 """Seconds that a run's result waits for its files; without them it is still a result."""
 SCHEME = "sandbox://files/"
 URI = SCHEME + "{sandbox}/{+path}"
+BINARY = "application/octet-stream"
 OWN = "-"
 """In a URI: the sandbox of the session, which has no handle."""
 
@@ -302,20 +303,19 @@ def _image(data: bytes, kind: str) -> ImageContent:
 
 
 def _embedded(uri: str, data: bytes) -> EmbeddedResource:
-    contents = BlobResourceContents(uri=uri, mime_type=_kind(uri), blob=base64.b64encode(data).decode())
+    kind = _kind(uri) or BINARY
+    contents = BlobResourceContents(uri=uri, mime_type=kind, blob=base64.b64encode(data).decode())
     return EmbeddedResource(type="resource", resource=contents)
 
 
 def _link(info: FileInfo, handle: str | None) -> ResourceLink:
-    kind = mimetypes.guess_type(info.path)[0]
-    return ResourceLink(
-        type="resource_link", uri=_uri(info.path, handle), name=info.path, mime_type=kind, size=info.size
-    )
+    uri, kind = _uri(info.path, handle), _kind(info.path)
+    return ResourceLink(type="resource_link", uri=uri, name=info.path, mime_type=kind, size=info.size)
 
 
-def _kind(uri: str, otherwise: str = "application/octet-stream") -> str:
-    """The MIME type of a file, by its name."""
-    return mimetypes.guess_type(uri.rpartition("/")[2])[0] or otherwise
+def _kind(path: str) -> str | None:
+    """The MIME type of a file, by its name, which may also end a URI."""
+    return mimetypes.guess_type(path.rpartition("/")[2])[0]
 
 
 async def _typed(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
@@ -324,8 +324,8 @@ async def _typed(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> Ha
     if ctx.method == "resources/read" and isinstance(result, Mapping):
         for contents in result["contents"]:
             if contents["uri"].startswith(SCHEME):
-                otherwise = "text/plain" if "text" in contents else "application/octet-stream"
-                contents["mimeType"] = _kind(contents["uri"], otherwise)
+                otherwise = "text/plain" if "text" in contents else BINARY
+                contents["mimeType"] = _kind(contents["uri"]) or otherwise
     return result
 
 
