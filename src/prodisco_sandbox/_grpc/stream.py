@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -16,7 +17,7 @@ from .connection import Connection, StreamCall
 _T = TypeVar("_T")
 
 
-class CallStream(Generic[_T]):
+class CallStream(ABC, Generic[_T]):
     """An async iterator over what a call streams, and an async context manager."""
 
     def __init__(self, connection: Connection) -> None:
@@ -25,13 +26,13 @@ class CallStream(Generic[_T]):
         self._finalizer: weakref.finalize[..., CallStream[_T]] | None = None
         self._over = self._reading = False
 
+    @abstractmethod
     async def _begin(self) -> StreamCall:
         """Makes the call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take(self, message: Any) -> _T | None:
         """What a message holds; None: nothing for the caller."""
-        raise NotImplementedError
 
     def _check_end(self) -> None:
         """Raises `SandboxError` if the call must not end here."""
