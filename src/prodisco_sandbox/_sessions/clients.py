@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .._cluster.resource import Reading
 from ..errors import SandboxError, SandboxReplacedError
 from .ends import LostError
 from .parts import Parts
+from .shared import SharedSessions
 from .table import Session, SessionState
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ class Clients:
 
     def __init__(self, parts: Parts, factory: Callable[[str], SandboxClient]) -> None:
         self._parts = parts
-        self.shared = parts.shared
         self._factory = factory
 
     def client_for(self, session: Session, reading: Reading) -> SandboxClient | None:
@@ -131,7 +132,7 @@ class Clients:
             raise SandboxError(f"client_factory returned {client!r}: it must be a SandboxClient")
 
         tie = _Tie(self, session, client)
-        admit = None if self._parts.shared is None else tie.admit
+        admit = None if self._parts.shared is None else partial(tie.admit, self._parts.shared)
         pod, pace = session.machine.pod, self._parts.pace
         client._expect(pod, tie.other_machine, tie.look, admit, tie.closed, pace)
         client.on_suspect = tie.failed
@@ -184,9 +185,8 @@ class _Tie:
             self._session.machine.target = None
         self._clients.close_soon(self._session.name, self._client)
 
-    def admit(self, lasts: float) -> Awaitable[None] | None:
-        shared, session = self._clients.shared, self._session
-        admission = None if shared is None else shared.admit(session, lasts)
+    def admit(self, shared: SharedSessions, lasts: float) -> Awaitable[None] | None:
+        admission = shared.admit(self._session, lasts)
         return None if admission is None else self._admit(admission)
 
     async def _admit(self, admission: Awaitable[None]) -> None:

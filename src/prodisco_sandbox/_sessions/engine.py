@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 ROUNDS = 3
 """How often a caller asks again when the sandbox dies before it gets the client."""
-STEPS_PER_PASS = 16
-"""Steps of lives in one pass of the event loop; 20 to 80 µs each until they wait."""
 
 
 class Engine:

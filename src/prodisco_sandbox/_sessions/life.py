@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..client import SandboxClient
 
 LOOK_INTERVAL = 1.0
-"""How often the first in the queue looks for a session to end, in seconds."""
+"""How often the first in the queue looks for a session to end, and for room, in seconds."""
 
 
 class Lives:
@@ -115,7 +115,7 @@ class Lives:
                 f" {'suspended' if before.suspends else 'deleted'} in time"
             )
         parts.ends.refused(session, error)
-        self._parts.ends.end(session, "queued", error)
+        parts.ends.end(session, "queued", error)
 
     async def _slot(self, session: Session, *, evicts: bool, tries: bool) -> None:
         """Waits for a slot; the first in the queue looks each second for a session to end, and for room."""
@@ -135,8 +135,8 @@ class Lives:
     async def _open(self, session: Session, asked_at: float) -> SandboxError | None:
         """Creating → ready. Returns why the cluster has no room for it, if it is queued again."""
         parts, session.since = self._parts, self._parts.now()
-        self._parts.past.has_begun(session)
-        parts.table.rename(session, *self._parts.past.fresh_name(session.session_id, session.since))
+        parts.past.has_begun(session)
+        parts.table.rename(session, *parts.past.fresh_name(session.session_id, session.since))
         deadline = session.since + parts.config.ready_timeout
         await parts.pace()
         try:
@@ -146,10 +146,10 @@ class Lives:
             if session.inbox.closed:
                 return None
             if isinstance(e, SandboxCapacityError) and await self._requeued(session, asked_at):
-                return failure(self._parts, session, e)
+                return failure(parts, session, e)
             if isinstance(e, LostError):
                 parts.table.dropped(session)
-            parts.ends.fail(session, failure(self._parts, session, e))
+            parts.ends.fail(session, failure(parts, session, e))
         else:
             kind = self._kind_of_start(session)
             if self._ready(session, client):
@@ -157,7 +157,7 @@ class Lives:
                     parts.log.info("sandbox_started_warm", sandbox=session.name, pod=session.machine.pod)
                 elif kind == "cold" and parts.config.warm_pool is not None:
                     parts.log.info("sandbox_started_cold", sandbox=session.name)
-                took, target = self._parts.since(session.since), session.machine.target
+                took, target = parts.since(session.since), session.machine.target
                 parts.log.info("sandbox_ready", sandbox=session.name, target=target, kind=kind, duration=took)
         return None
 

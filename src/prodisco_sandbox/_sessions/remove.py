@@ -64,7 +64,7 @@ class Remove:
                     parts.log.warning("sandbox_kept", sandbox=session.name, reason=str(e))
                     return
                 failed = {"sandbox": session.name, "attempt": attempt, "reason": str(e)}
-                failed["duration"] = round(parts.now() - begun, 3)
+                failed["duration"] = parts.since(begun)
                 if not session.suspends:
                     parts.log.warning("sandbox_delete_failed", **failed)
                 elif session.ended in ("failed", "lost") and isinstance(e, SandboxPermissionError):
@@ -95,7 +95,7 @@ class Remove:
                 found = await resources.get(name)
                 # It has no uid if the answer to its claim was lost.
                 same = found is not None and known.uid in (None, metadata.uid(found))
-                if found is None or not same or not self._parts.is_own(found, session.session_hash):
+                if found is None or not same or not parts.is_own(found, session.session_hash):
                     table.dropped(session)
                     return
                 known.uid, known.version = metadata.uid(found), metadata.resource_version(found)
