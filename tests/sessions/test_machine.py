@@ -60,6 +60,15 @@ def run_bounded(loop: asyncio.AbstractEventLoop, awaitable: Any) -> Any:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def disturb_watches(api: FakeCustomObjectsApi, how: str) -> None:
+    if how == "silence":
+        api.silence_watches()
+    else:
+        if how == "compact":
+            api.compact()
+        api.cut_watches()
+
+
 def end(loop: asyncio.AbstractEventLoop, api: FakeCustomObjectsApi) -> None:
     """Ends a loop with whatever a test has left on it."""
     run_bounded(loop, api.aclose())
@@ -320,12 +329,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(["cut", "silence", "compact"]), pause=PAUSES)
     def disturb_the_watch(self, how: str, pause: float) -> None:
-        if how == "silence":
-            self.api.silence_watches()
-        else:
-            if how == "compact":
-                self.api.compact()
-            self.api.cut_watches()
+        disturb_watches(self.api, how)
         self.move("watch disturbed", pause)
 
     @rule(

@@ -24,7 +24,7 @@ from prodisco_sandbox.testing import FakeCustomObjectsApi
 from tests.support.counts import count
 from tests.support.managers import LoopTimeApi, StubClient
 
-from .test_machine import end, run_bounded, tries
+from .test_machine import disturb_watches, end, run_bounded, tries
 
 IDLE, SKEW, READY = 120.0, 30.0, 20.0
 SLACK = IDLE / 2
@@ -259,12 +259,7 @@ class SharedMachine(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(["cut", "silence", "compact"]), pause=PAUSES)
     def disturb_the_watches(self, how: str, pause: float) -> None:
-        if how == "silence":
-            self.api.silence_watches()
-        else:
-            if how == "compact":
-                self.api.compact()
-            self.api.cut_watches()
+        disturb_watches(self.api, how)
         self.pause(pause)
 
     @rule(which=WHICH, how=st.sampled_from(["deleted", "failed"]), pause=PAUSES)
